@@ -1,0 +1,5 @@
+"""TWEO for timm: transformers without extreme outliers, FP8 training and INT8 deployment."""
+
+from tweo_timm.version import __version__
+
+__all__ = ["__version__"]

@@ -1,0 +1,1 @@
+"""Where outliers come from, and what 8 bits would do to a model."""

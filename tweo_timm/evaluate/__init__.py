@@ -1,0 +1,1 @@
+"""The validation command: measurements, comparison, plots."""

@@ -1,0 +1,1 @@
+"""FP8 training: one recipe, three backends, the same per-tensor scaling."""

@@ -1,0 +1,1 @@
+"""The training command: options, recipes, loop, checkpoints."""
