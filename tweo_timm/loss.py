@@ -1,0 +1,214 @@
+"""The TWEO penalty, its settings and its weight over time.
+
+    L_total = L_task + weight(t) * L_TWEO,      L_TWEO = (1/L) sum_l mean((|A_l| / (tau + eps))^p)
+
+with A_l the output of transformer block l (arXiv:2511.23225; no official code is public). Everything here is pure: it
+knows tensors and numbers, no models. Written naively, ``(A.float().abs() / tau).pow(4).mean()`` keeps four copies of A
+for the backward pass and overflows in half precision at |A| = 48; the autograd function below keeps A itself, which the
+next layer keeps anyway, and works at the scale of the peak, so that no intermediate overflows where the result does not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("constant", "cosine", "linear")
+REDUCTIONS = ("block", "element")
+
+
+@dataclass(frozen=True)
+class TweoConfig:
+    """Settings of the TWEO term. The defaults are the paper's.
+
+    Attributes:
+        weight: lambda, the factor of the penalty in the loss; 0 measures without acting.
+        tau: the magnitude that costs 1 per element; the paper's useful range is 2 to 5.
+        power: p, the exponent. With 4, half of tau costs 0.0625 and ten times tau costs 10000.
+        eps: added to tau.
+        schedule: how the weight moves from `weight` to `end_weight`: 'constant', 'cosine' or 'linear'.
+        end_weight: the weight at the end of the window. Larger than `weight`, it makes a ramp, as a retrofit needs.
+        reduction: 'block' is the paper's mean of the blocks' means; 'element' weighs every activation alike, so that the
+            small last stages of a hierarchical model do not count eight times as much an element as the first.
+        start: fraction of the training at which the weight begins to move.
+        end: fraction of the training at which it has reached `end_weight`.
+
+    Raises:
+        ValueError: for a value out of range; the message names it and what is accepted.
+        TypeError: for a value of the wrong type.
+    """
+
+    weight: float = 0.01
+    tau: float = 3.0
+    power: float = 4
+    eps: float = 1e-6
+    schedule: str = "constant"
+    end_weight: float = 0.0
+    reduction: str = "block"
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "tau", "power", "eps", "end_weight", "start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"TweoConfig.{name} is a number, not {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"TweoConfig.{name} is {value}; it must be finite")
+        _require(self.weight >= 0, "weight", self.weight, "0 (off) or more, 0.01 in the paper")
+        _require(self.end_weight >= 0, "end_weight", self.end_weight, "0 or more")
+        _require(self.tau > 0, "tau", self.tau, "more than 0, 3.0 in the paper")
+        _require(self.eps >= 0, "eps", self.eps, "0 or more")
+        _require(self.power > 1, "power", self.power, "more than 1, 4 in the paper")
+        _require(0 <= self.start < self.end <= 1, "start, end", (self.start, self.end), "0 <= start < end <= 1")
+        _require_choice("schedule", self.schedule, SCHEDULES)
+        _require_choice("reduction", self.reduction, REDUCTIONS)
+        if self.schedule == "constant" and (self.end_weight, self.start, self.end) != (0.0, 0.0, 1.0):
+            raise ValueError(
+                "end_weight, start and end move the weight, but schedule='constant' does not: "
+                "choose schedule='cosine' or 'linear', or leave them at 0, 0 and 1"
+            )
+
+    def weight_at(self, progress: float) -> float:
+        """Return the weight of the penalty at a point of the training.
+
+        Args:
+            progress: fraction of the optimizer updates done, 0 to 1.
+
+        Raises:
+            ValueError: if `progress` is outside [0, 1].
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress is a fraction of the training, 0 to 1, not {progress}")
+        if self.schedule == "constant":
+            return self.weight
+        moved = min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
+        if self.schedule == "cosine":
+            moved = 0.5 * (1 - math.cos(math.pi * moved))
+        return self.weight + (self.end_weight - self.weight) * moved
+
+
+def _require(holds: bool, name: str, value: object, accepted: str) -> None:
+    if not holds:
+        raise ValueError(f"TweoConfig.{name} is {value}; accepted: {accepted}")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"TweoConfig.{name} is {value!r}; accepted: {', '.join(map(repr, choices))}{hint}")
+
+
+def tweo_loss(outputs: Sequence[Tensor], config: TweoConfig) -> Tensor:
+    """Return L_TWEO of the outputs of all blocks, without its weight.
+
+    Args:
+        outputs: one tensor a block, of any shape and any floating dtype, on one device.
+        config: tau, eps, power and reduction are used.
+
+    Returns:
+        A differentiable scalar: float64 if an output is float64, float32 otherwise. NaN in an output gives NaN, infinity
+        gives infinity. The gradient has the dtype of the output it belongs to, and overflows where that dtype does.
+
+    Raises:
+        ValueError: if there is no output, or an empty one.
+        TypeError: if an output is no floating-point tensor.
+    """
+    terms = [mean_power(output, config)[0] for output in outputs]
+    return reduce_terms(terms, [output.numel() for output in outputs], config)
+
+
+def reduce_terms(terms: Sequence[Tensor], numels: Sequence[int], config: TweoConfig) -> Tensor:
+    """Average the blocks' terms as `config.reduction` says.
+
+    Args:
+        terms: scalars, the mean penalty of each block.
+        numels: the number of elements behind each term.
+        config: its `reduction` is used.
+
+    Raises:
+        ValueError: if there are no terms.
+    """
+    if not terms:
+        raise ValueError("L_TWEO is a mean over blocks and got none: pass the output of every transformer block")
+    if config.reduction == "block":
+        return torch.stack(list(terms)).mean()
+    total = sum(numels)
+    return torch.stack([term * (numel / total) for term, numel in zip(terms, numels, strict=True)]).sum()
+
+
+def mean_power(x: Tensor, config: TweoConfig) -> tuple[Tensor, Tensor]:
+    """Return mean((|x| / (tau + eps))^p) of one block's output, and its peak.
+
+    Args:
+        x: floating tensor of any shape; it alone is kept for the backward pass.
+        config: tau, eps and power are used.
+
+    Returns:
+        Two scalars, float64 for float64 input and float32 otherwise: the differentiable mean, and max |x|.
+
+    Raises:
+        ValueError: if `x` is empty.
+        TypeError: if `x` is no floating-point tensor.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"L_TWEO takes floating-point tensors, the outputs of transformer blocks; got {kind}")
+    if x.numel() == 0:
+        raise ValueError(f"L_TWEO is a mean and got an empty block output, of shape {tuple(x.shape)}")
+    term, peak = _MeanPower.apply(x, config.tau + config.eps, config.power)
+    return term, peak
+
+
+class _MeanPower(torch.autograd.Function):
+    """mean((|x| / scale)^p) with x as the only tensor kept, and max |x|, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.scale, ctx.power = scale, power
+        wide = _wide_dtype(x)
+        low, high = torch.aminmax(x)
+        peak = torch.maximum(high, -low).to(wide)
+        # A power of two near the peak: dividing by it is exact, and every ratio is below 2.
+        unit = torch.exp2(torch.frexp(peak).exponent.clamp(-126, 127).to(wide))
+        ratio = x.to(wide) / unit
+        mean = _power_(ratio, power).mean()
+        # Half the power on either side of the mean: (unit / scale)^p alone may overflow where the product does not.
+        half = (unit / scale) ** (power / 2)
+        ctx.mark_non_differentiable(peak)
+        return half * mean * half, peak
+
+    @staticmethod
+    def backward(ctx: Any, grad_term: Tensor, grad_peak: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        a = x.to(_wide_dtype(x)) / ctx.scale
+        factor = grad_term * (ctx.power / (ctx.scale * x.numel()))
+        if torch.is_grad_enabled():  # asked for a graph of the gradient: nothing may be overwritten
+            grad = a * a.abs().pow(ctx.power - 2) * factor
+        else:
+            grad = a.mul_(_power_(a.clone(), ctx.power - 2)).mul_(factor)
+        return grad.to(x.dtype), None, None
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays, everything else is computed in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _power_(x: Tensor, power: float) -> Tensor:
+    """Overwrite x with |x|^power; the usual powers are products, which cost a tenth of `pow`."""
+    if power == 4:
+        return x.square_().square_()
+    if power == 2:
+        return x.square_()
+    if power == 0:
+        return x.fill_(1)
+    return x.abs_().pow_(power)
