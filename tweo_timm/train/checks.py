@@ -1,0 +1,157 @@
+"""What a training run's settings must satisfy together, said before anything is built.
+
+Each rule ends in one sentence that names the flag, the value and the remedy. A flag that timm accepts and then ignores,
+or that cannot work here, is refused. Facts about what timm does with a flag: its training script, 1.0.29 to 1.0.31.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tweo_timm.train.options import TrainOptions
+
+# Inclusive bounds of the flags that have some. None is always in range: it means unset.
+_POSITIVE_COUNTS = (
+    "batch_size validation_batch_size grad_accum_steps lr_base_size epochs stop_epoch log_interval val_interval "
+    "checkpoint_hist recount lr_cycle_limit fp8_amax_history train_batches_per_epoch num_classes in_chans img_size"
+)
+_NOT_NEGATIVE = (
+    "workers recovery_interval mixup_off_epoch aug_repeats aug_splits tta warmup_epochs cooldown_epochs "
+    "patience_epochs outlier_interval fp8_health_interval start_epoch weight_decay min_lr warmup_lr "
+    "lr_base mixup cutmix epoch_repeats tweo_weight tweo_end_weight seed"
+)
+_FRACTIONS = (
+    "hflip vflip color_jitter_prob grayscale_prob gaussian_blur_prob reprob mixup_prob mixup_switch_prob smoothing "
+    "drop drop_path drop_block model_ema_decay multilabel_threshold tweo_start tweo_end train_size_random_mix crop_pct"
+)
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_POSITIVE_COUNTS.split(), (1, math.inf)),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
+    **dict.fromkeys(_FRACTIONS.split(), (0, 1)),
+}
+
+
+def check_train_options(options: TrainOptions) -> None:
+    """Refuse settings that are out of range, contradict each other or cannot be honoured.
+
+    Raises:
+        ValueError: the first such setting, with the reason and the remedy.
+    """
+    for rule in (_out_of_range, _not_honoured, _incomplete, _contradictory, _tweo_and_fp8):
+        for complaint in rule(options):
+            raise ValueError(complaint)
+
+
+def option_name(dest: str) -> str:
+    """The long option string of a field, for messages."""
+    return f"--{dest.replace('_', '-')}"
+
+
+def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Iterator[str]:
+    """A complaint for each number outside its bounds."""
+    for dest, (low, high) in bounds.items():
+        value = getattr(options, dest)
+        if value is not None and not low <= value <= high:
+            accepted = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            yield f"{option_name(dest)} is {value}; it must be {accepted}"
+
+
+def _out_of_range(options: TrainOptions) -> Iterator[str]:
+    yield from out_of_bounds(options, _BOUNDS)
+    if options.lr is not None and options.lr <= 0:
+        yield f"--lr is {options.lr}; it must be above 0 (leave it out to use --lr-base {options.lr_base:g})"
+    for dest in ("scale", "ratio", "cutmix_minmax"):
+        pair = getattr(options, dest)
+        if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
+            yield f"{option_name(dest)} is {pair}; it takes two numbers, the smaller first"
+    if sorted(options.decay_milestones) != options.decay_milestones:
+        yield f"--decay-milestones is {options.decay_milestones}; the epochs must be increasing"
+    if any(epoch < 1 for epoch in options.save_epochs or ()):
+        yield f"--save-epochs is {options.save_epochs}; epochs count from 1"
+
+
+def _not_honoured(options: TrainOptions) -> Iterator[str]:
+    if options.torchscript:
+        yield (
+            "--torchscript cannot be honoured: a scripted model runs neither the hooks of TWEO nor FP8 layers; "
+            "use --torchcompile (from a file: --no-torchscript)"
+        )
+    if options.fuser:
+        yield f"--fuser {options.fuser} cannot be honoured: it belongs to --torchscript; use --torchcompile, --fuser ''"
+    if options.tta > 1:
+        yield (
+            f"--tta {options.tta} cannot be honoured: timm averages groups of {options.tta} outputs, but no loader of "
+            "timm makes the copies, so unrelated images would be averaged; use --tta 0"
+        )
+    if options.drop_connect is not None:
+        yield (
+            f"--drop-connect {options.drop_connect} cannot be honoured: timm no longer reads it; "
+            f"use --drop-path {options.drop_connect}"
+        )
+    if options.naflex_loader and options.tweo_weight > 0:
+        yield (
+            "--tweo-weight with --naflex-loader cannot be honoured: its batches hold padding tokens, which the mean "
+            "of the penalty would count; train without --naflex-loader, or with --tweo-weight 0"
+        )
+
+
+def _incomplete(options: TrainOptions) -> Iterator[str]:
+    if options.aug_splits == 1:
+        yield "--aug-splits is 1; it must be 0 (off) or at least 2"
+    for dest in ("jsd_loss", "split_bn"):
+        if getattr(options, dest) and options.aug_splits < 2:
+            yield f"{option_name(dest)} needs --aug-splits 2 or more, which is {options.aug_splits}"
+    if options.loss == "jsd" and options.aug_splits < 2:
+        yield f"--loss jsd needs --aug-splits 2 or more, which is {options.aug_splits}"
+    sizes = options.train_img_sizes
+    for dest in ("train_batch_sizes", "train_size_probs"):
+        values = getattr(options, dest)
+        if values is not None and len(values) != len(sizes or ()):
+            yield f"{option_name(dest)} has {len(values)} values; it needs one for each of --train-img-sizes ({sizes})"
+    probs = options.naflex_patch_size_probs
+    if probs is not None and len(probs) != len(options.naflex_patch_sizes or ()):
+        yield f"--naflex-patch-size-probs has {len(probs)} values; it needs one for each of --naflex-patch-sizes"
+
+
+def _contradictory(options: TrainOptions) -> Iterator[str]:
+    for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
+        if getattr(options, dest) and options.loss not in (None, loss):
+            yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
+    if options.jsd_loss and options.bce_loss:
+        yield "--jsd-loss contradicts --bce-loss; give --no-jsd-loss or --no-bce-loss"
+    if options.amp and options.model_dtype not in (None, "float32"):
+        yield f"--amp needs a float32 model, not --model-dtype {options.model_dtype}; give --no-amp or leave it out"
+    if options.task == "multilabel" and options.loss in ("ce", "jsd"):
+        yield f"--loss {options.loss} is for one label an image; with --task multilabel use bce, asl, poly, zlpr or db"
+    if options.task == "classification" and options.loss in ("twoway", "zlpr", "db"):
+        yield f"--loss {options.loss} is for several labels an image; give --task multilabel, or --loss ce or bce"
+
+
+def _tweo_and_fp8(options: TrainOptions) -> Iterator[str]:
+    if options.tweo_tau <= 0:
+        yield f"--tweo-tau is {options.tweo_tau:g}; it must be above 0, in the paper 3"
+    if options.tweo_power <= 1:
+        yield f"--tweo-power is {options.tweo_power:g}; it must be above 1, in the paper 4"
+    if not options.tweo_start < options.tweo_end:
+        yield f"--tweo-start {options.tweo_start:g} must be below --tweo-end {options.tweo_end:g}"
+    moved = [
+        option_name(dest)
+        for dest, still in (("tweo_end_weight", 0.0), ("tweo_start", 0.0), ("tweo_end", 1.0))
+        if getattr(options, dest) != still
+    ]
+    if moved and options.tweo_schedule == "constant":
+        yield f"{', '.join(moved)} does nothing under --tweo-schedule constant; choose cosine or linear"
+    if options.stop_on_peak is not None and options.stop_on_peak <= 0:
+        yield f"--stop-on-peak is {options.stop_on_peak:g}; it must be above 0"
+    if options.stop_on_peak is not None and options.outlier_interval == 0 and options.tweo_weight == 0:
+        yield "--stop-on-peak needs statistics: give --outlier-interval 1 or more"
+    patterns = [("tweo_blocks", options.tweo_blocks), *(("fp8_exclude", pattern) for pattern in options.fp8_exclude)]
+    for dest, pattern in patterns:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"

@@ -1,0 +1,333 @@
+"""Command-line flags declared once, as the fields of a dataclass.
+
+A flag has a name, a type, a default, a help text and a place in a YAML file. Declared in two places these drift apart;
+here one dataclass field declares all of them, and this module derives the rest: the argparse parser, the conversion of
+YAML values, and the switched-off form of every boolean (``--amp`` / ``--no-amp``; ``--no-aug`` / ``--aug``), so that
+what a file switched on the command line can switch off.
+
+Refuses annotations it cannot turn into a flag. Imports neither torch nor timm: ``-h`` must be quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import functools
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, NoReturn, TypeVar
+
+OptionsT = TypeVar("OptionsT")
+
+# PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_PLURAL = {bool: "true or false", int: "integers", float: "numbers", str: "strings"}
+_SINGULAR = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field's annotation and default do not say about its flag.
+
+    Attributes:
+        help: One sentence for ``-h``.
+        names: Option strings; empty means ``--`` plus the field's name with dashes. Without dashes it is positional.
+        nargs: How many values a list takes ('+' unless said), or '?' for a string with a ``const``.
+        choices: The accepted values, or None for any of the type.
+        metavar: What stands for the value in ``-h``.
+        const: The value of a '?' flag that is given bare.
+        recorded: Whether args.yaml holds it; False for what belongs to one invocation, not to the run.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    nargs: str | int | None = None
+    choices: tuple[Any, ...] | None = None
+    metavar: str | None = None
+    const: Any = None
+    recorded: bool = True
+
+
+def flag(default: Any, help: str, *names: str, recorded: bool = True, **details: Any) -> Any:
+    """Declare one flag as a dataclass field; see :class:`Flag` for the arguments."""
+    metadata = {"flag": Flag(help, names, recorded=recorded, **details)}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata, compare=recorded)
+    return field(default=default, metadata=metadata, compare=recorded)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag with its type resolved: ``scalar`` is bool, int, float or str, of which a list holds several."""
+
+    dest: str
+    group: str
+    flag: Flag
+    scalar: type
+    is_list: bool
+    is_mapping: bool
+    optional: bool
+    default: Any
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The option strings, the derived one included."""
+        return self.flag.names or (f"--{self.dest.replace('_', '-')}",)
+
+    @property
+    def positional(self) -> bool:
+        """Whether the flag is an argument without dashes."""
+        return not self.names[0].startswith("-")
+
+    @property
+    def negative_names(self) -> tuple[str, ...]:
+        """The option strings that switch a boolean off; empty for any other type."""
+        if self.scalar is not bool:
+            return ()
+        long = [name[2:] for name in self.names if name.startswith("--")]
+        # A flag that already says no, such as --no-aug, is switched off by saying yes: --aug.
+        return tuple(f"--{name[3:]}" if name.startswith("no-") else f"--no-{name}" for name in long)
+
+    @property
+    def expected(self) -> str:
+        """The accepted values, in words."""
+        if self.flag.choices is not None:
+            words = "one of " + ", ".join(repr(choice) for choice in self.flag.choices)
+        elif self.is_mapping:
+            words = "a mapping of names to values"
+        elif self.is_list:
+            count = f"{self.flag.nargs} " if isinstance(self.flag.nargs, int) else ""
+            words = f"a list of {count}{_PLURAL[self.scalar]}"
+        else:
+            words = _SINGULAR[self.scalar]
+        return words + (" or null" if self.optional else "")
+
+
+def _resolve(dest: str, group: str, annotation: Any, entry: Flag, default: Any) -> Option:
+    arguments = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+    optional = type(None) in arguments
+    inner = next((kind for kind in arguments if kind is not type(None)), annotation)
+    is_list, is_mapping = typing.get_origin(inner) is list, typing.get_origin(inner) is dict
+    scalar = typing.get_args(inner)[0] if is_list or is_mapping else inner
+    if scalar not in _SINGULAR:
+        raise TypeError(f"{group}.{dest}: {annotation} is no type of a flag; use bool, int, float, str, list or dict")
+    return Option(dest, group, entry, scalar, is_list, is_mapping, optional, default)
+
+
+def option_table(options: type) -> dict[str, Option]:
+    """Every flag of an options dataclass by field name, in the order of its groups (its base classes)."""
+    hints = typing.get_type_hints(options)
+    declared = {item.name: item for item in fields(options)}
+    table = {}
+    for group in (*options.__bases__, options):
+        for name in inspect.get_annotations(group):
+            item = declared[name]
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            table[name] = _resolve(name, _title(group), hints[name], item.metadata["flag"], default)
+    return table
+
+
+def _title(group: type) -> str:
+    return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+class _Switch(argparse.Action):
+    """A boolean with both its forms on one line of ``-h``."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, negative_names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__([*option_strings, *negative_names], dest, nargs=0, **kwargs)
+        self._negative_names = frozenset(negative_names)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, name: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, name not in self._negative_names)
+
+
+class _KeyValues(argparse.Action):
+    """``name=value`` words to a dict; values are Python literals where they are one, strings otherwise, as in timm."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, name: str | None = None
+    ) -> None:
+        words = [word.partition("=") for word in values if word]
+        for key, equals, _ in words:
+            if not equals:
+                raise argparse.ArgumentError(self, f"{key!r} is not of the form name=value")
+        setattr(namespace, self.dest, {key: _literal(value) for key, _, value in words})
+
+
+def _literal(text: str) -> Any:
+    try:
+        return freeze(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def freeze(value: Any) -> Any:
+    """The value with its lists as tuples: YAML knows only lists, timm's constructors default to tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    if isinstance(value, dict):
+        return {key: freeze(item) for key, item in value.items()}
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line and with the nearest flag; the usage of two hundred flags would hide the message."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} -h lists every flag)\n")
+
+
+def _number_or_none(scalar: type) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else scalar(text)
+
+    convert.__name__ = scalar.__name__
+    return convert
+
+
+def _add(group: Any, option: Option) -> None:
+    entry = option.flag
+    shown = (
+        "" if option.default in (None, "", [], {}) or option.scalar is bool else f" (default: {_words(option.default)})"
+    )
+    arguments: dict[str, Any] = {"help": (entry.help + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+    if not option.positional:
+        arguments["dest"] = option.dest
+    if option.scalar is bool:
+        group.add_argument(*option.names, action=_Switch, negative_names=option.negative_names, **arguments)
+    elif option.is_mapping:
+        group.add_argument(*option.names, action=_KeyValues, nargs="*", metavar="NAME=VALUE", **arguments)
+    else:
+        scalar = _number_or_none(option.scalar) if option.optional and option.scalar is not str else option.scalar
+        nargs = entry.nargs or ("+" if option.is_list else None)
+        metavar = entry.metavar or (None if entry.choices else {int: "N", float: "F", str: "TEXT"}[option.scalar])
+        extra = {"const": entry.const} if entry.const is not None else {}
+        group.add_argument(
+            *option.names, type=scalar, nargs=nargs, metavar=metavar, choices=entry.choices, **extra, **arguments
+        )
+
+
+def _words(default: Any) -> str:
+    return " ".join(str(item) for item in default) if isinstance(default, list) else str(default)
+
+
+class CommandLine(Generic[OptionsT]):
+    """The argparse parser of an options dataclass; parsing yields only the flags that were given."""
+
+    def __init__(self, options: type[OptionsT], prog: str, description: str) -> None:
+        self.parser = _Parser(
+            prog=prog,
+            description=description,
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36, width=112),
+        )
+        self.parser.usage = f"{prog} [-c FILE] [--flag VALUE ...]"
+        table = option_table(options)
+        groups = {
+            title: self.parser.add_argument_group(title) for title in dict.fromkeys(o.group for o in table.values())
+        }
+        for option in table.values():
+            _add(groups[option.group], option)
+        self._known = [name for option in table.values() for name in (*option.names, *option.negative_names)]
+
+    def parse(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """The flags given in ``argv`` (None: the process's own) by field name; exits with status 2 on a bad one."""
+        given, unknown = self.parser.parse_known_args(argv)
+        if unknown:
+            word = next((item for item in unknown if item.startswith("-")), unknown[0])
+            self.parser.error(f"unknown argument {word!r}{suggest(word.split('=')[0], self._known)}")
+        return vars(given)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The sentence that names what was probably meant, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# --- YAML values -----------------------------------------------------------------------------------------------------
+
+
+def convert(option: Option, value: Any) -> Any:
+    """A value read from YAML as the type of its flag.
+
+    Numbers written as strings count as numbers (YAML 1.1 reads ``5e-4`` as a string), whole floats as integers, and
+    ``off``/``on``, which YAML 1.1 reads as booleans, as the choice of that name. Nothing else is bent.
+
+    Raises:
+        ValueError: the value is of another type or not among the choices; the message says what is accepted.
+    """
+    if value is None:
+        return _convert_null(option)
+    if option.is_mapping:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ValueError(f"expected {option.expected}")
+        return {key: freeze(_exponents(item)) for key, item in value.items()}
+    if option.is_list:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"expected {option.expected}; write [{value}]")
+        if isinstance(option.flag.nargs, int) and len(value) != option.flag.nargs:
+            raise ValueError(f"expected {option.expected}, got {len(value)}")
+        return [_convert_scalar(option, item) for item in value]
+    return _convert_scalar(option, value)
+
+
+def _convert_null(option: Option) -> Any:
+    if option.optional:
+        return None
+    # In a file timm wrote, null and the empty value say the same thing: unset.
+    if option.is_mapping or option.is_list or (option.scalar is str and option.default == ""):
+        return type(option.default)()
+    raise ValueError(f"expected {option.expected}; leave the key out for the default, {option.default!r}")
+
+
+def _convert_scalar(option: Option, value: Any) -> Any:
+    choices = option.flag.choices
+    if choices is not None and isinstance(value, bool):
+        value = next((word for word in (("off", "none"), ("on",))[value] if word in choices), value)
+    converted = _as_type(option.scalar, value)
+    if converted is None:
+        hint = f"; quote it: '{value}'" if option.scalar is str and type(value) in (int, float) else ""
+        raise ValueError(f"expected {option.expected}{hint}")
+    if choices is not None and converted not in choices:
+        near = suggest(converted, choices) if isinstance(converted, str) else ""
+        raise ValueError(f"expected {option.expected}{near}")
+    return converted
+
+
+def _as_type(scalar: type, value: Any) -> Any:
+    """The value as int, float, str or bool, or None if it is not one."""
+    if scalar in (bool, str):
+        return value if type(value) is scalar else None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if scalar is int and isinstance(value, int):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    if scalar is int:
+        return int(number) if number.is_integer() else None
+    return None if math.isnan(number) else number
+
+
+def _exponents(value: Any) -> Any:
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    if isinstance(value, list):
+        return [_exponents(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _exponents(item) for key, item in value.items()}
+    return value

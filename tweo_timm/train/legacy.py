@@ -1,0 +1,89 @@
+"""Names that timm's training script once used, and what they are now.
+
+args.yaml files outlive the script that wrote them, and those on the model hub go back to 2020. What only changed its
+name is renamed, what the run no longer needs is dropped and reported, and what belonged to the process that wrote the
+file (its rank, its device count) never enters another run.
+
+Source: timm's training script through its releases; the equivalences are stated beside each name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+from typing import Any
+
+Values = dict[str, Any]
+
+# What the launcher and the device decide, written by scripts that saved their arguments after start-up.
+_OF_THE_PROCESS = (
+    *("local_rank", "rank", "world_size", "distributed", "dist_backend", "dist_url", "num_gpu", "gpu"),
+    *("prefetcher", "use_amp", "amp_impl", "config", "config_unknown", "print_config"),
+)
+# Options of libraries or experiments that timm has dropped; none changes what is trained.
+_RETIRED = ("aot_autograd", "bench_labeler", "eval_checkpoint")
+
+
+@dataclass
+class Modernized:
+    """The values under today's names, and what happened to the others."""
+
+    values: Values
+    renamed: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def modernize(values: Values, known: Container[str]) -> Modernized:
+    """Translate the keys of an older args.yaml.
+
+    Args:
+        values: What the file holds.
+        known: Keys that a file may set today. drop_connect aside, these stay as they are.
+    """
+    result = Modernized(dict(values))
+    for old, translate in _TRANSLATIONS.items():
+        if old not in result.values:
+            continue
+        value = result.values.pop(old)
+        updates = {} if value in (None, False) else translate(value, result.values)
+        result.values.update(updates)
+        if updates:
+            result.renamed.append(f"{old} -> " + ", ".join(updates))
+        else:
+            result.ignored.append(old)
+    for old in (*_OF_THE_PROCESS, *_RETIRED):
+        if old in result.values and old not in known:
+            del result.values[old]
+            result.ignored.append(old)
+    return result
+
+
+def _rename(new: str) -> Callable[[Any, Values], Values]:
+    def translate(value: Any, values: Values) -> Values:
+        return {} if values.get(new) else {new: value}
+
+    return translate
+
+
+def _bn_tf(value: Any, values: Values) -> Values:
+    # TensorFlow's batch normalization, as timm defined the flag.
+    defaults = {"bn_momentum": 1 - 0.99, "bn_eps": 1e-3}
+    return {key: default for key, default in defaults.items() if values.get(key) is None}
+
+
+def _validation_batch(value: Any, values: Values) -> Values:
+    if value == 1 or values.get("validation_batch_size") is not None or not isinstance(values.get("batch_size"), int):
+        return {}
+    return {"validation_batch_size": value * values["batch_size"]}
+
+
+_TRANSLATIONS: dict[str, Callable[[Any, Values], Values]] = {
+    "native_amp": lambda value, values: {} if values.get("amp") else {"amp": True},
+    # Apex is gone; autocast is what timm itself put in its place.
+    "apex_amp": lambda value, values: {} if values.get("amp") else {"amp": True},
+    "jsd": _rename("jsd_loss"),
+    "mixup_elem": lambda value, values: {"mixup_mode": "elem"},
+    "drop_connect": _rename("drop_path"),
+    "validation_batch_size_multiplier": _validation_batch,
+    "bn_tf": _bn_tf,
+}

@@ -1,0 +1,132 @@
+"""The settings of one training run: every flag of timm's train.py under timm's names, and this package's own.
+
+``TrainOptions`` is the one place where a setting has a name, a type and a default. Command line and YAML become a
+``TrainOptions`` once, at the edge (precedence: command line, then YAML, then defaults); below it nothing parses.
+Settings that cannot be honoured are refused with a reason, never ignored.
+
+Source: timm's training script, 1.0.29 to 1.0.31. Imports neither torch nor timm, so that ``-h`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tweo_timm.train.checks import check_train_options
+from tweo_timm.train.flags import CommandLine, freeze
+from tweo_timm.train.groups.data import AugmentOptions, DatasetOptions, ImageSizeOptions, NaflexOptions
+from tweo_timm.train.groups.model import DeviceOptions, EmaOptions, ModelOptions, NormOptions
+from tweo_timm.train.groups.optimizer import DistillationOptions, LossOptions, OptimizerOptions, ScheduleOptions
+from tweo_timm.train.groups.run import ConfigOptions, Fp8Options, RunOptions, TweoOptions
+from tweo_timm.train.recipe import require_switches, resolve
+
+DESCRIPTION = (
+    "Train a timm model, with or without TWEO, in FP8 or not. Every flag of timm's train.py means the same here."
+)
+
+
+@dataclass(frozen=True)
+class TrainOptions(
+    ConfigOptions,
+    TweoOptions,
+    Fp8Options,
+    DatasetOptions,
+    ModelOptions,
+    DeviceOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    LossOptions,
+    AugmentOptions,
+    RunOptions,
+    EmaOptions,
+    NormOptions,
+    DistillationOptions,
+    ImageSizeOptions,
+    NaflexOptions,
+):
+    """The settings of one training run, one field per flag.
+
+    Fields that belong to one invocation rather than to the run (``config``, ``config_unknown``, ``print_config``,
+    ``local_rank``) are neither compared nor written to args.yaml.
+
+    Raises:
+        ValueError: a setting is out of range, contradicts another, or cannot be honoured.
+    """
+
+    def __post_init__(self) -> None:
+        # `data` is the old positional form of data_dir: one field below this line.
+        if self.data:
+            object.__setattr__(self, "data_dir", self.data_dir or self.data)
+        object.__setattr__(self, "data", None)
+        for name in ("model_kwargs", "opt_kwargs"):
+            object.__setattr__(self, name, freeze(getattr(self, name)))
+        check_train_options(self)
+
+
+def parse_train_options(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainOptions:
+    """Read the command line, and the YAML file it names, into settings.
+
+    Args:
+        argv: The words after the program's name; None: those of this process.
+        prog: The program's name in messages.
+
+    Returns:
+        The settings, each from the command line, else from YAML, else the default. Three defaults depend on other
+        settings and apply only where neither says otherwise: ``decay_epochs`` is None under the wsd and rsqrt
+        schedules; ``smoothing`` is 0 and ``eval_metric`` is map for multi-label targets.
+
+    Raises:
+        SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
+        ValueError: the YAML file or the combination of settings is wrong; the message names key, value and remedy.
+    """
+    given = CommandLine(TrainOptions, prog, DESCRIPTION).parse(argv)
+    values, recipe = resolve(TrainOptions, given)
+    require_switches(recipe, values)
+    return TrainOptions(**_dependent_defaults(values))
+
+
+def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    if explicit.get("sched") in ("wsd", "rsqrt"):
+        defaults["decay_epochs"] = None
+    if explicit.get("task") == "multilabel":
+        defaults.update(smoothing=0.0, eval_metric="map")
+    return {**defaults, **explicit}
+
+
+def as_namespace(options: Any) -> argparse.Namespace:
+    """The settings as an argparse namespace under timm's names, for timm functions that read one.
+
+    Args:
+        options: ``TrainOptions`` or ``ValidateOptions``.
+
+    Returns:
+        A namespace of plain values, independent of ``options``: timm writes into what it is given
+        (``init_distributed_device`` sets device, rank and world_size).
+    """
+    return argparse.Namespace(**{item.name: copy.deepcopy(getattr(options, item.name)) for item in fields(options)})
+
+
+def resolved_lr(options: TrainOptions, global_batch: int) -> float:
+    """The learning rate of a run, by timm's rule.
+
+    Args:
+        options: ``lr`` wins; else ``lr_base`` grows with ``global_batch / lr_base_size``, linearly or by its square
+            root. Unless ``lr_base_scale`` says which, the root holds for optimizers with 'ada' or 'lamb' in their
+            name, which includes AdamW.
+        global_batch: Samples per update: batch size x processes x accumulation steps.
+
+    Raises:
+        ValueError: ``global_batch`` is not positive.
+    """
+    if global_batch < 1:
+        raise ValueError(f"global_batch is {global_batch}; it counts the samples of one update, at least 1")
+    if options.lr is not None:
+        return options.lr
+    adaptive = any(word in options.opt.lower() for word in ("ada", "lamb"))
+    scale = options.lr_base_scale or ("sqrt" if adaptive else "linear")
+    ratio = global_batch / options.lr_base_size
+    return options.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
