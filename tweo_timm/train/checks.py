@@ -74,7 +74,17 @@ def _out_of_range(options: TrainOptions) -> Iterator[str]:
         yield f"--save-epochs is {options.save_epochs}; epochs count from 1"
 
 
-def _not_honoured(options: TrainOptions) -> Iterator[str]:
+def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:
+    """A complaint for each pattern that does not compile; None is no pattern."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
+
+
+def scripting(options: Any) -> Iterator[str]:
+    """A complaint for each flag of TorchScript, which neither command honours."""
     if options.torchscript:
         yield (
             "--torchscript cannot be honoured: a scripted model runs neither the hooks of TWEO nor FP8 layers; "
@@ -82,6 +92,10 @@ def _not_honoured(options: TrainOptions) -> Iterator[str]:
         )
     if options.fuser:
         yield f"--fuser {options.fuser} cannot be honoured: it belongs to --torchscript; use --torchcompile, --fuser ''"
+
+
+def _not_honoured(options: TrainOptions) -> Iterator[str]:
+    yield from scripting(options)
     if options.tta > 1:
         yield (
             f"--tta {options.tta} cannot be honoured: timm averages groups of {options.tta} outputs, but no loader of "
@@ -149,9 +163,5 @@ def _tweo_and_fp8(options: TrainOptions) -> Iterator[str]:
         yield f"--stop-on-peak is {options.stop_on_peak:g}; it must be above 0"
     if options.stop_on_peak is not None and options.outlier_interval == 0 and options.tweo_weight == 0:
         yield "--stop-on-peak needs statistics: give --outlier-interval 1 or more"
-    patterns = [("tweo_blocks", options.tweo_blocks), *(("fp8_exclude", pattern) for pattern in options.fp8_exclude)]
-    for dest, pattern in patterns:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
+    yield from regular_expressions("tweo_blocks", options.tweo_blocks)
+    yield from regular_expressions("fp8_exclude", *options.fp8_exclude)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import difflib
 import functools
 import inspect
@@ -254,6 +255,19 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """The sentence that names what was probably meant, or nothing when no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def as_namespace(options: Any) -> argparse.Namespace:
+    """The settings as an argparse namespace under timm's names, for timm functions that read one.
+
+    Args:
+        options: ``TrainOptions`` or ``ValidateOptions``.
+
+    Returns:
+        A namespace of plain values, independent of ``options``: timm writes into what it is given
+        (``init_distributed_device`` sets device, rank and world_size).
+    """
+    return argparse.Namespace(**{item.name: copy.deepcopy(getattr(options, item.name)) for item in fields(options)})
 
 
 # --- YAML values -----------------------------------------------------------------------------------------------------

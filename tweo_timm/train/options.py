@@ -9,21 +9,21 @@ Source: timm's training script, 1.0.29 to 1.0.31. Imports neither torch nor timm
 
 from __future__ import annotations
 
-import argparse
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from tweo_timm.train.checks import check_train_options
-from tweo_timm.train.flags import CommandLine, freeze
+from tweo_timm.train.flags import CommandLine, as_namespace, freeze
 from tweo_timm.train.groups.data import AugmentOptions, DatasetOptions, ImageSizeOptions, NaflexOptions
 from tweo_timm.train.groups.model import DeviceOptions, EmaOptions, ModelOptions, NormOptions
 from tweo_timm.train.groups.optimizer import DistillationOptions, LossOptions, OptimizerOptions, ScheduleOptions
 from tweo_timm.train.groups.run import ConfigOptions, Fp8Options, RunOptions, TweoOptions
 from tweo_timm.train.recipe import require_switches, resolve
 
-DESCRIPTION = (
+__all__ = ["TrainOptions", "as_namespace", "parse_train_options", "resolved_lr"]
+
+_DESCRIPTION = (
     "Train a timm model, with or without TWEO, in FP8 or not. Every flag of timm's train.py means the same here."
 )
 
@@ -82,7 +82,7 @@ def parse_train_options(argv: Sequence[str] | None = None, prog: str = "train.py
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
         ValueError: the YAML file or the combination of settings is wrong; the message names key, value and remedy.
     """
-    given = CommandLine(TrainOptions, prog, DESCRIPTION).parse(argv)
+    given = CommandLine(TrainOptions, prog, _DESCRIPTION).parse(argv)
     values, recipe = resolve(TrainOptions, given)
     require_switches(recipe, values)
     return TrainOptions(**_dependent_defaults(values))
@@ -95,19 +95,6 @@ def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     if explicit.get("task") == "multilabel":
         defaults.update(smoothing=0.0, eval_metric="map")
     return {**defaults, **explicit}
-
-
-def as_namespace(options: Any) -> argparse.Namespace:
-    """The settings as an argparse namespace under timm's names, for timm functions that read one.
-
-    Args:
-        options: ``TrainOptions`` or ``ValidateOptions``.
-
-    Returns:
-        A namespace of plain values, independent of ``options``: timm writes into what it is given
-        (``init_distributed_device`` sets device, rank and world_size).
-    """
-    return argparse.Namespace(**{item.name: copy.deepcopy(getattr(options, item.name)) for item in fields(options)})
 
 
 def resolved_lr(options: TrainOptions, global_batch: int) -> float:
