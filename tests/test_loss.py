@@ -12,10 +12,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from tweo_timm import TweoConfig, tweo_loss
 from tweo_timm.loss import mean_power
 
+PAPER = TweoConfig()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def reference(outputs, config=TweoConfig()):
+def reference(outputs, config=PAPER):
     """The paper's definition, in NumPy's extended precision, on the values as the tensors hold them."""
     arrays = [np.abs(output.detach().double().numpy().astype(np.longdouble)) for output in outputs]
     powers = [(array / (config.tau + config.eps)) ** config.power for array in arrays]

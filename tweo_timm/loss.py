@@ -5,7 +5,8 @@
 with A_l the output of transformer block l (arXiv:2511.23225; no official code is public). Everything here is pure: it
 knows tensors and numbers, no models. Written naively, ``(A.float().abs() / tau).pow(4).mean()`` keeps four copies of A
 for the backward pass and overflows in half precision at |A| = 48; the autograd function below keeps A itself, which the
-next layer keeps anyway, and works at the scale of the peak, so that no intermediate overflows where the result does not.
+next layer keeps anyway, and works at the scale of the peak, so that no intermediate overflows where the result does
+not.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class TweoConfig:
         eps: added to tau.
         schedule: how the weight moves from `weight` to `end_weight`: 'constant', 'cosine' or 'linear'.
         end_weight: the weight at the end of the window. Larger than `weight`, it makes a ramp, as a retrofit needs.
-        reduction: 'block' is the paper's mean of the blocks' means; 'element' weighs every activation alike, so that the
-            small last stages of a hierarchical model do not count eight times as much an element as the first.
+        reduction: 'block' is the paper's mean of the blocks' means; 'element' weighs every activation alike, so that
+            the small last stages of a hierarchical model do not count eight times as much an element as the first.
         start: fraction of the training at which the weight begins to move.
         end: fraction of the training at which it has reached `end_weight`.
 
@@ -114,8 +115,9 @@ def tweo_loss(outputs: Sequence[Tensor], config: TweoConfig) -> Tensor:
         config: tau, eps, power and reduction are used.
 
     Returns:
-        A differentiable scalar: float64 if an output is float64, float32 otherwise. NaN in an output gives NaN, infinity
-        gives infinity. The gradient has the dtype of the output it belongs to, and overflows where that dtype does.
+        A differentiable scalar: float64 if an output is float64, float32 otherwise. NaN in an output gives NaN,
+        infinity gives infinity. The gradient has the dtype of the output it belongs to, and overflows where that dtype
+        does.
 
     Raises:
         ValueError: if there is no output, or an empty one.

@@ -17,8 +17,8 @@ from tweo_timm.tap import BlockTap
 class OutlierRecorder:
     """Counts block outputs while it is armed; costs one comparison a block while it is not.
 
-    A recorder that is to see a compiled model must be made before the model's first compiled call, because torch.compile
-    ignores hooks that come later. An EMA copy is another model: it needs a recorder of its own.
+    A recorder that is to see a compiled model must be made before the model's first compiled call, because
+    torch.compile ignores hooks that come later. An EMA copy is another model: it needs a recorder of its own.
 
     Args:
         model: a timm model, possibly wrapped by DistributedDataParallel or torch.compile.
@@ -78,8 +78,8 @@ class OutlierRecorder:
         """Return the largest peak and the statistics of every block.
 
         Returns:
-            peak_abs (max |A| over all blocks), peak_block (its name) and blocks: one dict a block, in forward order, with
-            name and the fields of `ActivationStats.summary`.
+            peak_abs (max |A| over all blocks), peak_block (its name) and blocks: one dict a block, in forward order,
+            with name and the fields of `ActivationStats.summary`.
 
         Raises:
             RuntimeError: if blocks were never seen; the message names the first of them.
@@ -87,8 +87,8 @@ class OutlierRecorder:
         unseen = [name for name, stats in self.stats.items() if stats is None]
         if unseen:
             raise RuntimeError(
-                f"{len(unseen)} of {len(self.stats)} blocks produced no output while recording, the first is {unseen[0]!r}: "
-                "run the model inside the context, and make the recorder before torch.compile"
+                f"{len(unseen)} of {len(self.stats)} blocks produced no output while recording, the first is "
+                f"{unseen[0]!r}: run the model inside the context, and make the recorder before torch.compile"
             )
         blocks = [{"name": name, **stats.summary()} for name, stats in self.stats.items() if stats is not None]
         worst = max(blocks, key=lambda block: (block["peak_abs"] != block["peak_abs"], block["peak_abs"]))

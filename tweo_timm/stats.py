@@ -1,9 +1,10 @@
 """Streaming statistics of the activations at one site: what makes an outlier visible without keeping a single batch.
 
 Moments follow Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical
-Moments" (SAND2008-6212): centred on each token's own mean in float32, then merged in float64, so that the result depends
-neither on the batch size nor on how many processes shared the data. Quantiles come from a histogram of |x| whose bins are
-the top 15 bits below the sign of a float32: 128 bins to a factor of two. Nothing here waits for the device.
+Moments" (SAND2008-6212): centred on each token's own mean in float32, then merged in float64, so that the result
+depends neither on the batch size nor on how many processes shared the data. Quantiles come from a histogram of |x|
+whose bins are the top 15 bits below the sign of a float32: 128 bins to a factor of two. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class ActivationStats:
     """Peak, mean |x|, kurtosis and high quantiles of a stream of activations, and where the peak sits.
 
     Args:
-        channel_axis: the axis of the activations that holds channels: -1 for (B, N, C) and (B, H, W, C), 1 for (B, C, H, W).
-            The first axis holds images; all others, flattened in order, are tokens.
+        channel_axis: the axis of the activations that holds channels: -1 for (B, N, C) and (B, H, W, C), 1 for (B, C,
+            H, W). The first axis holds images; all others, flattened in order, are tokens.
     """
 
     def __init__(self, channel_axis: int = -1) -> None:
@@ -44,7 +45,7 @@ class ActivationStats:
         self._merge(_batch_sums(x.reshape(-1, x.shape[-1]), x.shape[0]))
 
     def merge(self, other: ActivationStats) -> None:
-        """Count in what another instance has seen, of the same site on other data. Order does not matter but for ties."""
+        """Count in what another instance has seen of the same site; order matters only for equal peaks."""
         if other._sums:
             self._merge({name: value.clone() for name, value in other._sums.items()})
 
@@ -84,10 +85,10 @@ class ActivationStats:
         """Return the statistics as plain numbers.
 
         Returns:
-            peak_abs (max |x|), mean_abs, kurtosis (the fourth standardized moment, 3 for a Gaussian; NaN without spread),
-            median_abs, p999_abs and p9999_abs (from the histogram: within 1/128 of the value), max_to_median, peak_token
-            and peak_channel (indices within the image's flattened tokens and the channels), mean_image_peak (the mean over
-            images of max |x|), share_of_images_above_448 (E4M3's largest value), count (elements).
+            peak_abs (max |x|), mean_abs, kurtosis (the fourth standardized moment, 3 for a Gaussian; NaN without
+            spread), median_abs, p999_abs and p9999_abs (from the histogram: within 1/128 of the value), max_to_median,
+            peak_token and peak_channel (indices within the image's flattened tokens and the channels), mean_image_peak
+            (the mean over images of max |x|), share_of_images_above_448 (E4M3's largest value), count (elements).
 
         Raises:
             ValueError: if nothing has been counted.

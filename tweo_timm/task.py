@@ -1,9 +1,9 @@
 """attach_tweo: add the TWEO penalty to any timm training task, without wrapping it.
 
 A task is an nn.Module whose forward returns a dict with a `loss`. A hook before it, a hook after it and a hook on each
-transformer block of the model that is trained are all that is needed: checkpoints, EMA, DDP, compilation, distillation and
-timm's own train.py see the task they know. (A wrapper would have to forward some 14 methods, a criterion wrapper would
-get the wrong weight under distillation.)
+transformer block of the model that is trained are all that is needed: checkpoints, EMA, DDP, compilation, distillation
+and timm's own train.py see the task they know. (A wrapper would have to forward some 14 methods, a criterion wrapper
+would get the wrong weight under distillation.)
 
 The penalty of a block is computed in its own hook, not at the end: autograd runs the youngest node first, so the
 gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time.
@@ -31,13 +31,13 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
     """Add `weight * L_TWEO` to the loss of a timm training task.
 
     In training, the dict that the task returns gains `task_loss` (what the task alone returned), `tweo_loss` (L_TWEO,
-    unweighted), `tweo_weight` (float) and `peak_abs` (max |A| over all blocks), all detached; `loss` is their sum. Without
-    gradients or with the model in eval mode the task's result is passed on untouched. A weight of 0 measures, and leaves
-    the loss bit for bit as it was.
+    unweighted), `tweo_weight` (float) and `peak_abs` (max |A| over all blocks), all detached; `loss` is their sum.
+    Without gradients or with the model in eval mode the task's result is passed on untouched. A weight of 0 measures,
+    and leaves the loss bit for bit as it was.
 
     Args:
-        task: any timm TrainingTask, on its device, before compile() and prepare_distributed(). In distillation the student
-            is the model that is trained.
+        task: any timm TrainingTask, on its device, before compile() and prepare_distributed(). In distillation the
+            student is the model that is trained.
         config: the penalty and its schedule. Unless the schedule is constant, call `handle.set_progress` every update.
         blocks: regular expression naming the blocks by hand; None finds them by structure.
 
@@ -46,7 +46,8 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
 
     Raises:
         ValueError: if the model has no transformer blocks, or the task has TWEO already.
-        RuntimeError: if the model checkpoints activations with reentrant checkpoints, in which a penalty gets no gradient.
+        RuntimeError: if the model checkpoints activations with reentrant checkpoints, in which a penalty gets no
+            gradient.
     """
     return TweoHandle(task, config, blocks)
 
@@ -57,8 +58,8 @@ class TweoHandle:
     Attributes:
         config: the TweoConfig in force.
         block_names: names of the blocks, in forward order.
-        block_peaks: max |A| of each block in the latest training step, float32 (L,), on the device; 0 for blocks in eval
-            mode; None before the first step.
+        block_peaks: max |A| of each block in the latest training step, float32 (L,), on the device; 0 for blocks in
+            eval mode; None before the first step.
     """
 
     def __init__(self, task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> None:
@@ -184,14 +185,15 @@ class TweoHandle:
         missing = [name for name in expected if name not in set(seen)]
         if missing:
             raise RuntimeError(
-                f"{len(missing)} of {len(expected)} blocks gave TWEO no output in this step, the first is {missing[0]!r}: "
-                "attach before torch.compile and before the first step; if the model skips blocks, name the others with "
-                "blocks=REGEX"
+                f"{len(missing)} of {len(expected)} blocks gave TWEO no output in this step, the first is "
+                f"{missing[0]!r}: attach before torch.compile and before the first step; if the model skips blocks, "
+                "name the others with blocks=REGEX"
             )
 
     def _refuse_reentrant_checkpoints(self) -> None:
         if use_reentrant_ckpt() and any(getattr(m, "grad_checkpointing", False) for m in self._model.modules()):
             raise RuntimeError(
-                "TWEO needs non-reentrant activation checkpoints: a reentrant one runs the blocks without gradients, and the "
-                "penalty would silently have none. Unset TIMM_REENTRANT_CKPT (or timm.layers.set_reentrant_ckpt(False))"
+                "TWEO needs non-reentrant activation checkpoints: a reentrant one runs the blocks without gradients, and "
+                "the penalty would silently have none. Unset TIMM_REENTRANT_CKPT, or call "
+                "timm.layers.set_reentrant_ckpt(False)"
             )
