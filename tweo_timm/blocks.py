@@ -39,14 +39,14 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNELS_FIRST = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)
 # Names of the child modules that project to queries, keys and values: qkv, q_proj, kv, wq, to_query, qkvs, c_attn ...
 _PROJECTION = re.compile(
-    r"(?:(?:to|in|w|lin|linear|proj)_?)?(?:qkv|qk|kv|q|k|v|query|key|value)(?:s|_.*)?|c_attn", re.I
+    r"(?:(?:to|in|w|fc|lin|linear|proj|attn)_?)?(?:qkv|qk|kv|q|k|v|query|queries|key|value)(?:s|_.*)?|c_attn", re.I
 )
 _PROJECTION_WEIGHT = re.compile(r"(?:in|q|qkv)_proj_weight|qkv_weight")
 _ATTENTION_CLASS = re.compile(r"attn|attention|mh?sa", re.I)
-_HEADS = ("num_heads", "heads", "n_heads", "num_attention_heads")
+_HEADS = ("num_heads", "heads", "n_heads", "n_head", "nhead", "num_attention_heads")
 # Names of a feed-forward part inside a module that is itself the attention core, as in ViT-22B's parallel blocks.
 _FEED_FORWARD = re.compile(r"(?:mlp|ffn?|feed_?forward|fc1|linear1)(?:_.*)?", re.I)
 
@@ -95,9 +95,10 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
 def channel_axis(block: nn.Module, output: Tensor) -> int:
     """Say which axis of a block's output holds the channels.
 
-    The width of the stream is that of the block's last weight layer (fc2, the last 1x1 convolution): the axis of that
-    size is the channel axis. Where sizes coincide, so that both or neither axis qualify, structure decides: a 4-D or
-    5-D output of a block that holds convolutions is channels-first, everything else channels-last.
+    The width of the stream is the output width of the block's last weight layer (fc2, the last convolution): the axis
+    of that size holds the channels. Where sizes coincide, so that both axes or none qualify, structure decides: 2-D and
+    3-D outputs are channels-last, others are channels-first if the block's first layer is (a convolution, BatchNorm2d,
+    GroupNorm, LayerNorm2d).
 
     Args:
         block: one of the modules of ``find_blocks``.
@@ -113,20 +114,28 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
         raise ValueError(f"a block output has at least 2 axes (tokens, channels), got shape {tuple(output.shape)}")
     if output.ndim == 2:
         return -1
-    width = _width(block)
+    widths = [width for m in block.modules() if (width := _width(m)) is not None]
+    width = widths[-1] if widths else None
     first, last = output.shape[1] == width, output.shape[-1] == width
     if first != last:
         return 1 if first else -1
-    holds_convolution = any(isinstance(m, nn.Conv2d | nn.Conv3d) for m in block.modules())
-    return 1 if output.ndim > 3 and holds_convolution else -1
+    return 1 if output.ndim > 3 and _begins_channels_first(block) else -1
 
 
-def _width(block: nn.Module) -> int | None:
-    layers = [m for m in block.modules() if isinstance(m, _WEIGHT_LAYERS)]
-    if not layers:
+def _begins_channels_first(block: nn.Module) -> bool:
+    for module in itertools.islice(block.modules(), 1, None):
+        if next(module.parameters(recurse=False), None) is not None:
+            # timm's norms over axis 1 (LayerNorm2d, RmsNorm2d) share their bases with those over the last axis.
+            return isinstance(module, _CHANNELS_FIRST) or "2d" in type(module).__name__
+    return False
+
+
+def _width(layer: nn.Module) -> int | None:
+    """Output width of a linear layer or convolution, or of a layer that stands in for one (FP8); None for the rest."""
+    if not isinstance(getattr(layer, "weight", None), Tensor):
         return None
-    last = layers[-1]
-    return last.out_features if isinstance(last, nn.Linear) else last.out_channels
+    width = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+    return width if isinstance(width, int) else None
 
 
 class _Tree:
@@ -135,6 +144,7 @@ class _Tree:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.order = {name: i for i, name in enumerate(self.modules)}
+        self.element_kinds = Counter(type(m) for name, m in self.modules.items() if name and self.is_element(name))
         # A layer without children has nothing to go around: its additions (counters, biases) are no residual.
         wholes = {type(m) for m in self.modules.values() if any(True for _ in m.children())}
         self.adding = {cls for cls in wholes if _source_adds(cls)}
@@ -149,26 +159,29 @@ class _Tree:
     def find(self) -> list[str]:
         """Names of the blocks in module order."""
         candidates = {name for core in self.cores if (name := self._block_of(core)) is not None}
-        candidates = {c for c in candidates if not any(_inside(other, c) for other in candidates if other != c)}
-        elements = {c for c in candidates if self._is_element(c)}
-        promoted = {self._promote(c, elements) for c in candidates}
-        return sorted(promoted, key=self.order.__getitem__)
+        candidates = {c for c in candidates if not any(_inside(other, c) for other in candidates - {c})}
+        found = {block for c in candidates if (block := self._unit_of(c, candidates)) is not None}
+        return sorted(found, key=self.order.__getitem__)
+
+    def is_element(self, name: str) -> bool:
+        """Whether a module is kept in a Sequential, ModuleList or ModuleDict."""
+        return isinstance(self.modules[_parent(name)], _CONTAINERS)
 
     def _block_of(self, core: str) -> str | None:
-        """The smallest residual block around a core, if it is repeated."""
+        """The smallest residual block around a core."""
         for name in _lineage(core):
             if type(self.modules[name]) in _CONTAINERS or not self._adds(name):
                 continue
             block = name if self._has_feed_forward(name) else self._attention_alone(name)
             if block is not None:
-                return block if self._is_repeated(block) else None
+                return block
         return None
 
     def _attention_alone(self, name: str) -> str | None:
         """The block of an element without a feed-forward part: itself, or the Sequential(attention, feed-forward)."""
-        if not self._is_element(name) or name in self.cores:
+        if not self.is_element(name) or name in self.cores:
             return None
-        outer = name.rpartition(".")[0]
+        outer = _parent(name)
         pair = [f"{outer}.{child}" for child, _ in self.modules[outer].named_children()]
         if type(self.modules[outer]) is nn.Sequential and len(pair) == 2 and pair[0] == name:
             second = pair[1]
@@ -180,27 +193,29 @@ class _Tree:
                 return outer
         return name
 
-    def _promote(self, name: str, elements: set[str]) -> str:
-        """The container element that a block stands in, where that element is not a stage of other blocks."""
+    def _unit_of(self, name: str, candidates: set[str]) -> str | None:
+        """The repeated element that a candidate is, or is a part of; None if it belongs to a stage or is one of a kind."""
         for outer in _lineage(name):
-            if self._is_element(outer) and type(self.modules[outer]) not in _CONTAINERS:
-                return name if any(_inside(e, outer) for e in elements - {name, outer}) else outer
-        return name
-
-    def _is_element(self, name: str) -> bool:
-        return isinstance(self.modules[name.rpartition(".")[0]], _CONTAINERS)
+            if type(self.modules[outer]) in _CONTAINERS or not self.is_element(outer) or not self._is_repeated(outer):
+                continue
+            others = candidates - {name, outer}
+            if not any(_inside(other, outer) and self.is_element(other) for other in others):
+                return outer
+            return name if self.is_element(name) else None
+        return name if self._is_repeated(name) else None
 
     def _is_repeated(self, name: str) -> bool:
-        for outer in _lineage(name):
-            siblings = self.modules[outer.rpartition(".")[0]].children()
-            if self._is_element(outer) or sum(type(s) is type(self.modules[outer]) for s in siblings) > 1:
-                return True
-        return False
+        """Whether a module is one of a series; a model wrapped in Sequential(normalize, model) is not."""
+        kind = type(self.modules[name])
+        siblings = [type(m) for m in self.modules[_parent(name)].children()]
+        if not self.is_element(name):
+            return siblings.count(kind) > 1
+        return len(siblings) == 1 or len(set(siblings)) < len(siblings) or self.element_kinds[kind] > 1
 
     def _has_feed_forward(self, name: str) -> bool:
         if name in self.cores:
             return any(_FEED_FORWARD.fullmatch(child) for child, _ in self.modules[name].named_children())
-        return sum(isinstance(m, _WEIGHT_LAYERS) for m in self._outside_cores(name)) >= 2
+        return sum(_width(m) is not None for m in self._outside_cores(name)) >= 2
 
     def _adds(self, name: str) -> bool:
         return any(type(m) in self.adding for m in self._outside_cores(name))
@@ -218,11 +233,15 @@ def _inside(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
 
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _lineage(name: str) -> Iterator[str]:
     """A module's name and those of the modules around it, innermost first, without the root."""
     while name:
         yield name
-        name = name.rpartition(".")[0]
+        name = _parent(name)
 
 
 def _owns_projections(module: nn.Module) -> bool:
@@ -299,7 +318,7 @@ def _hints(tree: _Tree) -> str:
     """The containers with the most elements, as expressions that name them."""
     sizes: Counter[str] = Counter()
     for name in tree.modules:
-        if name and tree._is_element(name):
+        if name and tree.is_element(name):
             sizes[re.sub(r"\d+", r"\\d+", re.escape(name))] += 1
     hints = [f"{pattern} ({size} modules)" for pattern, size in sizes.most_common(4) if size > 1]
     return ", ".join(hints) or "none"
