@@ -1,0 +1,205 @@
+"""Put the linear layers of a timm model into FP8, and take them out again.
+
+Every nn.Linear is converted, the head included: that is TWEO's configuration. LayerNorm modules stay as they are in the PyTorch backends, because their output is
+precisely what the next FP8 layer rounds. Parameters, names and hooks are shared with the originals, so optimizers, EMA and checkpoints do not notice.
+
+Refuses scripted models, a model without a convertible layer, and a second patch. Layers whose weight is used without calling them are found twice: known timm
+attention classes are told to call their ``qkv``, and the first training forward raises if a converted layer did not run.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from timm.layers import Linear as TimmLinear
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tweo_timm.fp8 import te
+from tweo_timm.fp8.arithmetic import EmulatedArithmetic, NativeArithmetic
+from tweo_timm.fp8.backend import choose_backend
+from tweo_timm.fp8.linear import Fp8Linear
+from tweo_timm.fp8.recipe import Fp8Recipe
+from tweo_timm.fp8.region import Fp8Region
+
+_logger = logging.getLogger(__name__)
+_ATTRIBUTE = "_fp8_patch"
+# timm's Linear only casts its weight to the input's dtype, which the FP8 layer's rounding makes moot.
+_CONVERTIBLE = (nn.Linear, TimmLinear)
+
+
+@dataclass(frozen=True)
+class Fp8Report:
+    """What `patch_fp8` did.
+
+    Attributes:
+        converted: names of the layers that now compute in FP8, in module order.
+        skipped: names of the linear layers left alone, each with the reason.
+        backend: ``'te'``, ``'native'`` or ``'emulated'``.
+        backend_reason: why that backend.
+    """
+
+    converted: tuple[str, ...]
+    skipped: dict[str, str]
+    backend: str
+    backend_reason: str
+
+    def __str__(self) -> str:
+        lines = [f"FP8: {len(self.converted)} linear layers converted, backend {self.backend} ({self.backend_reason})"]
+        lines += [f"  left alone: {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Fp8Patch:
+    """All that is needed to use and to undo a patch; a plain attribute of the patched root, copied with it."""
+
+    region: Fp8Region
+    report: Fp8Report
+    originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    flags: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+
+def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
+    """Convert the linear layers of ``model`` to FP8 in place.
+
+    Patch after the weights are loaded and the model is on its device, before the optimizer's first step, EMA, torch.compile and DDP. Parameters keep their
+    identity and their names. The default recipe is TWEO's.
+
+    Raises:
+        ValueError: no layer can be converted, or the model is patched already.
+        TypeError: the model is scripted.
+        RuntimeError: the backend named by the recipe cannot run here.
+    """
+    recipe = recipe or Fp8Recipe()
+    if any(_ATTRIBUTE in module.__dict__ for module in model.modules()):
+        raise ValueError("the model is already in FP8: call unpatch_fp8(model) first")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("a scripted model cannot be put into FP8: patch the model before scripting it, or do not script it")
+    places = _linear_places(model)
+    skipped = {name: reason for name, (linear, _) in places.items() if (reason := _reason_to_skip(name, linear, recipe))}
+    converted = tuple(name for name in places if name not in skipped)
+    if not converted:
+        raise ValueError(
+            f"no layer of {type(model).__name__} was converted to FP8; it has {len(places)} linear layers below its root, left alone: {skipped}"
+        )
+    device = places[converted[0]][0].weight.device
+    backend, reason = choose_backend(recipe, device)
+    report = Fp8Report(converted, skipped, backend, reason)
+    swap = te.convert if backend == "te" else _convert
+    model.__dict__[_ATTRIBUTE] = patch = swap(model, recipe, {name: places[name] for name in converted}, report)
+    patch.flags = _call_qkv_modules(model)
+    patch.handles = patch.region.attach(model)
+    _logger.info("%s", report)
+    return report
+
+
+def unpatch_fp8(model: nn.Module) -> None:
+    """Put the original layers back; the forward is then bit for bit the one before `patch_fp8`.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    root, patch = _find(model)
+    for handle in patch.handles:
+        handle.remove()
+    for parent, name, original in patch.originals:
+        original.training = parent._modules[name].training  # type: ignore[union-attr]
+        parent._modules[name] = original
+    for module, name, value in patch.flags:
+        setattr(module, name, value)
+    del root.__dict__[_ATTRIBUTE]
+
+
+def fp8_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the delayed scales and histories, keyed by layer; empty where scaling keeps no state.
+
+    Save it beside the model's ``state_dict``, which it is deliberately not part of. For each layer: ``NAME.scaling_fwd.scale`` ``[2]`` (input, weight),
+    ``NAME.scaling_fwd.amax_history`` ``[L, 2]``, ``NAME.scaling_bwd.scale`` ``[1]`` (output gradient), ``NAME.scaling_bwd.amax_history`` ``[L, 1]``, all float32. Take it between
+    steps. ``model`` may be wrapped in DDP, torch.compile or a task.
+    """
+    return _find(model)[1].region.state()
+
+
+def load_fp8_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Restore what `fp8_state` returned, so that training continues bit for bit.
+
+    Raises:
+        ValueError: the state belongs to other layers, another history length or another scaling.
+    """
+    _find(model)[1].region.load_state(state)
+
+
+def check_fp8_ran(model: nn.Module) -> None:
+    """Raise unless a training forward has run every converted layer in FP8.
+
+    The first training forward raises by itself when it missed a layer; this also catches that there was no such forward.
+
+    Raises:
+        RuntimeError: no training forward has run yet.
+    """
+    if not _find(model)[1].region.all_layers_ran:
+        raise RuntimeError(
+            "no training forward of the patched model has run in FP8: train the patched model, in training mode and with gradients enabled"
+        )
+
+
+def find_region(model: nn.Module) -> Fp8Region:
+    """Return the FP8 region of a patched model, however it is wrapped."""
+    return _find(model)[1].region
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, Fp8Patch]:
+    for module in model.modules():
+        if _ATTRIBUTE in module.__dict__:
+            return module, module.__dict__[_ATTRIBUTE]
+    raise ValueError("the model is not in FP8: call patch_fp8(model, recipe) first")
+
+
+def _linear_places(model: nn.Module) -> dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]]:
+    """Map the first name of every linear layer to the layer and to all places (parent, attribute) that hold it."""
+    names: dict[nn.Module, str] = {}
+    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]] = {}
+    for parent_name, parent in model.named_modules():
+        for attribute, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                name = names.setdefault(child, f"{parent_name}.{attribute}".lstrip("."))
+                places.setdefault(name, (child, []))[1].append((parent, attribute))
+    return places
+
+
+def _reason_to_skip(name: str, linear: nn.Linear, recipe: Fp8Recipe) -> str | None:
+    if type(linear) not in _CONVERTIBLE:
+        return f"{type(linear).__name__} is a subclass of nn.Linear whose forward may differ, or whose weight is used without calling it"
+    if not linear.weight.is_floating_point():
+        return f"its weight is {linear.weight.dtype}"
+    return recipe.selects(name)
+
+
+def _convert(
+    model: nn.Module,
+    recipe: Fp8Recipe,
+    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]],
+    report: Fp8Report,
+) -> Fp8Patch:
+    arithmetic = NativeArithmetic() if report.backend == "native" else EmulatedArithmetic()
+    device = next(iter(places.values()))[0].weight.device
+    patch = Fp8Patch(Fp8Region(report.converted, recipe, arithmetic, device), report)
+    for name, (linear, holders) in places.items():
+        layer = Fp8Linear.from_float(linear, patch.region.site(name))
+        for parent, attribute in holders:
+            patch.originals.append((parent, attribute, linear))
+            parent._modules[attribute] = layer
+    return patch
+
+
+def _call_qkv_modules(model: nn.Module) -> list[tuple[nn.Module, str, bool]]:
+    """Make timm attention call its ``qkv`` where it would otherwise use the weight directly (BEiT, EVA, SwinV2)."""
+    name = "qkv_bias_separate"
+    bypassing = [m for m in model.modules() if getattr(m, name, True) is False and getattr(m, "q_bias", None) is not None]
+    for module in bypassing:
+        setattr(module, name, True)
+    return [(module, name, False) for module in bypassing]
