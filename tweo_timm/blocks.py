@@ -69,7 +69,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: there are no blocks, a block returns several tensors, or ``blocks`` is not a regular expression,
-            matches no module or matches a module that is never called.
+            matches no module, a module that is never called, or one module inside another.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_blocks needs a torch.nn.Module, got {type(model).__name__}")
@@ -194,7 +194,7 @@ class _Tree:
         return name
 
     def _unit_of(self, name: str, candidates: set[str]) -> str | None:
-        """The repeated element that a candidate is, or is a part of; None if it belongs to a stage or is one of a kind."""
+        """The repeated element that a candidate is or is part of; None if it belongs to a stage or stands alone."""
         for outer in _lineage(name):
             if type(self.modules[outer]) in _CONTAINERS or not self.is_element(outer) or not self._is_repeated(outer):
                 continue
@@ -297,13 +297,11 @@ def _named_blocks(tree: _Tree, pattern: str) -> dict[str, nn.Module]:
         raise ValueError(f"blocks={pattern!r} is not a regular expression: {error}") from error
     found = {name: m for name, m in tree.modules.items() if name and compiled.fullmatch(name)}
     if not found:
-        names = [name for name in tree.modules if name]
-        near = [name for name in names if compiled.search(name)] or difflib.get_close_matches(
-            pattern.replace("\\", ""), names, n=5, cutoff=0.3
-        )
+        near = [name for name in tree.modules if name and compiled.search(name)]
+        near = near or difflib.get_close_matches(pattern.replace("\\", ""), tree.modules, n=5, cutoff=0.3)
         raise ValueError(
             f"blocks={pattern!r} matches the whole name of no module; near names: {', '.join(near[:5]) or 'none'}. "
-            f"Repeated modules of this model: {_hints(tree)}"
+            f"Series of modules in this model: {_hints(tree)}"
         )
     uncalled = [name for name, m in found.items() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
     if uncalled:
@@ -311,39 +309,46 @@ def _named_blocks(tree: _Tree, pattern: str) -> dict[str, nn.Module]:
             f"blocks={pattern!r} matches {uncalled[0]}, a {type(found[uncalled[0]]).__name__}: it is never called "
             f"and has no output; name its elements, such as {re.escape(uncalled[0])}\\.\\d+"
         )
+    nested = [(outer, name) for name in found for outer in _lineage(_parent(name)) if outer in found]
+    if nested:
+        raise ValueError(
+            f"blocks={pattern!r} matches both {nested[0][0]} and {nested[0][1]} inside it, which would count the same "
+            f"stream twice; a narrower expression is needed, such as {_pattern(nested[0][1])}"
+        )
     return found
 
 
 def _hints(tree: _Tree) -> str:
-    """The containers with the most elements, as expressions that name them."""
-    sizes: Counter[str] = Counter()
-    for name in tree.modules:
-        if name and tree.is_element(name):
-            sizes[re.sub(r"\d+", r"\\d+", re.escape(name))] += 1
+    """The longest series of modules, as expressions that name them."""
+    wholes = [
+        name for name, m in tree.modules.items() if name and tree.is_element(name) and any(True for _ in m.children())
+    ]
+    sizes = Counter(_pattern(name) for name in wholes)
     hints = [f"{pattern} ({size} modules)" for pattern, size in sizes.most_common(4) if size > 1]
     return ", ".join(hints) or "none"
 
 
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", r"\\d+", re.escape(name))
+
+
 def _no_blocks_message(model: nn.Module, tree: _Tree) -> str:
+    cores = f"{len(tree.cores)} found, such as {tree.cores[0]}" if tree.cores else "none found"
     return (
         f"{type(model).__name__} has no residual transformer blocks: looked for repeated modules that hold attention "
-        f"(a module with query, key or value projections; {len(tree.cores)} found), a feed-forward part and a residual "
-        f"addition. Name the modules whose output is the residual stream with blocks=REGEX (--tweo-blocks REGEX). "
-        f"Repeated modules of this model: {_hints(tree)}"
+        f"(a module with query, key or value projections; {cores}), a feed-forward part and a residual addition. "
+        "Name the modules whose output is the residual stream with blocks=REGEX (--tweo-blocks REGEX). "
+        f"Series of modules in this model: {_hints(tree)}"
     )
 
 
 def _several_message(tree: _Tree, found: list[str], several: list[str]) -> str:
     cls = type(tree.modules[several[0]])
     single = [name for name in found if name not in several]
-    patterns = sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in single})
-    rest = (
-        f"blocks={'|'.join(patterns)!r} names the {len(single)} blocks with one output"
-        if single
-        else ("name other modules, each with one tensor as its output")
-    )
+    patterns = "|".join(sorted({_pattern(name) for name in single}))
+    rest = f"'{patterns}' names the {len(single)} others" if single else "name modules with one tensor as their output"
     return (
         f"{len(several)} of {len(found)} transformer blocks, such as {several[0]} ({cls.__module__}.{cls.__name__}), "
-        "return several tensors, no single one of which is the residual stream. "
-        f"With blocks=REGEX (--tweo-blocks REGEX): {rest}."
+        "return a tuple, list or dict instead of the residual stream alone. "
+        f"Choose other modules with blocks=REGEX (--tweo-blocks REGEX): {rest}."
     )
