@@ -301,8 +301,10 @@ def _convert_null(option: Option) -> Any:
     if option.optional:
         return None
     # In a file timm wrote, null and the empty value say the same thing: unset.
-    if option.is_mapping or option.is_list or (option.scalar is str and option.default == ""):
+    if option.is_mapping or option.is_list:
         return type(option.default)()
+    if option.scalar is str and "" in (option.default, *(option.flag.choices or ())):
+        return ""
     raise ValueError(f"expected {option.expected}; leave the key out for the default, {option.default!r}")
 
 

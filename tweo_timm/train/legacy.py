@@ -9,6 +9,7 @@ Source: timm's training script through its releases; the equivalences are stated
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ _OF_THE_PROCESS = (
 )
 # Options of libraries or experiments that timm has dropped; none changes what is trained.
 _RETIRED = ("aot_autograd", "bench_labeler", "eval_checkpoint")
+_OLD_VALUES = {("eval_metric", "prec1"): "top1", ("eval_metric", "prec5"): "top5"}
 
 
 @dataclass
@@ -38,24 +40,35 @@ def modernize(values: Values, known: Container[str]) -> Modernized:
 
     Args:
         values: What the file holds.
-        known: Keys that a file may set today. drop_connect aside, these stay as they are.
+        known: The keys that a file may set today.
     """
     result = Modernized(dict(values))
-    for old, translate in _TRANSLATIONS.items():
-        if old not in result.values:
-            continue
-        value = result.values.pop(old)
-        updates = {} if value in (None, False) else translate(value, result.values)
-        result.values.update(updates)
-        if updates:
-            result.renamed.append(f"{old} -> " + ", ".join(updates))
-        else:
-            result.ignored.append(old)
+    if "world_size" in values and re.fullmatch(r"cuda:\d+", str(values.get("device"))):
+        # The device that start-up gave to one of several processes.
+        result.values["device"] = "cuda"
+        result.renamed.append(f"device={values['device']} -> cuda")
+    for (key, old_value), value in _OLD_VALUES.items():
+        if values.get(key) == old_value:
+            result.values[key] = value
+            result.renamed.append(f"{key}={old_value} -> {value}")
+    for old in sorted(_TRANSLATIONS.keys() & values.keys()):
+        _translate(old, result, known)
     for old in (*_OF_THE_PROCESS, *_RETIRED):
         if old in result.values and old not in known:
             del result.values[old]
             result.ignored.append(old)
     return result
+
+
+def _translate(old: str, result: Modernized, known: Container[str]) -> None:
+    value = result.values.pop(old)
+    switched_on = value not in (None, False)
+    updates = _TRANSLATIONS[old](value, result.values) if switched_on else {}
+    result.values.update(updates)
+    if updates:
+        result.renamed.append(f"{old} -> {', '.join(updates)}")
+    elif switched_on or old not in known:
+        result.ignored.append(old)
 
 
 def _rename(new: str) -> Callable[[Any, Values], Values]:

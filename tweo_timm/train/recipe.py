@@ -184,11 +184,11 @@ def _convert_known(path: Path, values: dict[str, Any], table: dict[str, Option],
 def _report(path: Path, modern: Modernized, own: dict[str, Any]) -> None:
     parts = []
     if modern.renamed:
-        parts.append(f"old names read as {'; '.join(modern.renamed)}")
+        parts.append(f"old names: {', '.join(modern.renamed)}")
     if modern.ignored:
-        parts.append(f"ignored, retired or of the process that wrote the file: {', '.join(modern.ignored)}")
+        parts.append(f"ignored (retired, or of the process that wrote the file): {', '.join(modern.ignored)}")
     if parts:
-        _logger.info("%s: %s", path, ". ".join(parts))
+        _logger.info("%s: %s", path, "; ".join(parts))
     continued = [f"{key}={own[key]}" for key in _CONTINUATIONS if own.get(key) not in (None, "", "auto")]
     if continued:
         _logger.warning("%s continues an earlier run: %s. Override on the command line to start anew", path, continued)
