@@ -22,9 +22,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, NoReturn, TypeVar
-
-OptionsT = TypeVar("OptionsT")
+from typing import Any, NoReturn
 
 # PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -224,10 +222,10 @@ def _words(default: Any) -> str:
     return " ".join(str(item) for item in default) if isinstance(default, list) else str(default)
 
 
-class CommandLine(Generic[OptionsT]):
+class CommandLine:
     """The argparse parser of an options dataclass; parsing yields only the flags that were given."""
 
-    def __init__(self, options: type[OptionsT], prog: str, description: str) -> None:
+    def __init__(self, options: type, prog: str, description: str) -> None:
         self.parser = _Parser(
             prog=prog,
             description=description,
