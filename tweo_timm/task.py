@@ -112,23 +112,23 @@ class TweoHandle:
         self._terms.clear()
 
     def _hook_task(self, task: TrainingTask) -> list[Any]:
-        def before(module: nn.Module, args: Any) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is task:
-                self._start(args)
+                self._start((*args, *kwargs.values()))
 
         def after(module: nn.Module, args: Any, result: Any) -> Any:
             return self._finish(result) if module is task else result
 
         before.tweo = True  # type: ignore[attr-defined]
-        return [task.register_forward_pre_hook(before), task.register_forward_hook(after)]
+        return [task.register_forward_pre_hook(before, with_kwargs=True), task.register_forward_hook(after)]
 
-    def _start(self, args: tuple[Any, ...]) -> None:
+    def _start(self, inputs: tuple[Any, ...]) -> None:
         self._terms.clear()
         self._armed = torch.is_grad_enabled() and any(block.training for block in self._blocks.values())
         if not self._armed:
             return
         self._refuse_reentrant_checkpoints()
-        if args and isinstance(args[0], dict):
+        if any(isinstance(value, dict) for value in inputs):
             raise RuntimeError(
                 "TWEO's mean would count the padding tokens of a NaFlex batch: train NaFlexViT on plain image tensors, "
                 "without --naflex-loader"
@@ -167,7 +167,8 @@ class TweoHandle:
         return {
             **result,
             "loss": task_loss + self._weight * tweo if self._acting else task_loss,
-            "task_loss": task_loss.detach(),
+            # A copy: training loops divide result["loss"] in place when they accumulate gradients.
+            "task_loss": task_loss.detach().clone(),
             "tweo_loss": tweo.detach(),
             "tweo_weight": self._weight,
             "peak_abs": self.block_peaks.amax(),
@@ -186,14 +187,14 @@ class TweoHandle:
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(expected)} blocks gave TWEO no output in this step, the first is "
-                f"{missing[0]!r}: attach before torch.compile and before the first step; if the model skips blocks, "
-                "name the others with blocks=REGEX"
+                f"{missing[0]!r}: attach before torch.compile and before the first step, and checkpoint activations "
+                "with use_reentrant=False; if the model skips blocks, name the others with blocks=REGEX"
             )
 
     def _refuse_reentrant_checkpoints(self) -> None:
         if use_reentrant_ckpt() and any(getattr(m, "grad_checkpointing", False) for m in self._model.modules()):
             raise RuntimeError(
-                "TWEO needs non-reentrant activation checkpoints: a reentrant one runs the blocks without gradients, and "
-                "the penalty would silently have none. Unset TIMM_REENTRANT_CKPT, or call "
+                "TWEO needs non-reentrant activation checkpoints: a reentrant one runs the blocks without gradients, "
+                "and the penalty would silently have none. Unset TIMM_REENTRANT_CKPT, or call "
                 "timm.layers.set_reentrant_ckpt(False)"
             )
