@@ -1,0 +1,248 @@
+"""AbsMax symmetric quantization of one tensor, and the layer that computes with integers only.
+
+s = max|X| + eps,  X_q = round(X / s * Q_b),  Q_b = 2^(b-1) - 1          (arXiv:2511.23225, its PTQ protocol)
+
+What is stored is the step s / Q_b in float32, because that single number is what an engine's QuantizeLinear divides by:
+the integers here are then those of the engine, and not the neighbours that X / s * Q_b gives once in a million.
+
+A QuantizedLayer multiplies integers, held in floats. As long as no partial sum can reach 2^24 (checked for every layer,
+from its own weights; float64 is used otherwise) this is bit for bit what int8 arithmetic with int32 accumulation gives,
+in any order of summation, so neither the batch size nor the number of threads can change a result. Biases stay float:
+engines keep them in int32, at a step far below one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+EPS = 1e-8
+"""Keeps the step of an all-zero tensor positive; far below one step of any real one."""
+
+_EXACT_FLOAT32 = 2**24
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_FORWARDS = {cls.forward for cls in (*_CONVS, Conv2dSame)}
+
+
+def largest_integer(bits: int) -> int:
+    """Q_b: the largest magnitude that a symmetric b-bit integer takes here."""
+    return int(2 ** (bits - 1) - 1)
+
+
+def step_of(amax: Tensor, bits: int) -> Tensor:
+    """Return the quantization step (max|X| + eps) / Q_b in float32, of any shape."""
+    return (amax.to(torch.float32) + EPS) / largest_integer(bits)
+
+
+def to_integers(x: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Return round(x / step) within [-Q_b, Q_b], ties to even, as floats of x's dtype."""
+    limit = largest_integer(bits)
+    return (x / step).round_().clamp_(-limit, limit)
+
+
+class Quantizer(nn.Module):
+    """Rounds activations to the integers of a step: a static one for the whole tensor, or one computed as they come.
+
+    Args:
+        bits: 8, 6 or 4.
+        amax: max|X| over the calibration images, a scalar; None computes it at run time.
+        axes: for the dynamic kind, the axes that share a step, such as (-1,) for one step a token.
+
+    Attributes:
+        scale: the static step, a float32 buffer of no axes; None for the dynamic kind.
+
+    Raises:
+        ValueError: if `amax` is not finite.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, bits: int, amax: Tensor | None = None, axes: tuple[int, ...] = (-1,)) -> None:
+        super().__init__()
+        if amax is not None and not bool(torch.isfinite(amax)):
+            raise ValueError(f"max|X| is {float(amax)} over the calibration images: no static scale can hold that")
+        self.bits = bits
+        self.axes = axes
+        self.register_buffer("scale", None if amax is None else step_of(amax.detach(), bits).reshape(()))
+
+    @property
+    def granularity(self) -> str:
+        """Either "tensor", static, or "dynamic"."""
+        return "dynamic" if self.scale is None else "tensor"
+
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the integers, as floats (float32, or float64 for float64 input), and the step that they count."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        step = self.scale
+        if step is None:
+            step = step_of(x.abs().amax(self.axes, keepdim=True), self.bits)
+        return to_integers(x, step, self.bits), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x rounded to its grid: integers times step, in x's dtype."""
+        integers, step = self.integers(x)
+        return integers.mul_(step).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Show what a user wants to see of a scale."""
+        return f"{self.bits} bits, {self.granularity}" + (
+            "" if self.scale is None else f", step={float(self.scale):.6g}"
+        )
+
+
+class ChannelAffine(nn.Module):
+    """y -> gain_c * y + shift_c for each channel: the compensation of QwT-v2.
+
+    Args:
+        gain: (channels,).
+        shift: (channels,).
+        channel_axis: the axis of y that holds channels.
+    """
+
+    gain: Tensor
+    shift: Tensor
+
+    def __init__(self, gain: Tensor, shift: Tensor, channel_axis: int = -1) -> None:
+        super().__init__()
+        self.channel_axis = channel_axis
+        self.register_buffer("gain", gain.to(torch.float32))
+        self.register_buffer("shift", shift.to(torch.float32))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return gain * y + shift in y's dtype."""
+        gain, shift = (along(value, y.ndim, self.channel_axis).to(y.dtype) for value in (self.gain, self.shift))
+        return torch.addcmul(shift, y, gain)
+
+
+def along(vector: Tensor, ndim: int, axis: int) -> Tensor:
+    """Shape a vector of channels so that it broadcasts along `axis` of a tensor with `ndim` axes."""
+    return vector.reshape([-1 if index == axis % ndim else 1 for index in range(ndim)])
+
+
+class QuantizedLayer(nn.Module):
+    """A Linear or convolution that multiplies integers: takes and returns floats.
+
+    Args:
+        layer: the float layer; its parameters are read, not kept.
+        input_quantizer: how the input becomes integers.
+        bits: of the weights.
+        per_channel: one step for each output channel, not one for the tensor.
+
+    Attributes:
+        weight_int: the integers, int8, in the float weight's shape.
+        weight_scale: the step, float32: of no axes, or (output channels,).
+        bias: float32, or None.
+        compensation: None or a ChannelAffine applied to the output; `fold_compensation` merges it.
+
+    Raises:
+        TypeError: for a convolution whose forward is its own (weight standardization, for example): the weight that it
+            multiplies with is not the stored one.
+        ValueError: if the weight is not finite.
+    """
+
+    weight_int: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    compensation: ChannelAffine | None
+
+    def __init__(self, layer: nn.Module, input_quantizer: Quantizer, bits: int, *, per_channel: bool) -> None:
+        super().__init__()
+        weight, bias = _parameters(layer)
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("the weight has non-finite values: it cannot be quantized")
+        rows = weight.flatten(1)
+        self.bits = bits
+        self.channel_axis = -1 if isinstance(layer, nn.Linear) else 1
+        self.register_buffer("weight_scale", step_of(rows.abs().amax(1) if per_channel else rows.abs().max(), bits))
+        step = along(self.weight_scale, weight.ndim, 0) if per_channel else self.weight_scale
+        self.register_buffer("weight_int", to_integers(weight, step, bits).to(torch.int8))
+        self.register_buffer("bias", bias)
+        self.geometry = None if isinstance(layer, nn.Linear) else _without_parameters(layer)
+        self.input_quantizer = input_quantizer
+        self.compensation = None
+        largest_sum = int(self.weight_int.flatten(1).abs().sum(1, dtype=torch.int64).max())
+        self._exact = largest_sum * largest_integer(input_quantizer.bits) < _EXACT_FLOAT32
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the integers stand for, float32."""
+        scale = self.weight_scale
+        return self.weight_int * (along(scale, self.weight_int.ndim, 0) if scale.ndim else scale)
+
+    @property
+    def out_features(self) -> int:
+        """Number of output channels."""
+        return self.weight_int.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of input channels."""
+        return self.weight_int.shape[1] * (self.geometry.groups if isinstance(self.geometry, _CONVS) else 1)
+
+    def accumulate(self, integers: Tensor) -> Tensor:
+        """Return the sums of integer products, exact, as floats: what an int32 accumulator holds.
+
+        Args:
+            integers: the input's integers, as floats, in the float layer's input shape.
+        """
+        dtype = integers.dtype if self._exact else torch.float64
+        weight, integers = self.weight_int.to(dtype), integers.to(dtype)
+        if not isinstance(self.geometry, _CONVS):
+            return F.linear(integers, weight)
+        if isinstance(self.geometry, Conv2dSame):
+            integers = pad_same(integers, self.geometry.kernel_size, self.geometry.stride, self.geometry.dilation)
+        sums: Tensor = self.geometry._conv_forward(integers, weight, None)
+        return sums
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return accumulate(integers of x) * step of x * step of the weight + bias, in x's dtype.
+
+        Raises:
+            RuntimeError: in training mode: rounding has no gradient and the scales are frozen.
+        """
+        if self.training:
+            raise RuntimeError("a statically quantized model is for evaluation only: call model.eval()")
+        with torch.autocast(x.device.type, enabled=False):
+            integers, step = self.input_quantizer.integers(x)
+            sums = self.accumulate(integers)
+            step = step * (
+                along(self.weight_scale, x.ndim, self.channel_axis) if self.weight_scale.ndim else self.weight_scale
+            )
+            if self.bias is None:
+                y = sums * step
+            else:  # addcmul and not `+`: a residual add is recognised by being an add
+                y = torch.addcmul(along(self.bias, x.ndim, self.channel_axis).to(sums.dtype), sums, step.to(sums.dtype))
+            if self.compensation is not None:
+                y = self.compensation(y)
+            return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Show bits, shape and granularity of the weight."""
+        kind = "channel" if self.weight_scale.ndim else "tensor"
+        return f"{self.in_features} -> {self.out_features}, weight: {self.bits} bits, per {kind}"
+
+
+def is_quantizable(layer: nn.Module) -> bool:
+    """Say whether this is a layer that QuantizedLayer replaces: a Linear or a convolution."""
+    return isinstance(layer, (nn.Linear, *_CONVS))
+
+
+def _parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(layer, nn.Linear) and type(layer).forward not in _CONV_FORWARDS:
+        raise TypeError(
+            f"{type(layer).__name__} computes its weight in its own forward, so the stored weight is not what it "
+            "multiplies with: replace it by a plain convolution that holds the effective weight first"
+        )
+    weight, bias = layer.weight.detach().float(), layer.bias
+    return weight, None if bias is None else bias.detach().float().clone()
+
+
+def _without_parameters(layer: Any) -> nn.Module:
+    """Keep a convolution's stride, padding and groups, and drop its weights."""
+    layer.weight = layer.bias = None
+    module: nn.Module = layer
+    return module

@@ -1,0 +1,108 @@
+"""What is quantized, and how finely: the strings that name a scheme, such as ``w8a8-tt+res``.
+
+A scheme is short enough to be a column of a table and a command-line argument, and exact enough to be reproduced:
+
+    w8a8-tt        8-bit weights and activations, both with one scale a tensor; activation scales are static
+    w8a8-ck        weights with a scale a channel, activations with a scale a token, computed as they come
+    w6a6-tt+res    as the first at 6 bits, and the residual stream is quantized too
+
+The letters are those of arXiv:2511.23225: T per tensor, C per channel, K per token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+BITS = (8, 6, 4)
+GRAMMAR = (
+    "w{8,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of weights and activations; "
+    "weights per tensor (t) or channel (c); activations per tensor, static (t) or per token, dynamic (k)"
+)
+_FLAGS = ("res", "attn", "smooth")
+_COMPENSATIONS = ("qwt", "qwtblock", "qwtlinear")
+_BODY = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)-(?P<weights>[a-z])(?P<activations>[a-z])")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantize a model; `Scheme.parse("w8a8-tt+res")` reads it, `str(scheme)` writes it.
+
+    Attributes:
+        weight_bits: 8, 6 or 4.
+        activation_bits: 8, 6 or 4; also those of the residual stream and the attention operands.
+        per_channel: weights have a scale for each output channel, not one for the tensor.
+        per_token: activations have a scale for each token, computed at run time, not one static scale for the tensor.
+        residual: the residual stream is quantized: where it enters the blocks, after each add, at block outputs.
+        attention: the operands of both attention products are quantized.
+        smooth: SmoothQuant first moves activation peaks into the weights.
+        compensation: "" for none, "qwt" (a gain and a shift for each channel after each layer, QwT-v2), "qwtblock" (the
+            same after each block) or "qwtlinear" (a linear layer beside each block, the first QwT).
+
+    Raises:
+        ValueError: if a field has another value.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    per_channel: bool = False
+    per_token: bool = False
+    residual: bool = False
+    attention: bool = False
+    smooth: bool = False
+    compensation: str = ""
+
+    def __post_init__(self) -> None:
+        for name, bits in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
+            if bits not in BITS:
+                raise ValueError(f"{name} is {bits!r}; accepted are 8, 6 and 4 (a scheme is {GRAMMAR})")
+        if self.compensation not in ("", *_COMPENSATIONS):
+            raise ValueError(f"compensation is {self.compensation!r}; accepted are '', {', '.join(_COMPENSATIONS)}")
+
+    @classmethod
+    def parse(cls, text: str | Scheme) -> Scheme:
+        """Read a scheme from its string; a Scheme is returned as it is.
+
+        Raises:
+            ValueError: naming the part that is wrong, and the grammar.
+        """
+        if isinstance(text, Scheme):
+            return text
+        body, *suffixes = text.strip().lower().split("+")
+        match = _BODY.fullmatch(body)
+        if match is None:
+            raise _error(text, body)
+        for key, prefix in (("w", "w"), ("a", "a")):
+            if int(match[key]) not in BITS:
+                raise _error(text, prefix + match[key])
+        for key, letters in (("weights", "tc"), ("activations", "tk")):
+            if match[key] not in letters:
+                raise _error(text, f"{key} {match[key]}")
+        for index, suffix in enumerate(suffixes):
+            if suffix not in (*_FLAGS, *_COMPENSATIONS) or suffix in suffixes[:index]:
+                raise _error(text, "+" + suffix)
+        compensations = [suffix for suffix in suffixes if suffix in _COMPENSATIONS]
+        if len(compensations) > 1:
+            raise _error(text, "+" + "+".join(compensations))
+        return cls(
+            weight_bits=int(match["w"]),
+            activation_bits=int(match["a"]),
+            per_channel=match["weights"] == "c",
+            per_token=match["activations"] == "k",
+            residual="res" in suffixes,
+            attention="attn" in suffixes,
+            smooth="smooth" in suffixes,
+            compensation="".join(compensations),
+        )
+
+    def __str__(self) -> str:
+        suffixes = [
+            *(name for name, on in zip(_FLAGS, (self.residual, self.attention, self.smooth), strict=True) if on),
+            *([self.compensation] if self.compensation else []),
+        ]
+        letters = ("c" if self.per_channel else "t") + ("k" if self.per_token else "t")
+        return "+".join([f"w{self.weight_bits}a{self.activation_bits}-{letters}", *suffixes])
+
+
+def _error(text: str, part: str) -> ValueError:
+    return ValueError(f"quantization scheme {text!r}: {part!r} is not understood; a scheme is {GRAMMAR}")

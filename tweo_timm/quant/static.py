@@ -1,0 +1,328 @@
+"""Static AbsMax quantization of a timm model: calibrate on float activations, freeze the scales, return a copy.
+
+"Quantization for dummies" (arXiv:2511.23225): no search, no learning, no exception list. Every Linear and convolution,
+patch embedding and head included, has its input and its weight rounded to integers; `+res` rounds the residual stream
+too (the case that separates models with outliers from models without), `+attn` the operands of both attention products.
+Norms, softmax, GELU and biases stay float, as in the engines that run such models.
+
+Refused: training (rounding has no gradient here), scripted models, torch.nn.MultiheadAttention and layers whose weight
+is read past their forward, because a scale that is never applied would be a lie.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tweo_timm.blocks import find_blocks
+from tweo_timm.quant.compensate import compensate
+from tweo_timm.quant.flow import name_of
+from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
+from tweo_timm.quant.scheme import Scheme
+from tweo_timm.quant.smooth import smooth
+from tweo_timm.quant.stream import BlockSites, SiteWatcher, StreamQuantizer
+
+_logger = logging.getLogger(__name__)
+
+STREAM = "quantized_stream"
+"""Name of the ModuleDict of StreamQuantizers that a quantized model gains."""
+
+
+@dataclass
+class Observation:
+    """What calibration saw.
+
+    Attributes:
+        layers: layer name -> max|X| of its input.
+        blocks: block name -> its sites.
+        num_images: images seen.
+        unused: layers that no image reached.
+    """
+
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[str, BlockSites] = field(default_factory=dict)
+    num_images: int = 0
+    unused: list[str] = field(default_factory=list)
+
+
+def quantize_static(
+    model: nn.Module, calibration_batches: Iterable[Tensor], scheme: str | Scheme, blocks: str | None = None
+) -> nn.Module:
+    """Return a copy of a model that computes with quantized weights and activations, its scales frozen.
+
+    Args:
+        model: a timm model, also wrapped by DDP or torch.compile; it is not changed.
+        calibration_batches: preprocessed image batches (B, C, H, W) of the training split; a few hundred images are
+            usual. The scales depend on the images only, not on how they are batched.
+        scheme: such as "w8a8-tt+res"; see `Scheme`.
+        blocks: regular expression naming the transformer blocks by hand; None finds them by structure.
+
+    Returns:
+        A model in evaluation mode with the float model's interface. Its Linear layers and convolutions are
+        QuantizedLayers; `quantization_scales` lists every scale. Its attribute `quantization` is a dict that is ready
+        for JSON: scheme, calibration_images, unused_layers (stay float), and what +smooth and +qwt did.
+
+    Raises:
+        ValueError: for a scheme that cannot be parsed, no calibration images, or activations that are not finite.
+        RuntimeError: if a layer's weight is read past its forward, or a block multiplies activations where +attn cannot
+            see the operands.
+        TypeError: for scripted models, and layers whose effective weight is not stored.
+
+    Source: arXiv:2511.23225, PTQ protocol; suffixes +smooth and +qwt: see `smooth` and `compensate`.
+    """
+    scheme = Scheme.parse(scheme)
+    batches = list(calibration_batches)
+    quantized = _working_copy(model, fused_attention=not scheme.attention)
+    found = find_blocks(quantized, blocks)
+    report: dict[str, Any] = {"scheme": str(scheme)}
+    if scheme.smooth:
+        report["smooth"] = smooth(quantized, batches)
+    observation = observe(quantized, batches, found)
+    report |= {"calibration_images": observation.num_images, "unused_layers": observation.unused}
+    _replace_layers(quantized, observation, scheme)
+    _quantize_streams(quantized, found, observation, scheme)
+    quantized.eval().requires_grad_(False)
+    if scheme.compensation:
+        reference = _working_copy(model, fused_attention=not scheme.attention)
+        report["compensation"] = compensate(reference, quantized, batches, scheme.compensation)
+    quantized.quantization = report  # type: ignore[assignment]
+    return quantized
+
+
+def quantization_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return every scale of a quantized model as plain numbers, by name, ready for JSON.
+
+    Returns:
+        For each quantized layer, by its own name: kind ("linear" or "conv"), weight_bits, weight_scale (a list with one
+        step for each output channel, or one for the tensor), input_bits, input_scale (the step; None: computed at run
+        time, a step a token). For each site of the stream, by "<block>.<site>": kind ("stream" or "product"), bits,
+        scale. A value is its integer times the scale; integers are within +-(2^(bits-1) - 1); zero points are 0.
+    """
+    scales: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            scales[name] = {
+                "kind": "linear" if module.geometry is None else "conv",
+                "weight_bits": module.bits,
+                "weight_scale": module.weight_scale.reshape(-1).tolist(),
+                "input_bits": module.input_quantizer.bits,
+                "input_scale": _number(module.input_quantizer),
+            }
+        elif isinstance(module, StreamQuantizer):
+            for site, quantizer in module.quantizers.items():
+                assert isinstance(quantizer, Quantizer)
+                kind = "product" if site.startswith("product") else "stream"
+                scales[f"{module.block_name}.{site}"] = {
+                    "kind": kind,
+                    "bits": quantizer.bits,
+                    "scale": _number(quantizer),
+                }
+    if not scales:
+        raise ValueError("the model has no quantized layer: pass what quantize_static returned")
+    return scales
+
+
+def _number(quantizer: Quantizer) -> float | None:
+    return None if quantizer.scale is None else float(quantizer.scale)
+
+
+def _working_copy(model: nn.Module, *, fused_attention: bool) -> nn.Module:
+    """Copy a model for evaluation, with every weight read through its layer and, if wanted, attention in the open."""
+    model = unwrap_model(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted model cannot be quantized: quantize the model that torch.jit.script was given")
+    working = copy.deepcopy(model).eval()
+    set_grad_checkpointing: Any = getattr(working, "set_grad_checkpointing", None)
+    if callable(set_grad_checkpointing):
+        set_grad_checkpointing(False)
+    for name, module in working.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            raise RuntimeError(
+                f"{name!r} is a torch.nn.MultiheadAttention, whose projections cannot be quantized as layers"
+            )
+        if hasattr(module, "qkv_bias_separate"):  # else F.linear(x, self.qkv.weight, ...) goes past the layer
+            module.qkv_bias_separate = True
+        if not fused_attention and hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return working
+
+
+def observe(model: nn.Module, batches: Iterable[Tensor], blocks: Mapping[str, nn.Module]) -> Observation:
+    """Run the float model over the calibration images and record what each scale needs.
+
+    Raises:
+        ValueError: without images.
+        RuntimeError: if a weight is read past its layer.
+    """
+    seen = Observation(blocks={name: BlockSites() for name in blocks})
+    watch = _Watch(model, blocks, seen)
+    device = next(model.parameters()).device
+    with watch, torch.no_grad():
+        for images in batches:
+            seen.num_images += len(images)
+            watch.outputs.clear()
+            model(images.to(device))
+    if seen.num_images == 0:
+        raise ValueError("calibration needs at least one image: pass batches of the training split")
+    watch.check()
+    return seen
+
+
+class _Watch(TorchFunctionMode):
+    """The hooks of one calibration, and the count of the times that a weight is read."""
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], seen: Observation) -> None:
+        super().__init__()
+        self.seen = seen
+        self.outputs: list[Tensor] = []
+        self._layers = {name: layer for name, layer in model.named_modules() if is_quantizable(layer)}
+        self._by_weight = {id(layer.weight): name for name, layer in self._layers.items()}
+        self._blocks = blocks
+        self._calls: Counter[str] = Counter()
+        self._reads: Counter[str] = Counter()
+        self._watchers: list[SiteWatcher] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._layer_hook(name)))
+        for name, block in self._blocks.items():
+            self._handles.append(block.register_forward_pre_hook(self._enter_hook(name), with_kwargs=True))
+            self._handles.append(block.register_forward_hook(self._leave_hook(), always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if name_of(func) in ("linear", "conv1d", "conv2d", "conv3d"):
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            if id(weight) in self._by_weight:
+                self._reads[self._by_weight[id(weight)]] += 1
+        return func(*args, **kwargs)
+
+    def check(self) -> None:
+        """Refuse weights that were read past their layer; report layers that were not used."""
+        past = [name for name in self._layers if self._reads[name] > self._calls[name]]
+        if past:
+            raise RuntimeError(
+                f"{len(past)} layers have their weight read past their forward, the first is {past[0]!r}: "
+                "their input cannot be quantized; call the layer in the model's code"
+            )
+        self.seen.unused = [name for name in self._layers if name not in self.seen.layers]
+        if self.seen.unused:
+            _logger.warning("layers that no calibration image reached stay float: %s", ", ".join(self.seen.unused))
+
+    def _layer_hook(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._calls[name] += 1
+            amax = args[0].detach().abs().amax().float()
+            known = self.seen.layers.get(name)
+            self.seen.layers[name] = amax if known is None else torch.maximum(known, amax)
+
+        return hook
+
+    def _enter_hook(self, name: str) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            tensors = {key: value for key, value in given if isinstance(value, Tensor)}
+            self._watchers.append(
+                SiteWatcher(block, tensors, self.seen.blocks[name], self._left_by_a_block).__enter__()
+            )
+
+        return hook
+
+    def _leave_hook(self) -> Callable[..., None]:
+        def hook(block: nn.Module, args: Any, output: Tensor | None) -> None:
+            watcher = self._watchers.pop()
+            watcher.__exit__(None, None, None)
+            if output is not None:
+                watcher.finish(output)
+                self.outputs[:] = [*self.outputs[-1:], output]
+
+        return hook
+
+    def _left_by_a_block(self, x: Tensor) -> bool:
+        storages = {output.untyped_storage().data_ptr() for output in self.outputs}
+        return x.untyped_storage().data_ptr() in storages
+
+
+def _replace_layers(model: nn.Module, observation: Observation, scheme: Scheme) -> None:
+    """Put a QuantizedLayer in the place, or the several places, of every layer that calibration saw."""
+    replacements: dict[int, QuantizedLayer] = {}
+    for name, layer in list(model.named_modules()):
+        if name not in observation.layers:
+            continue
+        amax = None if scheme.per_token else observation.layers[name]
+        axes = (-1,) if isinstance(layer, nn.Linear) else tuple(range(1, layer.weight.ndim))
+        try:
+            quantizer = Quantizer(scheme.activation_bits, amax, axes)
+            replacements[id(layer)] = QuantizedLayer(
+                layer, quantizer, scheme.weight_bits, per_channel=scheme.per_channel
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {name!r}: {error}") from error
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                parent._modules[child_name] = replacements[id(child)]
+
+
+def _quantize_streams(
+    model: nn.Module, blocks: Mapping[str, nn.Module], observation: Observation, scheme: Scheme
+) -> None:
+    """Give every block that ran a StreamQuantizer with the sites that the scheme asks for."""
+    if not (scheme.residual or scheme.attention or scheme.compensation in ("qwtblock", "qwtlinear")):
+        return
+    if isinstance(model, nn.Sequential):
+        raise TypeError("the model is a torch.nn.Sequential, which would run its own quantizers: wrap it in a module")
+    streams = nn.ModuleDict()
+    for name, block in blocks.items():
+        sites = observation.blocks[name]
+        if not sites.amax:
+            _logger.warning("block %r was not used by the calibration images and stays float", name)
+            continue
+        try:
+            quantizers = _stream_quantizers(sites, scheme)
+        except ValueError as error:
+            raise ValueError(f"block {name!r}: {error}") from error
+        streams[name.replace(".", "/")] = stream = StreamQuantizer(name, sites, quantizers)
+        stream.attach(block)
+    model.add_module(STREAM, streams)
+
+
+def _stream_quantizers(sites: BlockSites, scheme: Scheme) -> dict[str, Quantizer]:
+    """The sites of one block, in the order of execution within each kind."""
+    axes: dict[str, int] = {}  # site -> the axis that shares a step, where steps are computed at run time
+    if scheme.residual:
+        axes |= dict.fromkeys(sites.inputs, sites.output_axis)
+        axes |= {f"add{index}": axis for index, axis in sites.residual.items()}
+        if sites.output:
+            axes["output"] = sites.output_axis
+    if scheme.attention:
+        if sites.hidden_products:
+            raise ValueError(
+                f"{', '.join(sorted(set(sites.hidden_products)))} multiplies activations out of sight: +attn cannot "
+                "quantize its operands; use the scheme without +attn"
+            )
+        for index in range(sites.num_products):  # an integer product allows one step along the axis it sums over
+            axes |= {f"product{index}_left": -1, f"product{index}_right": -2}
+    bits = scheme.activation_bits
+    return {
+        site: Quantizer(bits, None if scheme.per_token else sites.amax[site], (axis,)) for site, axis in axes.items()
+    }
