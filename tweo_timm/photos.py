@@ -1,0 +1,116 @@
+"""A small set of real images that a machine without a dataset can have: crops of photographs inside two wheels.
+
+scikit-image and scikit-learn ship 14 photographs; which of them a 32-pixel crop comes from is the task. It is an easy
+texture task, made to see activations, not to measure generalisation. Training and validation crops come from disjoint
+64-pixel tiles of each photograph. Refuses to overwrite a folder that it did not write.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+TILE = 64
+CROP = 32
+MARKER = "photos.json"
+
+_SKIMAGE = (
+    ("astronaut", "astronaut"),
+    ("brick", "brick"),
+    ("camera", "camera"),
+    ("chelsea", "cat"),
+    ("coffee", "coffee"),
+    ("grass", "grass"),
+    ("gravel", "gravel"),
+    ("hubble_deep_field", "galaxies"),
+    ("immunohistochemistry", "tissue"),
+    ("retina", "retina"),
+    ("rocket", "rocket"),
+    ("stereo_motorcycle", "motorcycle"),
+)
+_SKLEARN = (("china.jpg", "temple"), ("flower.jpg", "flower"))
+
+
+def photographs() -> dict[str, Image.Image]:
+    """Return the 14 photographs by name, in RGB.
+
+    Raises:
+        ValueError: if scikit-image or scikit-learn is missing.
+    """
+    try:
+        import skimage.data
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise ValueError(
+            f"the photographs ship with scikit-image and scikit-learn ({error}): pip install 'tweo-timm[quickstart]'"
+        ) from error
+    found: dict[str, Image.Image] = {}
+    for source, name in _SKIMAGE:
+        pixels: Any = getattr(skimage.data, source)()
+        found[name] = _rgb(pixels[0] if isinstance(pixels, tuple) else pixels)
+    for source, name in _SKLEARN:
+        found[name] = _rgb(load_sample_image(source))
+    return dict(sorted(found.items()))
+
+
+def _rgb(pixels: Any) -> Image.Image:
+    return Image.fromarray(np.asarray(pixels)).convert("RGB")
+
+
+def write_photo_crops(folder: Path, train: int = 128, validation: int = 100, seed: int = 0) -> Path:
+    """Write the crops as an image folder: folder/{train,validation}/<photograph>/<number>.png.
+
+    Args:
+        folder: where to; reused as it is if it holds the same crops already.
+        train: training crops of each photograph.
+        validation: validation crops of each photograph.
+        seed: of the choice of tiles and offsets.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: if the folder holds something else.
+    """
+    wanted = {"train": train, "validation": validation, "seed": seed, "tile": TILE, "crop": CROP}
+    marker = folder / MARKER
+    if marker.exists() and json.loads(marker.read_text()) == wanted:
+        return folder
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise ValueError(f"{folder} holds other files: name an empty folder, or delete it")
+    for name, photo in photographs().items():
+        for split, count, of_split in (("train", train, _is_train), ("validation", validation, _is_validation)):
+            target = folder / split / name
+            target.mkdir(parents=True, exist_ok=True)
+            crops = _crops(photo, count, of_split, random.Random(f"{seed}-{split}-{name}"))
+            for number, crop in enumerate(crops):
+                crop.save(target / f"{number:04d}.png")
+    marker.write_text(json.dumps(wanted))
+    return folder
+
+
+def _is_validation(column: int, row: int) -> bool:
+    return (column + 2 * row) % 4 == 0
+
+
+def _is_train(column: int, row: int) -> bool:
+    return not _is_validation(column, row)
+
+
+def _crops(
+    photo: Image.Image, count: int, of_split: Callable[[int, int], bool], choice: random.Random
+) -> Iterator[Image.Image]:
+    """Yield crops that lie inside one tile of the split each, going round the tiles."""
+    columns, rows = photo.width // TILE, photo.height // TILE
+    tiles = [(i, j) for i in range(columns) for j in range(rows) if of_split(i, j)]
+    choice.shuffle(tiles)
+    for number in range(count):
+        i, j = tiles[number % len(tiles)]
+        left, top = (TILE * k + choice.randrange(TILE - CROP + 1) for k in (i, j))
+        yield photo.crop((left, top, left + CROP, top + CROP))

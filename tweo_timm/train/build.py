@@ -1,0 +1,232 @@
+"""Everything a training run consists of, put together in the one order that works.
+
+model -> gradient checkpointing -> device -> FP8 -> task -> TWEO -> optimizer -> EMA -> recorders -> (resume) ->
+compile -> DDP. Layers replaced after the optimizer exists would not be trained; hooks that come after the first
+compiled call are ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import TrainingTask
+from timm.utils import NativeScaler, random_seed, unwrap_model
+from torch import nn
+
+from tweo_timm.fp8 import Fp8Recipe, patch_fp8
+from tweo_timm.loss import TweoConfig
+from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.task import TweoHandle, attach_tweo
+from tweo_timm.train.data import Data, open_data
+from tweo_timm.train.model import build_model
+from tweo_timm.train.objective import build_task
+from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
+from tweo_timm.train.world import World
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """The parts of a run.
+
+    Attributes:
+        options: the resolved options.
+        world: device and rank.
+        data: loaders.
+        data_config: timm's resolved preprocessing.
+        model: the model itself, unwrapped.
+        task: timm's training task around it.
+        tweo: the attached penalty; None for a model without transformer blocks.
+        recorder: statistics of the model's blocks; None without blocks.
+        ema_recorder: the same for the EMA model; None without an EMA that is validated.
+        optimizer: timm's.
+        scheduler: timm's; None with --sched none.
+        scaler: timm's NativeScaler for float16 on CUDA, else None.
+        autocast: makes the context of every forward pass.
+        fp8: the report of the FP8 conversion; None in full precision.
+        num_epochs: epochs to train, cooldown and warm-up prefix included.
+        updates_per_epoch: optimizer updates in an epoch.
+    """
+
+    options: TrainOptions
+    world: World
+    data: Data
+    data_config: dict[str, Any]
+    model: nn.Module
+    task: TrainingTask
+    tweo: TweoHandle | None
+    recorder: OutlierRecorder | None
+    ema_recorder: OutlierRecorder | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: Any
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    fp8: Any
+    num_epochs: int
+    updates_per_epoch: int
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names of the transformer blocks; empty for a model without."""
+        return self.tweo.block_names if self.tweo is not None else []
+
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        """Bring a batch of images to the device, memory layout and dtype of the model."""
+        images = images.to(self.world.device)
+        if self.options.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images.to(getattr(torch, self.options.model_dtype)) if self.options.model_dtype else images
+
+    def wrap(self) -> None:
+        """Compile and distribute the task; the last step, after weights have been resumed."""
+        options, world = self.options, self.world
+        if options.torchcompile:
+            if options.grad_checkpointing:
+                # The penalty's hooks act inside the checkpoint; without this, each of them breaks the graph.
+                torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+            self.task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
+            self.task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
+        if world.distributed:
+            device_ids = [world.device] if world.device.type == "cuda" else None
+            self.task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not options.no_ddp_bb)
+
+
+def build_session(options: TrainOptions, world: World) -> Session:
+    """Build all parts of a run, up to but not including compilation and DDP.
+
+    Args:
+        options: the resolved options.
+        world: device and rank.
+
+    Raises:
+        ValueError: if an option cannot be honoured, data or model are missing, or they do not fit each other.
+    """
+    _refuse_unbuilt(options)
+    _set_backends(world)
+    random_seed(options.seed, world.rank)
+    model = build_model(options, world)
+    namespace = as_namespace(options)
+    data_config = resolve_data_config(vars(namespace), model=model, verbose=world.primary)
+    num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
+    fp8 = _patch_fp8(options, model)
+    data = open_data(options, data_config, num_classes, world)
+    task = build_task(options, model, data.soft_targets, world)
+    tweo = _attach(options, task)
+    lr = resolved_lr(options, options.batch_size * world.size * options.grad_accum_steps)
+    namespace.lr = lr
+    optimizer = create_optimizer_v2(
+        task.get_trainable_module(), **optimizer_kwargs(cfg=namespace), **options.opt_kwargs
+    )
+    if options.model_ema:
+        device = torch.device("cpu") if options.model_ema_force_cpu else None
+        task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
+    recorder = ema_recorder = None
+    if tweo is not None:
+        recorder = OutlierRecorder(model, options.tweo_blocks)
+        if options.model_ema and not options.model_ema_force_cpu:
+            ema_recorder = OutlierRecorder(unwrap_model(task.get_eval_model(ema=True)), options.tweo_blocks)
+    updates_per_epoch = -(-len(data.train) // options.grad_accum_steps)
+    if updates_per_epoch == 0:
+        raise ValueError(
+            f"the training split holds less than one batch of {options.batch_size}: use a smaller --batch-size"
+        )
+    scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(namespace), updates_per_epoch=updates_per_epoch
+    )
+    return Session(
+        options=options,
+        world=world,
+        data=data,
+        data_config=data_config,
+        model=model,
+        task=task,
+        tweo=tweo,
+        recorder=recorder,
+        ema_recorder=ema_recorder,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=_scaler(options, world),
+        autocast=_autocast(options, world),
+        fp8=fp8,
+        num_epochs=num_epochs,
+        updates_per_epoch=updates_per_epoch,
+    )
+
+
+def _refuse_unbuilt(options: TrainOptions) -> None:
+    """Refuse what timm's loop does and this one does not."""
+    if options.naflex_loader:
+        raise ValueError(
+            "--naflex-loader is not supported: train NaFlexViT at a fixed --img-size, or with timm's train.py"
+        )
+    if options.train_img_sizes:
+        raise ValueError("--train-img-sizes is not supported: use one --img-size, or timm's own train.py")
+    if options.aug_splits or options.jsd_loss or options.loss == "jsd":
+        raise ValueError("--aug-splits and the jsd loss are not supported: use --aa, --mixup or timm's own train.py")
+    if options.fsdp:
+        raise ValueError("--fsdp is not supported yet: use torchrun with DDP, which is the default")
+
+
+def _set_backends(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
+    if options.fp8 == "off":
+        return None
+    recipe = Fp8Recipe(
+        format=options.fp8_format,
+        amax_history_len=options.fp8_amax_history,
+        backend=options.fp8,
+        scaling=options.fp8_scaling,
+        exclude=tuple(options.fp8_exclude),
+    )
+    report = patch_fp8(model, recipe)
+    _logger.info("%s", report)
+    return report
+
+
+def _attach(options: TrainOptions, task: TrainingTask) -> TweoHandle | None:
+    """Attach TWEO; with weight 0 it only watches, and a model without blocks has nothing to watch."""
+    config = TweoConfig(
+        weight=options.tweo_weight,
+        tau=options.tweo_tau,
+        power=options.tweo_power,
+        schedule=options.tweo_schedule,
+        end_weight=options.tweo_end_weight,
+        reduction=options.tweo_reduction,
+        start=options.tweo_start,
+        end=options.tweo_end,
+    )
+    try:
+        return attach_tweo(task, config, options.tweo_blocks)
+    except ValueError as error:
+        if options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.tweo_blocks:
+            raise
+        _logger.info("No outlier statistics: %s", str(error).split(":")[0])
+        return None
+
+
+def _autocast(options: TrainOptions, world: World) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    if not options.amp:
+        return contextlib.nullcontext
+    if options.model_dtype not in (None, "float32"):
+        raise ValueError(f"--amp needs a float32 model, and --model-dtype is {options.model_dtype}: use one of the two")
+    dtype = torch.bfloat16 if options.amp_dtype in ("bfloat16", "bf16") else torch.float16
+    return lambda: torch.autocast(device_type=world.device.type, dtype=dtype)
+
+
+def _scaler(options: TrainOptions, world: World) -> Any:
+    half = options.amp and options.amp_dtype in ("float16", "half")
+    return NativeScaler(device=world.device.type) if half and world.device.type == "cuda" else None

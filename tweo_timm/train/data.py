@@ -1,0 +1,262 @@
+"""Datasets and loaders of a training run, all of them timm's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import Dataset
+
+from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.replay import ReplayLoader
+from tweo_timm.train.world import World
+
+
+@dataclass
+class Data:
+    """What a run reads.
+
+    Attributes:
+        train: yields (images float (B, C, H, W), targets) on the device, augmented.
+        replay: the loader inside `train` that knows where it is.
+        val: yields (images, class indices) on the device.
+        mixup: mixes a batch on the device; None where the loader's workers do it, or nobody.
+        soft_targets: whether targets are dense distributions, because of Mixup or CutMix.
+        class_names: name -> index where the dataset has names, else None.
+    """
+
+    train: Any
+    replay: ReplayLoader
+    val: Any
+    mixup: Mixup | None
+    soft_targets: bool
+    class_names: dict[str, int] | None
+
+    def start_epoch(self, epoch: int, mixup_off_epoch: int) -> None:
+        """Tell the samplers which epoch begins, and switch Mixup off where the options say so."""
+        parts: list[Any] = [getattr(self.train, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        if mixup_off_epoch and epoch >= mixup_off_epoch:
+            self.train.mixup_enabled = False
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = False
+
+    def batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Yield the training batches of one epoch, mixed."""
+        for images, targets in self.train:
+            yield self.mixup(images, targets) if self.mixup is not None else (images, targets)
+
+
+class UnreadableImage(RuntimeError):  # noqa: N818 - named for what it is about
+    """An image file of the dataset cannot be decoded; the message names it."""
+
+
+class StrictImages(Dataset[Any]):
+    """A map-style image dataset in which an unreadable image is an error, not a neighbour's image.
+
+    timm's ImageDataset replaces a file that it cannot decode by the next one, with a log line in a worker process.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        dataset._max_retries = 1
+        self.inner = dataset
+
+    @property
+    def transform(self) -> Any:
+        """The transform of the dataset inside, which timm's create_loader sets."""
+        return self.inner.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.inner.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.inner[index]
+        except RuntimeError as error:
+            raise UnreadableImage(
+                f"cannot read image {self.inner.filename(index, absolute=True)}: the file is damaged or no image. "
+                "Replace or remove it"
+            ) from error
+
+
+def open_dataset(options: Any, split: str, data_config: dict[str, Any], **details: Any) -> Any:
+    """Open one split with timm's readers: a folder, a tar, torch/, hfds/, wds/ or tfds/.
+
+    Raises:
+        ValueError: if the data cannot be found; the message says where it was looked for.
+    """
+    root = options.data or options.data_dir
+    if not options.dataset and root is None:
+        raise ValueError("no data: pass --data-dir FOLDER (with train/ and val/ inside), or --dataset TYPE/NAME")
+    if not options.dataset and not Path(root).exists():
+        raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/")
+    mode = options.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
+    try:
+        dataset = create_dataset(
+            options.dataset,
+            root=root,
+            split=split,
+            class_map=options.class_map,
+            download=options.dataset_download,
+            trust_remote_code=options.dataset_trust_remote_code,
+            input_img_mode=mode,
+            input_key=options.input_key,
+            target_key=options.target_key,
+            **details,
+        )
+    except (RuntimeError, AssertionError, FileNotFoundError) as error:
+        raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {error}") from error
+    return StrictImages(dataset) if hasattr(dataset, "_max_retries") else dataset
+
+
+def class_names(dataset: Any) -> dict[str, int] | None:
+    """Return the name -> index mapping of a folder dataset, None for others."""
+    reader = getattr(getattr(dataset, "inner", dataset), "reader", None)
+    mapping = getattr(reader, "class_to_idx", None)
+    return dict(mapping) if mapping else None
+
+
+def check_num_classes(dataset: Any, num_classes: int) -> None:
+    """Refuse a folder with another number of classes than the model has.
+
+    Raises:
+        ValueError: if the numbers differ.
+    """
+    names = class_names(dataset)
+    if names and len(names) != num_classes:
+        raise ValueError(
+            f"the data has {len(names)} classes ({', '.join(list(names)[:3])}, ...) and the model {num_classes}: "
+            f"pass --num-classes {len(names)}, or --class-map FILE for a subset"
+        )
+
+
+def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: int, world: World) -> Data:
+    """Build both loaders of a training run.
+
+    Args:
+        options: the run's options.
+        data_config: timm's resolved input size, mean, std, interpolation and crop.
+        num_classes: of the model.
+        world: device and rank.
+
+    Raises:
+        ValueError: if data is missing, or its classes do not fit the model.
+    """
+    shared = {"seed": options.seed, "batch_size": options.batch_size}
+    train_set = open_dataset(
+        options,
+        options.train_split,
+        data_config,
+        is_training=True,
+        repeats=options.epoch_repeats,
+        num_samples=options.train_num_samples,
+        **shared,
+    )
+    val_set = open_dataset(
+        options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **shared
+    )
+    for dataset in (train_set, val_set):
+        check_num_classes(dataset, num_classes)
+    mixup_kwargs = _mixup_kwargs(options, num_classes)
+    collate = FastCollateMixup(**mixup_kwargs) if mixup_kwargs and not options.no_prefetcher else None
+    train = _train_loader(options, data_config, train_set, collate, world)
+    lookahead = isinstance(train, PrefetchLoader)
+    replay = ReplayLoader(train.loader if lookahead else train, lookahead)
+    if lookahead:
+        train.loader = replay
+    return Data(
+        train=train if lookahead else replay,
+        replay=replay,
+        val=_val_loader(options, data_config, val_set, world),
+        mixup=Mixup(**mixup_kwargs) if mixup_kwargs and options.no_prefetcher else None,
+        soft_targets=bool(mixup_kwargs),
+        class_names=class_names(train_set),
+    )
+
+
+def _mixup_kwargs(options: TrainOptions, num_classes: int) -> dict[str, Any]:
+    """Timm's Mixup arguments; empty without Mixup and CutMix."""
+    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None):
+        return {}
+    return {
+        "mixup_alpha": options.mixup,
+        "cutmix_alpha": options.cutmix,
+        "cutmix_minmax": options.cutmix_minmax,
+        "prob": options.mixup_prob,
+        "switch_prob": options.mixup_switch_prob,
+        "mode": options.mixup_mode,
+        "label_smoothing": options.smoothing,
+        "num_classes": num_classes,
+    }
+
+
+def _train_loader(
+    options: TrainOptions, data_config: dict[str, Any], dataset: Any, collate: FastCollateMixup | None, world: World
+) -> Any:
+    interpolation = options.train_interpolation
+    if options.no_aug or not interpolation:
+        interpolation = data_config["interpolation"]
+    return create_loader(
+        dataset,
+        input_size=data_config["input_size"],
+        batch_size=options.batch_size,
+        is_training=True,
+        no_aug=options.no_aug,
+        re_prob=options.reprob,
+        re_mode=options.remode,
+        re_count=options.recount,
+        re_split=options.resplit,
+        train_crop_mode=options.train_crop_mode,
+        scale=options.scale,
+        ratio=options.ratio,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        color_jitter_prob=options.color_jitter_prob,
+        grayscale_prob=options.grayscale_prob,
+        gaussian_blur_prob=options.gaussian_blur_prob,
+        auto_augment=options.aa,
+        num_aug_repeats=options.aug_repeats,
+        interpolation=interpolation,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        num_workers=options.workers,
+        distributed=world.distributed,
+        collate_fn=collate,
+        pin_memory=options.pin_mem,
+        device=world.device,
+        use_prefetcher=not options.no_prefetcher,
+        use_multi_epochs_loader=options.use_multi_epochs_loader,
+        persistent_workers=False,  # workers that outlive an epoch carry random state that no checkpoint can hold
+        worker_seeding=options.worker_seeding,
+    )
+
+
+def _val_loader(options: TrainOptions, data_config: dict[str, Any], dataset: Any, world: World) -> Any:
+    return create_loader(
+        dataset,
+        input_size=data_config["input_size"],
+        batch_size=options.validation_batch_size or options.batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        num_workers=options.workers,
+        distributed=world.distributed,
+        crop_pct=data_config["crop_pct"],
+        pin_memory=options.pin_mem,
+        device=world.device,
+        use_prefetcher=not options.no_prefetcher,
+        persistent_workers=False,
+    )

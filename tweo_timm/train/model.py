@@ -1,0 +1,101 @@
+"""The model of a training run: timm's create_model with the run's options, on its device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import create_model
+from torch import nn
+
+from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.world import World
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(options: TrainOptions, world: World) -> nn.Module:
+    """Create the model that is trained, with checkpointing, head initialisation and batch norm as asked for.
+
+    Args:
+        options: the run's options.
+        world: its device is where the model goes; synchronised batch norm needs `world.distributed`.
+
+    Raises:
+        ValueError: if timm does not know the model, or the model does not accept the options.
+    """
+    if options.fast_norm:
+        set_fast_norm()
+    model = _create(options)
+    _initialise_head(model, options)
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+    if options.split_bn:
+        model = convert_splitbn_model(model, max(options.aug_splits, 2))
+    dtype = getattr(torch, options.model_dtype) if options.model_dtype else None
+    model.to(device=world.device, dtype=dtype)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if world.distributed and options.sync_bn:
+        options_bn = "" if options.split_bn else options.dist_bn
+        _logger.info("Synchronised batch norm%s", f"; --dist-bn {options_bn} has nothing to do" if options_bn else "")
+        model = convert_sync_batchnorm(model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    _logger.info("Model %s: %.2f M parameters", options.model, count / 1e6)
+    return model
+
+
+def _create(options: TrainOptions) -> nn.Module:
+    in_chans = options.in_chans
+    if in_chans is None:
+        in_chans = options.input_size[0] if options.input_size is not None else 3
+    factory: dict[str, Any] = {}
+    if options.pretrained_path:
+        factory["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": -1}
+    try:
+        return create_model(  # type: ignore[no-any-return]
+            options.model,
+            pretrained=options.pretrained,
+            in_chans=in_chans,
+            num_classes=options.num_classes,
+            drop_rate=options.drop,
+            drop_path_rate=options.drop_path,
+            drop_block_rate=options.drop_block,
+            global_pool=options.gp,
+            bn_momentum=options.bn_momentum,
+            bn_eps=options.bn_eps,
+            checkpoint_path=options.initial_checkpoint,
+            **factory,
+            **options.model_kwargs,
+        )
+    except (RuntimeError, TypeError, FileNotFoundError) as error:
+        raise ValueError(_why_not(options, error)) from error
+
+
+def _why_not(options: TrainOptions, error: Exception) -> str:
+    text = str(error)
+    if "Unknown model" in text:
+        return f"--model {options.model}: timm knows no such model. List the names with timm.list_models('*vit*')"
+    if isinstance(error, FileNotFoundError) or "No checkpoint found" in text:
+        return f"--initial-checkpoint {options.initial_checkpoint} does not exist"
+    if "state_dict" in text or "size mismatch" in text:
+        where = options.initial_checkpoint or options.pretrained_path
+        return f"the weights in {where} do not fit {options.model}: {text[:400]}"
+    return f"{options.model} does not accept these options (--model-kwargs {options.model_kwargs}): {text[:400]}"
+
+
+def _initialise_head(model: Any, options: TrainOptions) -> None:
+    """Scale the head's weights and set its bias, as --head-init-scale and --head-init-bias say."""
+    if options.head_init_scale is None and options.head_init_bias is None:
+        return
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+    with torch.no_grad():
+        for head in heads:
+            if options.head_init_scale is not None:
+                head.weight.mul_(options.head_init_scale)
+                head.bias.mul_(options.head_init_scale)
+            if options.head_init_bias is not None:
+                nn.init.constant_(head.bias, options.head_init_bias)

@@ -1,0 +1,110 @@
+"""What a run minimises: timm's training task and its criterion, from the run's options."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from timm.loss import load_class_stats, resolve_class_weights
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from torch import nn
+
+from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.world import World
+
+_logger = logging.getLogger(__name__)
+
+
+def build_task(options: TrainOptions, model: nn.Module, soft_targets: bool, world: World) -> TrainingTask:
+    """Build timm's training task.
+
+    Args:
+        options: the run's options: task, loss and distillation.
+        model: the model that is trained.
+        soft_targets: whether Mixup or CutMix makes the targets dense distributions.
+        world: its device.
+
+    Raises:
+        ValueError: if the loss does not go with the targets, or the teacher cannot be had.
+    """
+    shared: dict[str, Any] = {
+        "criterion_kwargs": criterion_kwargs(options, soft_targets),
+        "device": world.device,
+        "verbose": world.primary,
+    }
+    if options.kd_model_name is None:
+        if options.task == "multilabel":
+            return MultiLabelClassificationTask(model, threshold=options.multilabel_threshold, **shared)
+        return ClassificationTask(model, **shared)
+    if options.task == "multilabel":
+        raise ValueError("--kd-model-name distils single-label classifiers only: leave out --task multilabel")
+    return _distillation(options, model, shared)
+
+
+def _distillation(options: TrainOptions, model: nn.Module, shared: dict[str, Any]) -> TrainingTask:
+    shared |= {"distill_loss_weight": options.distill_loss_weight, "task_loss_weight": options.task_loss_weight}
+    teacher = options.kd_model_name
+    if options.kd_distill_type == "logit":
+        return LogitDistillationTask(
+            model, teacher, loss_type=options.kd_loss_type, temperature=options.kd_temperature, **shared
+        )
+    if options.kd_distill_type == "feature":
+        return FeatureDistillationTask(
+            model,
+            teacher,
+            student_feature_dim=options.kd_student_feature_dim,
+            teacher_feature_dim=options.kd_teacher_feature_dim,
+            **shared,
+        )
+    return TokenDistillationTask(
+        model, teacher, distill_type=options.kd_token_distill_type, temperature=options.kd_temperature, **shared
+    )
+
+
+def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any]:
+    """Return the arguments of timm's create_classification_loss.
+
+    Args:
+        options: the run's options.
+        soft_targets: whether targets are dense distributions, which hold the label smoothing already.
+    """
+    loss = options.loss or ("jsd" if options.jsd_loss else "bce" if options.bce_loss else None)
+    stats = load_class_stats(options.class_stats) if options.class_stats else None
+    weights = {
+        "power": options.class_weight_power,
+        "beta": options.class_weight_beta,
+        "max_weight": options.class_weight_max,
+        "class_stats": stats,
+    }
+    positive = options.pos_weight if options.pos_weight is not None else options.bce_pos_weight
+    return {
+        "loss_type": loss,
+        "smoothing": options.smoothing,
+        "soft_targets": soft_targets,
+        "class_weight": resolve_class_weights(options.class_weight, "class_weight", **weights),
+        "pos_weight": resolve_class_weights(positive, "pos_weight", **weights),
+        "bce_target_thresh": options.bce_target_thresh,
+        "bce_sum": options.bce_sum,
+        "asl_gamma_pos": options.asl_gamma_pos,
+        "asl_gamma_neg": options.asl_gamma_neg,
+        "asl_clip": options.asl_clip,
+        "asl_reduction": options.asl_reduction,
+        "poly_epsilon": options.poly_epsilon,
+        "poly_gamma": options.poly_gamma,
+        "poly_alpha": options.poly_alpha,
+        "jsd_splits": options.aug_splits,
+        "twoway_tp": options.twoway_tp,
+        "twoway_tn": options.twoway_tn,
+        "class_counts": stats[0] if stats else None,
+        "num_samples": stats[1] if stats else None,
+        "db_neg_scale": options.db_neg_scale,
+        "db_init_bias": options.db_init_bias,
+        "db_focal_gamma": options.db_focal_gamma,
+    }

@@ -1,0 +1,49 @@
+"""Validation inside a training run: accuracy by timm's evaluator, activations by the recorder, in one pass."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from timm.task.evaluator import evaluation_sample_limit
+
+from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.train.build import Session
+from tweo_timm.train.progress import ProgressLine
+
+_logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def evaluate(session: Session, model: Any, recorder: OutlierRecorder | None, label: str) -> dict[str, float]:
+    """Run a model over the validation split.
+
+    Args:
+        session: the run: data, device, precision, and the task that knows how to score.
+        model: what to evaluate: the trained model or its EMA.
+        recorder: counts that model's block outputs anew; None without blocks.
+        label: for the log.
+
+    Returns:
+        The evaluator's metrics: loss, top1 and top5 in percent for single labels.
+    """
+    world = session.world
+    evaluator = session.task.create_evaluator(max_samples=evaluation_sample_limit(session.data.val))
+    model.eval()
+    if recorder is not None:
+        recorder.reset()
+    recording = recorder.recording() if recorder is not None else contextlib.nullcontext()
+    with recording, ProgressLine(label, len(session.data.val), world.primary) as bar:
+        for images, targets in session.data.val:
+            images, targets = session.place(images), targets.to(world.device)
+            with session.autocast():
+                output = model(images)
+            evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, targets)
+            bar.advance()
+    metrics = dict(evaluator.compute(distributed=world.distributed))
+    if recorder is not None:
+        recorder.gather()
+    _logger.info("%s: %s", label, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return metrics
