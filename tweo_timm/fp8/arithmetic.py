@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tweo_timm.fp8.cast import E4M3, E5M2, Fp8Format, absolute_maximum, round_to_fp8
+from tweo_timm.fp8.cast import FORMATS, Fp8Format, absolute_maximum, round_to_fp8
 
 _ALIGNMENT = 16
 
@@ -34,6 +34,9 @@ class Arithmetic(Protocol):
 
     def absolute_maximum(self, x: Tensor) -> Tensor:
         """Return ``max|x|`` as a float32 scalar, ignoring NaN."""
+
+    def record(self, amax: Tensor, x: Tensor) -> None:
+        """Raise ``amax`` (float32, one element) to ``max|x|`` in place."""
 
     def quantize(self, x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:
         """Scale, saturate and round ``x`` to ``fmt``."""
@@ -52,6 +55,11 @@ class EmulatedArithmetic:
     def absolute_maximum(self, x: Tensor) -> Tensor:
         """Return ``max|x|`` as a float32 scalar, ignoring NaN."""
         return _absolute_maximum_op(x) if torch.compiler.is_compiling() else absolute_maximum(x)
+
+    def record(self, amax: Tensor, x: Tensor) -> None:
+        """Raise ``amax`` (float32, one element) to ``max|x|`` in place."""
+        record = _record_op if torch.compiler.is_compiling() else _record
+        record(amax, x)
 
     def quantize(self, x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:
         """Scale, saturate and round ``x`` to ``fmt``; the result is bfloat16."""
@@ -76,6 +84,10 @@ class NativeArithmetic:
         """Return ``max|x|`` as a float32 scalar, ignoring NaN."""
         return absolute_maximum(x)
 
+    def record(self, amax: Tensor, x: Tensor) -> None:
+        """Raise ``amax`` (float32, one element) to ``max|x|`` in place."""
+        _record(amax, x)
+
     def quantize(self, x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:
         """Scale, saturate and round ``x`` to ``fmt``; the result is float8."""
         return (x.detach().float() * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
@@ -90,6 +102,13 @@ class NativeArithmetic:
         b = _aligned(b_KN.t()).t()
         out = _scaled_mm(a, b, scale_a.reciprocal(), scale_b.reciprocal(), dtype, fast)[:rows, :columns]
         return out if bias_N is None else out + bias_N.to(dtype)
+
+
+ARITHMETICS: dict[str, Arithmetic] = {one.name: one for one in (EmulatedArithmetic(), NativeArithmetic())}
+
+
+def _record(amax: Tensor, x: Tensor) -> None:
+    amax.copy_(torch.maximum(amax, absolute_maximum(x)))
 
 
 def _emulated_product(
@@ -139,9 +158,14 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
+@torch.library.custom_op("tweo_timm::record_absolute_maximum", mutates_args=("amax",))
+def _record_op(amax: Tensor, x: Tensor) -> None:
+    _record(amax, x)
+
+
 @torch.library.custom_op("tweo_timm::round_to_fp8", mutates_args=())
 def _round_op(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
-    return round_to_fp8(x, scale, E4M3 if fmt == E4M3.name else E5M2)
+    return round_to_fp8(x, scale, FORMATS[fmt])
 
 
 @_round_op.register_fake

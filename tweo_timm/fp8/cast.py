@@ -48,6 +48,7 @@ class Fp8Format:
 
 E4M3 = Fp8Format("e4m3", torch.float8_e4m3fn, max=448.0, min_normal=2.0**-6, mantissa_bits=3)
 E5M2 = Fp8Format("e5m2", torch.float8_e5m2, max=57344.0, min_normal=2.0**-14, mantissa_bits=2)
+FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2)}
 
 
 def round_to_fp8(x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:

@@ -12,12 +12,19 @@ gradient of. Refuses nothing: odd shapes are the arithmetic's business. Follows 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from tweo_timm.fp8.region import LayerSite
+from tweo_timm.fp8.arithmetic import ARITHMETICS
+from tweo_timm.fp8.cast import FORMATS, Fp8Format
+from tweo_timm.fp8.region import Kernel, LayerSite
+from tweo_timm.fp8.scaling import current_scale
+
+Observe = Callable[[str, Tensor, Tensor, Fp8Format], None]
 
 
 class Fp8Linear(nn.Linear):
@@ -40,21 +47,28 @@ class Fp8Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``[..., in_features]``; the result is ``[..., out_features]`` in the activation dtype."""
         x_TI = input.reshape(-1, self.in_features)
+        region = self._fp8_site.region
         scales = self._fp8_site.scales(x_TI, self.weight, self.training)
-        y_TO = _Fp8Product.apply(x_TI, self.weight, self.bias, *scales, self._fp8_site, activation_dtype(input))
-        return y_TO.view(*input.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        operands = (x_TI, self.weight, self.bias, *scales, region.kernel, activation_dtype(input))
+        if region.observer is not None:
+            y_TO = _observed_product(*operands, self._fp8_site.observe)
+        else:
+            y_TO = _product(*operands)
+        return y_TO.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Add how the layer computes to what nn.Linear prints."""
         region = self._fp8_site.region
         formats = f"{region.forward_format.name}/{region.backward_format.name}"
-        return f"{super().extra_repr()}, fp8={formats} {region.recipe.scaling} {region.arithmetic.name}"
+        return f"{super().extra_repr()}, fp8={formats} {region.recipe.scaling} {region.kernel.arithmetic}"
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a layer given ``x`` answers: autocast's where it is on, else that of ``x``."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class _Fp8Product(torch.autograd.Function):
@@ -68,38 +82,53 @@ class _Fp8Product(torch.autograd.Function):
         scale_w: Tensor,
         scale_dy: Tensor | None,
         dy_amax: Tensor | None,
-        site: LayerSite,
+        kernel: Kernel,
         dtype: torch.dtype,
+        observe: Observe | None,
     ) -> Tensor:
-        region = site.region
-        arithmetic, fmt = region.arithmetic, region.forward_format
-        site.observe("x", x_TI, scale_x, fmt)
-        site.observe("w", w_OI, scale_w, fmt)
+        arithmetic, fmt = ARITHMETICS[kernel.arithmetic], FORMATS[kernel.forward_format]
+        if observe:
+            observe("x", x_TI, scale_x, fmt)
+            observe("w", w_OI, scale_w, fmt)
         xq_TI = arithmetic.quantize(x_TI, scale_x, fmt)
         wq_OI = arithmetic.quantize(w_OI, scale_w, fmt)
         ctx.save_for_backward(xq_TI, wq_OI, scale_x, scale_w, scale_dy)
-        ctx.site, ctx.dy_amax, ctx.dtype = site, dy_amax, dtype
+        ctx.kernel, ctx.observe, ctx.dy_amax, ctx.dtype = kernel, observe, dy_amax, dtype
         ctx.x_dtype, ctx.w_dtype, ctx.bias_dtype = x_TI.dtype, w_OI.dtype, None if bias_O is None else bias_O.dtype
         return arithmetic.product(xq_TI, wq_OI.t(), scale_x, scale_w, bias_O, dtype, fast=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         xq_TI, wq_OI, scale_x, scale_w, scale_dy = ctx.saved_tensors
-        site: LayerSite = ctx.site
-        arithmetic, fmt = site.region.arithmetic, site.region.backward_format
+        arithmetic, fmt = ARITHMETICS[ctx.kernel.arithmetic], FORMATS[ctx.kernel.backward_format]
         if scale_dy is None:
-            scale_dy = site.gradient_scale(dy_TO)
+            amax = arithmetic.absolute_maximum(dy_TO)
+            scale_dy = current_scale(amax, fp8_max=fmt.max, margin=ctx.kernel.margin)
         elif ctx.dy_amax is not None:
-            ctx.dy_amax.copy_(torch.maximum(ctx.dy_amax, arithmetic.absolute_maximum(dy_TO)))
-        site.observe("dy", dy_TO, scale_dy, fmt)
+            arithmetic.record(ctx.dy_amax, dy_TO)
+        if ctx.observe:
+            ctx.observe("dy", dy_TO, scale_dy, fmt)
         dx_TI = dw_OI = db_O = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        if needs_x or needs_w:
             dyq_TO = arithmetic.quantize(dy_TO, scale_dy, fmt)
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             dx_TI = arithmetic.product(dyq_TO, wq_OI, scale_dy, scale_w, None, ctx.dtype, fast=False).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
+        if needs_w:
             dw_OI = arithmetic.product(dyq_TO.t(), xq_TI, scale_dy, scale_x, None, ctx.dtype, fast=False).to(ctx.w_dtype)
-        if ctx.needs_input_grad[2]:
+        if needs_bias:
             db_O = dy_TO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx_TI, dw_OI, db_O, None, None, None, None, None, None
+        return dx_TI, dw_OI, db_O, None, None, None, None, None, None, None
 
+
+@torch.compiler.allow_in_graph
+def _product(*operands: Any) -> Tensor:
+    """Run the layer's products; left whole by Dynamo, because its backward records a maximum in place."""
+    return cast(Tensor, _Fp8Product.apply(*operands, None))
+
+
+@torch.compiler.disable
+def _observed_product(*operands: Any) -> Tensor:
+    """Run the layer's products and show the operands to an observer, outside any compiled graph."""
+    return cast(Tensor, _Fp8Product.apply(*operands))

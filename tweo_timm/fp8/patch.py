@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tweo_timm.fp8 import te
-from tweo_timm.fp8.arithmetic import EmulatedArithmetic, NativeArithmetic
 from tweo_timm.fp8.backend import choose_backend
 from tweo_timm.fp8.linear import Fp8Linear
 from tweo_timm.fp8.recipe import Fp8Recipe
@@ -160,14 +159,13 @@ def _find(model: nn.Module) -> tuple[nn.Module, Fp8Patch]:
 
 
 def _linear_places(model: nn.Module) -> dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]]:
-    """Map the first name of every linear layer to the layer and to all places (parent, attribute) that hold it."""
-    names: dict[nn.Module, str] = {}
-    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]] = {}
-    for parent_name, parent in model.named_modules():
+    """Map the name of every linear layer, in module order, to the layer and to all places (parent, attribute) that hold it."""
+    linears = {module: name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
+    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]] = {n: (linear, []) for linear, n in linears.items()}
+    for parent in model.modules():
         for attribute, child in parent.named_children():
             if isinstance(child, nn.Linear):
-                name = names.setdefault(child, f"{parent_name}.{attribute}".lstrip("."))
-                places.setdefault(name, (child, []))[1].append((parent, attribute))
+                places[linears[child]][1].append((parent, attribute))
     return places
 
 
@@ -185,9 +183,8 @@ def _convert(
     places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]],
     report: Fp8Report,
 ) -> Fp8Patch:
-    arithmetic = NativeArithmetic() if report.backend == "native" else EmulatedArithmetic()
     device = next(iter(places.values()))[0].weight.device
-    patch = Fp8Patch(Fp8Region(report.converted, recipe, arithmetic, device), report)
+    patch = Fp8Patch(Fp8Region(report.converted, recipe, report.backend, device), report)
     for name, (linear, holders) in places.items():
         layer = Fp8Linear.from_float(linear, patch.region.site(name))
         for parent, attribute in holders:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from tweo_timm.fp8.arithmetic import Arithmetic
+from tweo_timm.fp8.arithmetic import ARITHMETICS
 from tweo_timm.fp8.cast import E4M3, E5M2, Fp8Format
 from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.scaling import NOT_SEEN, DelayedScales, current_scale
@@ -50,22 +50,31 @@ class Scales(NamedTuple):
     dy_amax: Tensor | None
 
 
+class Kernel(NamedTuple):
+    """What one layer's products need to know beyond tensors; constants only, so that a compiled graph can hold it."""
+
+    arithmetic: str
+    forward_format: str
+    backward_format: str
+    margin: int
+
+
 class Fp8Region:
     """The FP8 state of one patched model; kept beside its modules, outside ``state_dict``.
 
     Args:
         names: the converted layers, in a fixed order.
         recipe: how to scale.
-        arithmetic: how to round and multiply.
+        arithmetic: ``'native'`` or ``'emulated'``.
         device: where the state lives; it follows the model.
     """
 
-    def __init__(self, names: tuple[str, ...], recipe: Fp8Recipe, arithmetic: Arithmetic, device: torch.device):
+    def __init__(self, names: tuple[str, ...], recipe: Fp8Recipe, arithmetic: str, device: torch.device):
         self.names = names
         self.recipe = recipe
-        self.arithmetic = arithmetic
         self.forward_format = E4M3
         self.backward_format = E5M2 if recipe.format == "hybrid" else E4M3
+        self.kernel = Kernel(arithmetic, self.forward_format.name, self.backward_format.name, recipe.margin)
         self.observer: Observer | None = None
         self.is_open = False
         self._all_ran = False
@@ -249,20 +258,15 @@ class LayerSite:
                     f"FP8 layer {self.name!r} was trained outside the forward of the patched model, where its delayed scales are never "
                     "updated: call the model itself, patch the module that is called, or use Fp8Recipe(scaling='current')"
                 )
-        measure = region.arithmetic.absolute_maximum
-        amax = torch.stack([measure(x), measure(weight)])
+        arithmetic = ARITHMETICS[region.kernel.arithmetic]
         if region.is_open:
-            recorded = region.forward.amax[first : last + 1]
-            recorded.copy_(torch.maximum(recorded, amax))
+            arithmetic.record(region.forward.amax[first], x)
+            arithmetic.record(region.forward.amax[last], weight)
             if region.is_delayed:
                 return Scales(region.forward.scale[first], region.forward.scale[last], *self._gradient_state())
+        amax = torch.stack([arithmetic.absolute_maximum(x), arithmetic.absolute_maximum(weight)])
         scale = current_scale(amax, fp8_max=region.forward_format.max, margin=region.recipe.margin)
         return Scales(scale[0], scale[1], None, None)
-
-    def gradient_scale(self, dy: Tensor) -> Tensor:
-        """Return the scale that fits ``dy`` itself."""
-        amax = self.region.arithmetic.absolute_maximum(dy)
-        return current_scale(amax, fp8_max=self.region.backward_format.max, margin=self.region.recipe.margin)
 
     def observe(self, tensor: str, values: Tensor, scale: Tensor, fmt: Fp8Format) -> None:
         """Show an operand to the observer, if there is one."""
