@@ -2,6 +2,8 @@
 
 import collections
 import csv
+import functools
+import inspect
 import re
 from pathlib import Path
 
@@ -49,6 +51,8 @@ def ends_in_an_addition(output):
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: row["arch"])
 def test_blocks_are_those_of_the_published_depth_called_once_and_residual(row):
+    if not timm.is_model(row["arch"]):
+        pytest.skip(f"timm {timm.__version__} has no {row['arch']}")
     model = on_meta(row["arch"])
     blocks = find_blocks(model)
     assert len(blocks) == int(row["blocks"])
@@ -64,8 +68,92 @@ def test_blocks_are_those_of_the_published_depth_called_once_and_residual(row):
         assert channel_axis(block, coinciding) == axis, f"{name}: decided by the shape alone"
 
 
-def test_golden_table_is_large_enough():
-    assert len({row["arch"] for row in GOLDEN}) >= 40
+FAMILIES = [
+    "vision_transformer",
+    "vision_transformer_relpos",
+    "vision_transformer_hybrid",
+    "deit",
+    "beit",
+    "eva",
+    "cait",
+    "xcit",
+    "hiera",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "swin_transformer_v2_cr",
+    "maxxvit",
+    "naflexvit",
+    "twins",
+    "pvt_v2",
+    "davit",
+    "metaformer",
+    "volo",
+    "levit",
+    "nest",
+    "gcvit",
+    "edgenext",
+    "mobilevit",
+    "fastvit",
+    "efficientformer",
+    "convit",
+    "crossvit",
+    "coat",
+    "pit",
+    "tiny_vit",
+    "visformer",
+]
+
+
+def test_the_table_holds_every_family_and_enough_architectures():
+    known = [row["arch"] for row in GOLDEN if timm.is_model(row["arch"])]
+    files = {timm.model_entrypoint(arch).__module__.rpartition(".")[2] for arch in known}
+    assert len(set(known)) >= 40
+    assert set(FAMILIES) <= files
+
+
+# Attention that is no residual transformer block: gates of convolution nets, and pooling heads.
+NO_BLOCKS = {"SplitAttn", "SelectiveKernelAttn", "BatNonLocalAttn", "BilinearAttnTransform", "AttentionPool2d"}
+RETURN_TUPLES = {"coat", "mvitv2", "tnt"}
+
+
+def attention_classes(model):
+    """Independent of find_blocks: classes named after attention, and classes that call torch's fused attention."""
+    named = {type(m) for m in model.modules() if re.search("Attention|Attn|M?SHA|MHA|SHSA|MLA", type(m).__name__)}
+    timms = {type(m) for m in model.modules() if type(m).__module__.startswith("timm.")}
+    return {c.__name__ for c in named | {c for c in timms if calls_fused_attention(c)}}
+
+
+@functools.cache
+def calls_fused_attention(cls):
+    return "scaled_dot_product_attention" in inspect.getsource(cls)
+
+
+@pytest.mark.slow
+def test_every_architecture_of_timm_with_attention_is_covered_or_known_to_have_no_block(capsys):
+    covered, refused, unexplained, surprising = [], collections.Counter(), [], []
+    for arch in timm.list_models():
+        model = on_meta(arch)
+        attention = attention_classes(model)
+        family = type(model).__module__.rpartition(".")[2]
+        try:
+            find_blocks(model)
+        except ValueError as error:
+            if "return a tuple" in str(error) and family in RETURN_TUPLES:
+                refused[family] += 1
+            elif attention & NO_BLOCKS and attention <= NO_BLOCKS:
+                refused[", ".join(sorted(attention))] += 1
+            elif attention:
+                unexplained.append(arch)
+        else:
+            (covered if attention else surprising).append(arch)
+    total = len(covered) + refused.total() + len(unexplained)
+    with capsys.disabled():
+        share = 100 * len(covered) / total
+        print(f"\n{len(covered)} of timm's {total} architectures with attention are covered ({share:.1f} %)")
+        print(f"refused: {dict(refused)}; timm {timm.__version__}, {len(timm.list_models())} architectures in all")
+    assert unexplained == []
+    assert surprising == []
+    assert len(covered) >= 600
 
 
 def test_names_and_modules_are_those_of_named_modules_in_their_order():
