@@ -1,9 +1,59 @@
 """TWEO for timm: transformers without extreme outliers, FP8 training and INT8 deployment."""
 
-from tweo_timm.blocks import find_blocks
-from tweo_timm.loss import TweoConfig, tweo_loss
-from tweo_timm.outliers import record_outliers
-from tweo_timm.task import attach_tweo
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tweo_timm.version import __version__
 
-__all__ = ["TweoConfig", "__version__", "attach_tweo", "find_blocks", "record_outliers", "tweo_loss"]
+if TYPE_CHECKING:
+    from tweo_timm.blocks import find_blocks
+    from tweo_timm.diagnose.colinearity import colinearity
+    from tweo_timm.diagnose.stethoscope import stethoscope
+    from tweo_timm.fp8.patch import patch_fp8, unpatch_fp8
+    from tweo_timm.fp8.recipe import Fp8Recipe
+    from tweo_timm.loss import TweoConfig, tweo_loss
+    from tweo_timm.outliers import record_outliers
+    from tweo_timm.quant.static import quantize_static
+    from tweo_timm.task import attach_tweo
+
+__all__ = [
+    "Fp8Recipe",
+    "TweoConfig",
+    "__version__",
+    "attach_tweo",
+    "colinearity",
+    "find_blocks",
+    "patch_fp8",
+    "quantize_static",
+    "record_outliers",
+    "stethoscope",
+    "tweo_loss",
+    "unpatch_fp8",
+]
+
+# Where each public name lives. They are imported when first used, so that `train.py -h` does not wait for torch.
+_HOMES = {
+    "find_blocks": "blocks",
+    "colinearity": "diagnose.colinearity",
+    "stethoscope": "diagnose.stethoscope",
+    "patch_fp8": "fp8.patch",
+    "unpatch_fp8": "fp8.patch",
+    "Fp8Recipe": "fp8.recipe",
+    "TweoConfig": "loss",
+    "tweo_loss": "loss",
+    "record_outliers": "outliers",
+    "quantize_static": "quant.static",
+    "attach_tweo": "task",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

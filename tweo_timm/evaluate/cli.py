@@ -1,0 +1,165 @@
+"""validate.py and tweo-validate: from checkpoints to a table and a report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tweo_timm.evaluate.options import ValidateOptions, parse_validate_options
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Validate as the command line says.
+
+    Args:
+        argv: the words after the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0, 1 for an error, 130 after Ctrl-C; what was finished by then is reported all the same.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = parse_validate_options(words)
+    except ValueError as error:
+        return _fail(error)
+    if options.print_config:
+        from tweo_timm.train.recipe import dump_options
+
+        print(dump_options(options), end="")
+        return 0
+    return validate(options, "validate.py " + shlex.join(words))
+
+
+def validate(options: ValidateOptions, command: str) -> int:
+    """Validate every checkpoint and report; errors of the user's making become one line on stderr.
+
+    Args:
+        options: the settings.
+        command: what was run, for the record.
+
+    Returns:
+        The exit status, as `main`.
+    """
+    from timm.utils import setup_default_logging
+
+    from tweo_timm.evaluate.compare import read_reports
+    from tweo_timm.train.data import UnreadableImage
+    from tweo_timm.train.world import join_world
+
+    setup_default_logging()
+    records: list[dict[str, Any]] = []
+    status = 0
+    try:
+        if options.compare_reports:
+            records = read_reports(options.compare_reports)
+            _report(records, options, command)
+            return 0
+        world = join_world(options.device)
+    except ValueError as error:
+        return _fail(error)
+    if not world.primary:
+        logging.getLogger().setLevel(logging.WARNING)
+    try:
+        _measure_all(options, world, records)
+    except KeyboardInterrupt:
+        _logger.warning("Interrupted: reporting the %d checkpoints that are finished", len(records))
+        status = 130
+    except UnreadableImage as error:
+        status = _fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1])
+    except (ValueError, OSError) as error:
+        status = _fail(error)
+    finally:
+        world.close()
+    if records and world.primary:
+        try:
+            _report(records, options, command)
+        except (ValueError, OSError) as error:
+            return _fail(error)
+    return status
+
+
+def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, Any]]) -> None:
+    """Append the record of each checkpoint as it is finished."""
+    from timm.utils import random_seed
+
+    from tweo_timm.evaluate.measure import measure
+    from tweo_timm.evaluate.subject import find_sources, load_subject
+
+    for source in find_sources(options):
+        random_seed(options.seed, 0)
+        subject = load_subject(source, options, world.device)
+        record = _with_retry(subject, world, measure) if options.retry else measure(subject, world)
+        records.append(record)
+        peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
+        _logger.info("%s: Top-1 %.2f  Top-5 %.2f%s", subject.name, record["top1"], record["top5"], peak)
+
+
+def _with_retry(subject: Any, world: Any, measure: Any) -> dict[str, Any]:
+    """Measure with ever smaller batches until one fits into memory, in timm's steps."""
+    from dataclasses import replace
+
+    from timm.utils import check_batch_size_retry, decay_batch_step
+
+    while True:
+        try:
+            return measure(subject, world)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            smaller = decay_batch_step(subject.options.batch_size)
+            if not check_batch_size_retry(str(error)) or not smaller:
+                raise
+            _logger.warning("%s: out of memory, trying again with batches of %d", subject.name, smaller)
+            subject.options = replace(subject.options, batch_size=smaller)
+
+
+def _report(records: list[dict[str, Any]], options: ValidateOptions, command: str) -> None:
+    from tweo_timm.evaluate.report import print_table, write_report
+
+    results = [_timm_result(record) for record in records]
+    if options.results_file:
+        _write_results(Path(options.results_file), options.results_format, results)
+    print_table(records)
+    if options.report:
+        write_report(records, Path(options.report), command)
+        _logger.info("Report: %s", Path(options.report) / "report.md")
+    print(f"--result\n{json.dumps(results if len(results) > 1 else results[0], indent=4)}")
+
+
+def _timm_result(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields that timm's validate.py prints, then the peak."""
+    top1, top5 = round(record["top1"], 4), round(record["top5"], 4)
+    return {
+        "model": record["arch"],
+        "top1": top1,
+        "top1_err": round(100 - top1, 4),
+        "top5": top5,
+        "top5_err": round(100 - top5, 4),
+        "param_count": record["param_count_m"],
+        "img_size": record["img_size"],
+        "crop_pct": record["crop_pct"],
+        "interpolation": record["interpolation"],
+        "name": record["name"],
+        "peak_abs": record["peak_abs"],
+    }
+
+
+def _write_results(path: Path, form: str, results: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        if form == "json":
+            json.dump(results, file, indent=4)
+            return
+        writer = csv.DictWriter(file, fieldnames=list(results[0]))
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def _fail(error: Exception | str) -> int:
+    print(f"validate.py: error: {error}", file=sys.stderr)
+    return 1

@@ -1,0 +1,123 @@
+"""Several records side by side: differences on the same images, with what chance alone could do.
+
+Two models that are scored on the same N images differ in Top-1 by (n10 - n01) / N, where n10 and n01 count the images
+only one of them gets right. The interval is Wald's for paired proportions, the p-value is McNemar's exact test.
+Records of different data are not compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from torch import Tensor
+
+from tweo_timm.evaluate.measure import unpacked
+
+SCHEMA = 1
+
+
+def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Collect the records of several report.json files.
+
+    Raises:
+        ValueError: if a file is no report of this schema.
+    """
+    records: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            report = json.loads(Path(path).read_text())
+            found = report["checkpoints"] if report["schema"] == SCHEMA else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--compare-reports {path} is no report.json: {error}") from error
+        if found is None:
+            raise ValueError(f"--compare-reports {path} has schema {report['schema']}, this version reads {SCHEMA}")
+        records += found
+    return records
+
+
+def check_same_data(records: Sequence[dict[str, Any]]) -> None:
+    """Refuse records that were not made on the same images.
+
+    Raises:
+        ValueError: naming two records and their data.
+    """
+    first = records[0]
+    for record in records[1:]:
+        if record["data"] != first["data"]:
+            raise ValueError(
+                f"{first['name']} and {record['name']} were validated on different data ({first['data']} and "
+                f"{record['data']}): validate both on the same split"
+            )
+
+
+def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare every record with the first.
+
+    Args:
+        records: of the same data, as `measure` returns them.
+
+    Returns:
+        One dict for each record after the first: name, against, top1_difference (points), ci95 (low, high), mcnemar_p
+        and peak_ratio (its peak over the first's; None without blocks).
+
+    Raises:
+        ValueError: if the records are of different data.
+    """
+    check_same_data(records)
+    first = records[0]
+    return [_difference(first, record) for record in records[1:]]
+
+
+def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    count = first["data"]["images"]
+    a, b = (unpacked(record["correct"], count) for record in (first, other))
+    difference, low, high, p = paired_difference(a, b)
+    peaks = (first.get("peak_abs"), other.get("peak_abs"))
+    return {
+        "name": other["name"],
+        "against": first["name"],
+        "top1_difference": difference,
+        "ci95": [low, high],
+        "mcnemar_p": p,
+        "peak_ratio": peaks[1] / peaks[0] if peaks[0] and peaks[1] else None,
+    }
+
+
+def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
+    """Compare two models image by image.
+
+    Args:
+        a: whether the first model is right, bool (N,).
+        b: the same of the second, on the same images.
+
+    Returns:
+        Top-1 of b minus a in points, the ends of its 95 % interval, and the two-sided p-value of McNemar's exact test.
+    """
+    count = len(a)
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    difference = (only_b - only_a) / count
+    spread = math.sqrt(max(only_a + only_b - (only_b - only_a) ** 2 / count, 0.0)) / count
+    reach = NormalDist().inv_cdf(0.975) * spread
+    return (
+        100 * difference,
+        100 * (difference - reach),
+        100 * (difference + reach),
+        mcnemar_p(only_a, only_b),
+    )
+
+
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Two-sided p-value of McNemar's test: exact for up to 1000 discordant images, by the normal law beyond."""
+    discordant, fewer = only_a + only_b, min(only_a, only_b)
+    if discordant == 0:
+        return 1.0
+    if discordant > 1000:
+        z = max(abs(only_a - only_b) - 1, 0) / math.sqrt(discordant)
+        return 2 * (1 - NormalDist().cdf(z))
+    tail = sum(math.comb(discordant, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / float(2**discordant))

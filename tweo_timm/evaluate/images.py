@@ -1,0 +1,129 @@
+"""The images of a validation run: the split that is scored, and fixed samples for calibration and diagnosis."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.data import RealLabelsImagenet, create_loader
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.train.data import check_num_classes, open_dataset
+from tweo_timm.train.world import World
+
+
+@dataclass
+class Images:
+    """A loader of a split and what identifies the split.
+
+    Attributes:
+        loader: yields (images (B, C, H, W), targets) on the device, in the dataset's order.
+        dataset: behind it.
+        fingerprint: of file names (or of the dataset's name and size); equal for equal data.
+        real_labels: timm's ReaL labels, or None.
+    """
+
+    loader: Any
+    dataset: Any
+    fingerprint: str
+    real_labels: Any
+
+
+def open_images(options: ValidateOptions, data_config: dict[str, Any], num_classes: int, world: World) -> Images:
+    """Open the split that is scored.
+
+    Raises:
+        ValueError: if it cannot be found, or its classes do not fit the model.
+    """
+    dataset = open_dataset(options, options.split, data_config, num_samples=options.num_samples)
+    if not options.valid_labels:
+        check_num_classes(dataset, num_classes)
+    loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
+    names = _names(dataset)
+    real_labels = None
+    if options.real_labels:
+        if names is None:
+            raise ValueError("--real-labels needs file names: use it with an image folder or tar of ImageNet")
+        real_labels = RealLabelsImagenet([name.rsplit("/", 1)[-1] for name in names], real_json=options.real_labels)
+    identity = "\n".join(names) if names is not None else f"{options.dataset} {options.data_dir} {options.split}"
+    fingerprint = hashlib.sha256(f"{identity}\n{options.num_samples}".encode()).hexdigest()[:16]
+    return Images(loader, dataset, fingerprint, real_labels)
+
+
+def sample_images(
+    options: ValidateOptions, data_config: dict[str, Any], split: str, count: int, batch_size: int
+) -> list[Tensor]:
+    """Read a fixed random sample of a split, preprocessed as for validation, without augmentation.
+
+    Args:
+        options: where the data is; `seed` chooses the images.
+        data_config: timm's resolved preprocessing.
+        split: for example 'train'.
+        count: how many images, fewer if the split is smaller.
+        batch_size: images in a batch.
+
+    Returns:
+        Batches (B, C, H, W), float32, on the CPU.
+
+    Raises:
+        ValueError: if the split cannot be found.
+    """
+    dataset = open_dataset(options, split, data_config, num_samples=None)
+    _loader(replace(options, workers=0), data_config, dataset, World(torch.device("cpu")), prefetch=False)
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return list(_rebatched(dataset, count, batch_size))
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed))[:count]
+    batches: DataLoader[Any] = DataLoader(
+        Subset(dataset, chosen.tolist()), batch_size=batch_size, num_workers=options.workers
+    )
+    return [images for images, _ in batches]
+
+
+def _rebatched(dataset: Any, count: int, batch_size: int) -> Iterator[Tensor]:
+    images: list[Tensor] = []
+    for image, _ in dataset:
+        images.append(image)
+        if len(images) == min(batch_size, count):
+            yield torch.stack(images)
+            count -= len(images)
+            images = []
+        if count == 0:
+            return
+    if images:
+        yield torch.stack(images)
+
+
+def _loader(options: ValidateOptions, data_config: dict[str, Any], dataset: Any, world: World, prefetch: bool) -> Any:
+    return create_loader(
+        dataset,
+        input_size=data_config["input_size"],
+        batch_size=options.batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        num_workers=options.workers,
+        distributed=world.distributed,
+        crop_pct=1.0 if options.test_pool else data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+        crop_border_pixels=options.crop_border_pixels,
+        pin_memory=options.pin_mem,
+        device=world.device,
+        use_prefetcher=prefetch,
+        persistent_workers=False,
+        tf_preprocessing=options.tf_preprocessing,
+    )
+
+
+def _names(dataset: Any) -> list[str] | None:
+    """Names of all images relative to the root, or None where the reader does not know them."""
+    inner = getattr(dataset, "inner", dataset)
+    try:
+        return [str(name) for name in inner.filenames()]
+    except (AttributeError, NotImplementedError, AssertionError):
+        return None

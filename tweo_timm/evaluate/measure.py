@@ -1,0 +1,198 @@
+"""Everything that is measured about one checkpoint, as one record."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tweo_timm.diagnose.colinearity import colinearity
+from tweo_timm.diagnose.readiness import fp8_readiness
+from tweo_timm.diagnose.sites import record_sites
+from tweo_timm.diagnose.stethoscope import stethoscope
+from tweo_timm.evaluate.images import Images, open_images, sample_images
+from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.evaluate.scoring import Score, score
+from tweo_timm.evaluate.subject import Subject
+from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.quant.fidelity import fidelity
+from tweo_timm.quant.static import quantize_static
+from tweo_timm.train.world import World
+
+_logger = logging.getLogger(__name__)
+
+DIAGNOSIS_IMAGES = 64
+"""Images of the validation split that stethoscope, colinearity, readiness and fidelity look at."""
+
+
+def measure(subject: Subject, world: World) -> dict[str, Any]:
+    """Validate one checkpoint, and diagnose and quantize it as its options ask.
+
+    Args:
+        subject: the model and its options.
+        world: device and rank.
+
+    Returns:
+        A record of plain numbers; its fields are described in docs/report.md.
+
+    Raises:
+        ValueError: if data is missing or does not fit the model, or an option does not fit the model.
+    """
+    options = subject.options
+    images = open_images(options, subject.data_config, _num_classes(subject), world)
+    record: dict[str, Any] = {
+        "name": subject.name,
+        "arch": subject.arch,
+        "checkpoint": str(subject.path) if subject.path else None,
+        "param_count_m": round(sum(p.numel() for p in subject.model.parameters()) / 1e6, 2),
+        "img_size": subject.data_config["input_size"][-1],
+        "crop_pct": subject.data_config["crop_pct"],
+        "interpolation": subject.data_config["interpolation"],
+        "data": {"fingerprint": images.fingerprint, "split": options.split},
+    }
+    whole, outliers = _score_with_outliers(subject, images, world)
+    record |= {**whole.metrics, "correct": _packed(whole.correct)}
+    record["data"]["images"] = whole.count
+    record |= outliers
+    record["training_peak_abs"] = subject.training_peak_abs
+    record["training"] = _training_peaks(subject)
+    record["quantized"] = [_quantized(subject, scheme, images, world) for scheme in options.quantize]
+    record |= _diagnoses(subject, record)
+    return record
+
+
+def _num_classes(subject: Subject) -> int:
+    return int(subject.options.num_classes or subject.model.num_classes)  # type: ignore[arg-type]
+
+
+def _score_with_outliers(subject: Subject, images: Images, world: World) -> tuple[Score, dict[str, Any]]:
+    """Top-1 and the statistics of every block, in one pass over the data."""
+    options = subject.options
+    recorder = _recorder(subject)
+    model = subject.model
+    with contextlib.ExitStack() as stack:
+        if recorder is not None:
+            stack.enter_context(recorder.recording())
+            stack.callback(recorder.remove)
+        sites = stack.enter_context(record_sites(model)) if options.sites == "all" else None
+        run: Any = model
+        if options.torchcompile:
+            run = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
+        whole = score(run, images, options, world, subject.name)
+    found: dict[str, Any] = {"peak_abs": None, "peak_block": None, "blocks": []}
+    if recorder is not None:
+        recorder.gather()
+        found = recorder.summary()
+        for block in found["blocks"]:
+            stats = recorder.stats[block["name"]]
+            assert stats is not None
+            block["histogram"] = _thinned(*stats.histogram())
+    if sites is not None:
+        found["sites"] = sites.summary()["sites"]
+    return whole, found
+
+
+def _recorder(subject: Subject) -> OutlierRecorder | None:
+    try:
+        return OutlierRecorder(subject.model, subject.options.tweo_blocks)
+    except ValueError as error:
+        if subject.options.tweo_blocks:
+            raise
+        _logger.warning("%s: no outlier statistics: %s", subject.name, str(error).split(":")[0])
+        return None
+
+
+def _thinned(edges: list[float], counts: list[int]) -> dict[str, list[Any]]:
+    """Merge the bins to eight to a factor of two, enough for a picture; zeros are left out."""
+    merged: dict[float, int] = {}
+    for edge, count in zip(edges, counts, strict=True):
+        if edge > 0:
+            key = 2 ** (math.floor(math.log2(edge) * 8) / 8)
+            merged[key] = merged.get(key, 0) + count
+    return {"edges": [float(f"{edge:.6g}") for edge in merged], "counts": list(merged.values())}
+
+
+def _training_peaks(subject: Subject) -> list[dict[str, float]]:
+    """The largest activation of each epoch of the training, over all blocks."""
+    peaks: dict[int, float] = {}
+    for row in subject.training:
+        if row.get("train_peak_abs") is not None:
+            peaks[row["epoch"]] = max(peaks.get(row["epoch"], 0.0), row["train_peak_abs"])
+    return [{"epoch": epoch, "peak_abs": peak} for epoch, peak in sorted(peaks.items())]
+
+
+def _packed(correct: Tensor) -> str:
+    """One bit an image, in hexadecimal: what a paired comparison of two reports needs."""
+    bits = torch.nn.functional.pad(correct.to(torch.uint8), (0, -len(correct) % 8)).view(-1, 8)
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+    return bytes((bits * weights).sum(-1).tolist()).hex()
+
+
+def unpacked(text: str, count: int) -> Tensor:
+    """Undo the packing of `correct`: bool (count,)."""
+    values = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    return ((values[:, None] >> shifts) & 1).flatten()[:count].bool()
+
+
+def _quantized(subject: Subject, scheme: str, images: Images, world: World) -> dict[str, Any]:
+    """Top-1 of a statically quantized copy, and how faithful it is."""
+    options = subject.options
+    batches = _on(world, _calibration(subject))
+    model = quantize_static(subject.model, batches, scheme)
+    result = score(model, images, options, world, f"{subject.name} {scheme}")
+    sample = _on(world, _sample(subject))
+    return {
+        "scheme": scheme,
+        "top1": result.metrics["top1"],
+        "top5": result.metrics["top5"],
+        "loss": result.metrics["loss"],
+        "correct": _packed(result.correct),
+        "calibration": {
+            "split": options.calibration_split,
+            "images": sum(len(batch) for batch in batches),
+            "seed": options.seed,
+        },
+        "fidelity": fidelity(subject.model, model, torch.cat(sample)),
+    }
+
+
+def _calibration(subject: Subject) -> list[Tensor]:
+    options = subject.options
+    size = min(options.batch_size, 64)
+    return sample_images(options, subject.data_config, options.calibration_split, options.calibration_images, size)
+
+
+def _sample(subject: Subject) -> list[Tensor]:
+    return sample_images(
+        subject.options, subject.data_config, subject.options.split, DIAGNOSIS_IMAGES, DIAGNOSIS_IMAGES
+    )
+
+
+def _on(world: World, batches: list[Tensor]) -> list[Tensor]:
+    return [batch.to(world.device) for batch in batches]
+
+
+def _diagnoses(subject: Subject, record: dict[str, Any]) -> dict[str, Any]:
+    options: ValidateOptions = subject.options
+    wanted: dict[str, Callable[[nn.Module, Tensor], Any]] = {}
+    if options.stethoscope:
+        wanted["stethoscope"] = lambda model, images: stethoscope(
+            model, images, mean=subject.data_config["mean"], std=subject.data_config["std"], seed=options.seed
+        )
+    if options.colinearity:
+        wanted["colinearity"] = lambda model, images: colinearity(
+            model, images, block=options.colinearity_block, channel=options.colinearity_channel
+        )
+    if options.fp8_readiness:
+        wanted["fp8_readiness"] = lambda model, images: fp8_readiness(model, torch.split(images, 16))
+    if not wanted:
+        return {}
+    device = next(subject.model.parameters()).device
+    images = torch.cat(_sample(subject)).to(device)
+    return {name: diagnose(subject.model, images) for name, diagnose in wanted.items()}

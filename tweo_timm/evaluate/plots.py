@@ -1,0 +1,129 @@
+"""The pictures of a report: peaks of the blocks, peaks while training, Top-1 by precision, histogram of |A|."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+E4M3_MAX = 448
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+_COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+
+
+def draw_all(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw every picture that the records hold numbers for.
+
+    Args:
+        records: as `measure` returns them.
+        folder: where the PNG files go; it exists.
+
+    Returns:
+        The files written.
+    """
+    drawn = []
+    for name, draw in (
+        ("peak_per_block", _peak_per_block),
+        ("training_peak", _training_peak),
+        ("histogram", _histogram),
+        ("quantized", _quantized),
+        ("colinearity", _colinearity),
+    ):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if draw(axes, records):
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=150)
+            drawn.append(path)
+    return drawn
+
+
+def _peak_per_block(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+    shown = [record for record in records if record.get("blocks")]
+    for index, record in enumerate(shown):
+        peaks = [block["peak_abs"] for block in record["blocks"]]
+        means = [block["mean_abs"] for block in record["blocks"]]
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.plot(peaks, marker="o", color=colour, label=record["name"])
+        axes.plot(means, linestyle=":", linewidth=1, color=colour)
+    _finish(axes, "Largest activation of each block (dotted: mean |A|)", "block", "max |A|")
+    axes.set_yscale("log")
+    if shown and len({len(record["blocks"]) for record in shown}) == 1:
+        names = [block["name"] for block in shown[0]["blocks"]]
+        step = -(-len(names) // 16)
+        axes.set_xticks(range(0, len(names), step), names[::step], rotation=30, ha="right", fontsize=8)
+    return bool(shown)
+
+
+def _training_peak(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+    shown = [(i, record) for i, record in enumerate(records) if record.get("training")]
+    for index, record in shown:
+        epochs = [point["epoch"] for point in record["training"]]
+        peaks = [point["peak_abs"] for point in record["training"]]
+        axes.plot(epochs, peaks, marker=".", color=_COLOURS[index % len(_COLOURS)], label=record["name"])
+    axes.axhline(E4M3_MAX, color="grey", linewidth=0.8, linestyle="--")
+    note: dict[str, Any] = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "grey"}
+    axes.text(0.995, E4M3_MAX, "448: largest E4M3 value", transform=axes.get_yaxis_transform(), **note)
+    _finish(axes, "Largest activation while training", "epoch", "max |A| over all blocks")
+    axes.set_yscale("log")
+    return bool(shown)
+
+
+def _histogram(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+    shown = [(i, record) for i, record in enumerate(records) if record.get("blocks")]
+    for index, record in shown:
+        block = next(block for block in record["blocks"] if block["name"] == record["peak_block"])
+        if "histogram" not in block:
+            continue
+        edges, counts = block["histogram"]["edges"], block["histogram"]["counts"]
+        label = f"{record['name']}, {block['name']}"
+        axes.step(edges, counts, where="post", color=_COLOURS[index % len(_COLOURS)], label=label)
+    _finish(axes, "Activations of the block with the largest one", "|A|", "elements in a bin of 1/8 octave")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    return bool(shown)
+
+
+def _quantized(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+    shown = [(i, record) for i, record in enumerate(records) if record.get("quantized")]
+    schemes = list(dict.fromkeys(entry["scheme"] for _, record in shown for entry in record["quantized"]))
+    width = 0.8 / max(len(shown), 1)
+    for position, (index, record) in enumerate(shown):
+        top1 = {entry["scheme"]: entry["top1"] for entry in record["quantized"]}
+        values = [record["top1"], *(top1.get(scheme, 0.0) for scheme in schemes)]
+        places = [place + position * width for place in range(len(values))]
+        axes.bar(places, values, width, color=_COLOURS[index % len(_COLOURS)], label=record["name"])
+    centre = width * (len(shown) - 1) / 2
+    axes.set_xticks([place + centre for place in range(len(schemes) + 1)], ["float", *schemes], rotation=20, ha="right")
+    _finish(axes, "Top-1 by precision", "", "Top-1, %")
+    axes.set_ylim(0, 100)
+    return bool(shown)
+
+
+def _colinearity(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+    shown = [(i, record) for i, record in enumerate(records) if record.get("colinearity", {}).get("terms")]
+    for index, record in shown:
+        terms = record["colinearity"]["terms"]
+        values = [abs(term["value"]) for term in terms]
+        axes.plot(
+            range(1, len(values) + 1), values, marker=".", color=_COLOURS[index % len(_COLOURS)], label=record["name"]
+        )
+    _finish(axes, "Terms of the largest activation, by singular direction", "rank of the term", "|s (w.u) (v.x)|")
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    return bool(shown)
+
+
+def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(True, which="major", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,224 @@
+"""The report of a validation: report.json for programs, report.md for people, report.csv for sheets, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tweo_timm.diagnose.record import plain
+from tweo_timm.evaluate.compare import SCHEMA, compare
+from tweo_timm.evaluate.plots import draw_all
+from tweo_timm.version import __version__
+
+_COLUMNS = (
+    ("name", "model", "{}"),
+    ("top1", "Top-1 %", "{:.2f}"),
+    ("top5", "Top-5 %", "{:.2f}"),
+    ("training_peak_abs", "training peak", "{:.4g}"),
+    ("peak_abs", "peak", "{:.4g}"),
+    ("peak_block", "in block", "{}"),
+)
+
+
+def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) -> None:
+    """Write report.json, report.md, report.csv and the pictures.
+
+    Args:
+        records: as `measure` returns them; those of the same data are compared with the first.
+        folder: made if it is not there.
+        command: what was run, for the record.
+
+    Raises:
+        ValueError: if the records are of different data.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    comparison = compare(records)
+    report = plain(
+        {
+            "schema": SCHEMA,
+            "command": command,
+            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "checkpoints": list(records),
+            "comparison": comparison,
+        }
+    )
+    pictures = draw_all(report["checkpoints"], folder)
+    _write(folder / "report.json", json.dumps(report, indent=1))
+    _write(folder / "report.md", _markdown(report, pictures))
+    _write(folder / "report.csv", _csv(report["checkpoints"]))
+
+
+def versions() -> dict[str, str]:
+    """Return what the numbers were made with, the git revision included where there is one."""
+    found = {"tweo_timm": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    here = Path(__file__).parent
+    revision = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found | ({"git": revision.stdout.strip()} if revision.returncode == 0 else {})
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the rows of the comparison table: column title -> formatted value, '-' where not measured."""
+    schemes = list(dict.fromkeys(entry["scheme"] for record in records for entry in record.get("quantized", [])))
+    rows = []
+    for record in records:
+        row = {title: _cell(record.get(key), form) for key, title, form in _COLUMNS}
+        top1 = {entry["scheme"]: entry["top1"] for entry in record.get("quantized", [])}
+        rows.append(row | {scheme: _cell(top1.get(scheme), "{:.2f}") for scheme in schemes})
+    return rows
+
+
+def print_table(records: Sequence[dict[str, Any]]) -> None:
+    """Print the comparison table: drawn on a terminal, Markdown elsewhere."""
+    rows = table_of(records)
+    console = Console()
+    if not console.is_terminal:
+        print(_markdown_table(rows))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+def _cell(value: Any, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    titles = list(rows[0])
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
+    records = report["checkpoints"]
+    data = records[0]["data"]
+    made = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    parts = [
+        "# Validation report",
+        f"`{report['command']}`",
+        f"{data['images']} images of split `{data['split']}`, fingerprint `{data['fingerprint']}`. "
+        f"{made}, {report['made']}.",
+        _markdown_table(table_of(records)),
+        "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
+        "`peak` over the images above.",
+    ]
+    for entry in report["comparison"]:
+        low, high = entry["ci95"]
+        ratio = f", peak x {entry['peak_ratio']:.3g}" if entry["peak_ratio"] is not None else ""
+        parts.append(
+            f"**{entry['name']}** against {entry['against']}: Top-1 {entry['top1_difference']:+.2f} points "
+            f"(95 % interval {low:+.2f} to {high:+.2f}, McNemar p = {entry['mcnemar_p']:.2g}){ratio}."
+        )
+    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
+    parts += [_details(record) for record in records]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _details(record: dict[str, Any]) -> str:
+    parts = [f"## {record['name']}"]
+    if record["blocks"]:
+        keys = ("name", "peak_abs", "p9999_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
+        rows = [{key: _number(block.get(key)) for key in keys} for block in record["blocks"]]
+        parts.append(_markdown_table(rows))
+    parts += [
+        f"- {entry['scheme']}: Top-1 {entry['top1']:.2f} %, relative error of the logits "
+        f"{_number(entry['fidelity']['relative_error'])}, same first guess as in float for "
+        f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
+        for entry in record.get("quantized", [])
+    ]
+    for name, describe in (
+        ("stethoscope", _stethoscope),
+        ("colinearity", _colinearity),
+        ("fp8_readiness", _readiness),
+        ("sites", _sites),
+    ):
+        if record.get(name):
+            parts += describe(record[name])
+    return "\n\n".join(parts)
+
+
+def _stethoscope(found: dict[str, Any]) -> list[str]:
+    keys = ("name", "verdict", "random_pixel_ratio", "random_weight_ratio", "shuffled_ratio", "constant_ratio")
+    rows = [{key: _number(block.get(key)) for key in keys} for block in found["verdicts"]]
+    counts = ", ".join(f"{count} blocks {verdict}" for verdict, count in found["counts"].items())
+    degenerate = "The blocks of the randomly initialised model are identities: that arm says nothing. "
+    return [
+        "### Stethoscope: do outliers come from the data?",
+        f"{degenerate if found['degenerate'] else ''}{counts}. {found['rule']}",
+        _markdown_table(rows),
+    ]
+
+
+def _colinearity(found: dict[str, Any]) -> list[str]:
+    top = found["top_term"]
+    return [
+        "### Colinearity: where does the largest activation come from?",
+        f"`{found['mlp']}`, channel {found['channel']}, token {found['token']}: the MLP contributed "
+        f"{_number(found['mlp_measured'])} to an output of {_number(found['measured'])}. Singular direction "
+        f"{top['index']} alone gives s (w.u) (v.x) = {_number(top['singular_value'])} x {_number(top['w_dot_u'])} x "
+        f"{_number(top['v_dot_x'])} = {_number(top['value'])}; all of them {_number(found['sum_of_terms'])}, "
+        f"with biases {_number(found['with_biases'])}, with the activation function {_number(found['with_activation'])}.",
+        f"The linear form is {'valid' if found['linear_valid'] else 'NOT valid'} here. {found['rule']} {found['note']}",
+    ]
+
+
+def _readiness(found: dict[str, Any]) -> list[str]:
+    return ["### FP8 readiness", str(found["verdict"]), *(f"- {action}" for action in found["actions"])]
+
+
+def _sites(found: dict[str, Any]) -> list[str]:
+    keys = ("name", "kind", "peak_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
+    largest = sorted(found["sites"], key=lambda site: -(site["peak_abs"] or 0))[:10]
+    rows = [{key: _number(site.get(key)) for key in keys} for site in largest]
+    return ["### The ten sites with the largest activations", _markdown_table(rows)]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def _csv(records: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    rows = [dict(zip(row, row.values(), strict=True)) for row in _csv_rows(records)]
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _csv_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a checkpoint, at full precision."""
+    schemes = list(dict.fromkeys(entry["scheme"] for record in records for entry in record.get("quantized", [])))
+    rows = []
+    for record in records:
+        top1 = {entry["scheme"]: entry["top1"] for entry in record.get("quantized", [])}
+        row = {key: record.get(key) for key in ("name", "arch", "top1", "top5", "loss", "training_peak_abs")}
+        row |= {key: record.get(key) for key in ("peak_abs", "peak_block", "param_count_m", "img_size")}
+        rows.append(row | {f"top1_{scheme}": top1.get(scheme) for scheme in schemes})
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,128 @@
+"""One pass over the validation split: accuracy, which images were right, and whatever watches the activations."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.task import ClassificationEvaluator
+from timm.task.evaluator import evaluation_sample_limit
+from torch import Tensor
+
+from tweo_timm.evaluate.images import Images
+from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.train.progress import ProgressLine
+from tweo_timm.train.world import World
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Score:
+    """The outcome of one pass.
+
+    Attributes:
+        metrics: loss, top1 and top5, percent; precision, recall and f1 with --metrics-avg.
+        correct: whether each image's first guess was right, in the dataset's order, bool (N,).
+    """
+
+    metrics: dict[str, float]
+    correct: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many images were scored."""
+        return int(self.correct.numel())
+
+
+@torch.inference_mode()
+def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptions, world: World, label: str) -> Score:
+    """Run a model over the split.
+
+    Args:
+        model: takes (B, C, H, W) and returns logits (B, classes).
+        images: the split.
+        options: precision, label spaces and metrics.
+        world: device and rank.
+        label: for the progress line.
+    """
+    evaluator = ClassificationEvaluator(device=world.device)
+    left = evaluation_sample_limit(images.loader)
+    keep = _valid_labels(options)
+    guesses: list[Tensor] = []
+    truths: list[Tensor] = []
+    with ProgressLine(label, len(images.loader), world.primary) as bar:
+        for number, (batch, targets) in enumerate(images.loader):
+            if left is not None:  # what pads a process's share up to the others' is neither scored nor measured
+                batch, targets = batch[:left], targets[:left]
+                left -= len(targets)
+                if not len(targets):
+                    break
+            batch, targets = _place(batch, options, world), targets.to(world.device)
+            with _autocast(options, world):
+                output = model(batch)
+            logits = output[0] if isinstance(output, (tuple, list)) else output
+            logits = logits.float() if keep is None else logits.float()[:, keep.to(logits.device)]
+            if images.real_labels is not None:
+                images.real_labels.add_result(logits)
+            evaluator.update(logits, targets)
+            guesses.append(logits.argmax(-1))
+            truths.append(targets)
+            bar.advance()
+            if options.log_freq and number % options.log_freq == 0:
+                running = evaluator.summary() if world.device.type == "cpu" else {}
+                _logger.debug("%s [%d/%d] %s", label, number, len(images.loader), running)
+    metrics = dict(evaluator.compute(distributed=world.distributed))
+    guess, truth = (_in_order(torch.cat(parts), world) for parts in (guesses, truths))
+    if images.real_labels is not None:
+        metrics |= {f"top{k}": images.real_labels.get_accuracy(k=k) for k in (1, 5)}
+    if options.metrics_avg:
+        metrics |= _averaged(guess, truth, options.metrics_avg)
+    return Score(metrics, guess == truth)
+
+
+def _place(batch: Tensor, options: ValidateOptions, world: World) -> Tensor:
+    batch = batch.to(world.device)
+    if options.channels_last:
+        batch = batch.contiguous(memory_format=torch.channels_last)
+    return batch.to(getattr(torch, options.model_dtype)) if options.model_dtype else batch
+
+
+def _autocast(options: ValidateOptions, world: World) -> contextlib.AbstractContextManager[Any]:
+    if not options.amp:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=world.device.type, dtype=getattr(torch, options.amp_dtype))
+
+
+def _valid_labels(options: ValidateOptions) -> Tensor | None:
+    if not options.valid_labels:
+        return None
+    with open(options.valid_labels) as file:
+        return torch.tensor(sorted(int(line) for line in file if line.strip()))
+
+
+def _in_order(values: Tensor, world: World) -> Tensor:
+    """Bring the values of all processes into the dataset's order: process r holds every world.size-th, from r on."""
+    if not world.distributed:
+        return values.cpu()
+    parts: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(parts, values.cpu())
+    whole = torch.empty(sum(len(part) for part in parts), dtype=values.dtype)
+    for rank, part in enumerate(parts):
+        whole[rank :: world.size] = part
+    return whole
+
+
+def _averaged(guess: Tensor, truth: Tensor, average: str) -> dict[str, float]:
+    try:
+        from sklearn.metrics import precision_recall_fscore_support
+    except ImportError as error:
+        raise ValueError(f"--metrics-avg needs scikit-learn ({error}): pip install scikit-learn") from error
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        truth.numpy(), guess.numpy(), average=average, zero_division=0
+    )
+    return {"precision": 100 * float(precision), "recall": 100 * float(recall), "f1_score": 100 * float(f1)}

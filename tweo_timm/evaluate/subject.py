@@ -1,0 +1,215 @@
+"""What is validated: a model with weights, its preprocessing, and what its training left behind."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.layers import apply_test_time_pool, set_fast_norm
+from timm.models import create_model, list_models, load_checkpoint
+from timm.utils import reparameterize_model
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch import nn
+
+from tweo_timm.evaluate.options import ValidateOptions, as_namespace
+
+_logger = logging.getLogger(__name__)
+
+_CHECKPOINTS = ("*.pth.tar", "*.pth", "*.safetensors")
+# What a checkpoint's own training options say about the model and its images, where the command line says nothing.
+_INHERITED = (
+    "num_classes",
+    "in_chans",
+    "gp",
+    "model_kwargs",
+    "img_size",
+    "input_size",
+    "mean",
+    "std",
+    "crop_pct",
+    "interpolation",
+)
+
+
+@dataclass
+class Subject:
+    """One model under validation.
+
+    Attributes:
+        name: how it is called in tables and pictures; unique among the subjects of a run.
+        arch: timm's name of the architecture.
+        model: in eval mode, on its device.
+        data_config: timm's resolved preprocessing.
+        options: the options with what the checkpoint says about itself filled in.
+        path: its file; None for timm's pretrained weights.
+        training: rows of the run's outliers.jsonl; empty where there is none beside the checkpoint.
+    """
+
+    name: str
+    arch: str
+    model: nn.Module
+    data_config: dict[str, Any]
+    options: ValidateOptions
+    path: Path | None
+    training: list[dict[str, Any]]
+
+    @property
+    def training_peak_abs(self) -> float | None:
+        """The largest activation seen while training; None if unknown."""
+        peaks = [row["train_peak_abs"] for row in self.training if row.get("train_peak_abs") is not None]
+        return max(peaks) if peaks else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a subject comes from: a name for it, and a checkpoint file or one of timm's pretrained models."""
+
+    name: str
+    path: Path | None
+    model: str
+
+
+def find_sources(options: ValidateOptions) -> list[Source]:
+    """List what the options ask to validate.
+
+    Args:
+        options: checkpoints (files, or folders that stand for all in them) or model names ('all', a wildcard, a text
+            file of names).
+
+    Raises:
+        ValueError: if a checkpoint does not exist, a folder holds none, or no model matches.
+    """
+    if options.checkpoint:
+        paths = [path for given in options.checkpoint for path in _files(Path(given))]
+        return [Source(name, path, options.model) for name, path in zip(_names(paths), paths, strict=True)]
+    if Path(options.model).is_file():
+        models = Path(options.model).read_text().split()
+    elif options.model == "all" or any(sign in options.model for sign in "*?["):
+        pattern = "*" if options.model == "all" else options.model
+        models = [name for name in list_models(pretrained=True) if fnmatch.fnmatch(name, pattern)]
+    else:
+        models = [options.model]
+    if not models:
+        raise ValueError(f"--model {options.model} matches none of timm's pretrained models")
+    return [Source(name, None, name) for name in models]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise ValueError(f"--checkpoint {path} does not exist")
+    found = sorted(file for pattern in _CHECKPOINTS for file in path.glob(pattern))
+    if not found:
+        raise ValueError(f"--checkpoint {path} is a folder without {' or '.join(_CHECKPOINTS)} files")
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Name each checkpoint by its folder, with as much of its file name and path as tells it from the others."""
+    names = [path.resolve().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        stems = [path.name.split(".")[0] for path in paths]
+        names = [f"{name}/{stem}" for name, stem in zip(names, stems, strict=True)]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return names
+
+
+def load_subject(source: Source, options: ValidateOptions, device: torch.device) -> Subject:
+    """Build a model from its checkpoint's own architecture and options, and load the weights strictly.
+
+    Args:
+        source: what to load.
+        options: win over what the checkpoint says.
+        device: where the model goes.
+
+    Raises:
+        ValueError: if the file cannot be read, is of another architecture than `--model`, or has no EMA weights.
+    """
+    content = _metadata(source.path) if source.path is not None else {}
+    arch, options = _describe(content, source, options)
+    if options.fast_norm:
+        set_fast_norm()
+    model = _create(arch, options, pretrained=source.path is None)
+    if source.path is not None:
+        _load(model, content, source.path, arch, options.use_ema)
+    data_config = resolve_data_config(
+        vars(as_namespace(options)), model=model, use_test_size=not options.use_train_size
+    )
+    if options.test_pool:
+        model, _ = apply_test_time_pool(model, data_config)
+    if options.reparam:
+        model = reparameterize_model(model)
+    dtype = getattr(torch, options.model_dtype) if options.model_dtype else None
+    model.to(device=device, dtype=dtype).eval()
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    training = _training_rows(source.path.parent / "outliers.jsonl") if source.path is not None else []
+    return Subject(source.name, arch, model, data_config, options, source.path, training)
+
+
+def _describe(content: dict[str, Any], source: Source, options: ValidateOptions) -> tuple[str, ValidateOptions]:
+    """Fill in what the checkpoint says about its architecture, model and images, where the command line is silent."""
+    default = {field.name: field for field in fields(ValidateOptions)}["model"].default
+    own = content.get("arch")
+    if own and source.model not in (default, own):
+        raise ValueError(
+            f"checkpoint {source.path} holds a {own}, not a {source.model}: leave out --model, or name it so"
+        )
+    if source.path is not None and not own and source.model == default:
+        raise ValueError(f"checkpoint {source.path} does not say its architecture: pass --model NAME")
+    recorded = vars(content["args"]) if "args" in content else {}
+    inherited = {
+        name: recorded[name] for name in _INHERITED if recorded.get(name) is not None and not getattr(options, name)
+    }
+    return own or source.model, replace(options, **inherited)
+
+
+def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
+    in_chans = options.in_chans or (options.input_size[0] if options.input_size else 3)
+    try:
+        return create_model(  # type: ignore[no-any-return]
+            arch,
+            pretrained=pretrained or options.pretrained,
+            num_classes=options.num_classes,
+            in_chans=in_chans,
+            global_pool=options.gp,
+            **options.model_kwargs,
+        )
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"cannot create {arch}: {str(error)[:400]}") from error
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's entries without copying its tensors; weights alone, and other formats, have none."""
+    if path.suffix in (".safetensors", ".npz", ".npy"):
+        return {}
+    try:
+        content = load_checkpoint_metadata(str(path))
+    except Exception as error:  # torch raises whatever the damage looks like
+        raise ValueError(f"checkpoint {path} is truncated or no checkpoint ({type(error).__name__})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_ema: bool) -> None:
+    """Load weights strictly, with timm's loader."""
+    if use_ema and content.get("state_dict_ema") is None and content.get("model_ema") is None:
+        raise ValueError(f"checkpoint {path} has no EMA weights: leave out --use-ema")
+    try:
+        load_checkpoint(model, str(path), use_ema=use_ema, strict=True)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"the weights in {path} do not fit {arch}: {str(error)[:400]}") from error
+
+
+def _training_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
