@@ -1,0 +1,114 @@
+"""The quickstart: four small trainings on real images, their comparison, and the pictures. `make quickstart` runs it.
+
+Every step is a command that it prints before running it, so that each can be repeated by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tweo_timm.photos import write_photo_crops
+
+RUNS = ("healthy", "healthy_tweo", "stress", "stress_tweo")
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, validate and compare; see `--help` for the choices.
+
+    Args:
+        argv: the words after the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0 if every step succeeded.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tweo_timm.quickstart", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), metavar="DIR", help="everything goes here")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="train every recipe once a seed")
+    parser.add_argument("--fp8", action="store_true", help="train with emulated FP8")
+    options = parser.parse_args(argv)
+    if not (REPOSITORY / "recipes").is_dir():
+        print(
+            "quickstart: the recipes are not installed with the package: run it in a clone of the project",
+            file=sys.stderr,
+        )
+        return 1
+    started = time.monotonic()
+    try:
+        photos = write_photo_crops(options.output / "photos")
+    except ValueError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 1
+    names = [name for seed in options.seeds for name in _train_all(photos, options.output, seed, options.fp8)]
+    report = options.output / "report"
+    checkpoints = [str(options.output / name / "last.pth.tar") for name in names]
+    precision = ["--quantize", "w8a8-tt", "w8a8-tt+res", "w4a4-tt+res"] if len(options.seeds) == 1 else []
+    loading = ["--data-dir", str(photos), "--device", "cpu", "--workers", "1"]
+    _run([sys.executable, "validate.py", "--checkpoint", *checkpoints, *loading, *precision, "--report", str(report)])
+    _print_seeds(report / "report.csv", options.seeds)
+    print(f"\nPictures and tables: {report}/  (start with {report}/report.md)")
+    print(f"Run folders with summary.csv and outliers.jsonl: {options.output}/<run>/")
+    print(f"Done in {time.monotonic() - started:.0f} s, installation not counted.")
+    return 0
+
+
+def _train_all(photos: Path, output: Path, seed: int, fp8: bool) -> list[str]:
+    """Train the four recipes with one seed; a run that is complete already is not repeated."""
+    names = []
+    for run in RUNS:
+        name = run + ("_fp8" if fp8 else "") + (f"_seed{seed}" if seed else "")
+        names.append(name)
+        words = ["--data-dir", str(photos), "--output", str(output), "--experiment", name, "--seed", str(seed)]
+        extra = ["--fp8", "emulated"] if fp8 else []
+        recipe = f"recipes/quickstart_{run}.yaml"
+        _run([sys.executable, "train.py", "-c", recipe, *words, *extra, "--resume", "auto"])
+    return names
+
+
+def _run(command: list[str]) -> None:
+    """Print and run one command; a failure ends the quickstart with the command's own message and status."""
+    shown = shlex.join(["python", *command[1:]])
+    print(f"\n$ TIMM_FUSED_ATTN=0 {shown}", flush=True)
+    # Fused attention has a slow backward for tiny shapes in bf16 on CPUs.
+    environment = {"TIMM_FUSED_ATTN": "0", **os.environ}
+    status = subprocess.run([command[0], *_absolute(command[1:])], env=environment, check=False).returncode
+    if status:
+        print(f"quickstart: this step failed with status {status}: {shown}", file=sys.stderr)
+        raise SystemExit(status)
+
+
+def _absolute(words: list[str]) -> list[str]:
+    """Let scripts and recipes be found from any working directory."""
+    return [str(REPOSITORY / word) if word.endswith((".py", ".yaml")) else word for word in words]
+
+
+def _print_seeds(table: Path, seeds: Sequence[int]) -> None:
+    """Print mean and spread of each recipe over the seeds, where there are several."""
+    if len(seeds) < 2:
+        return
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    print("\n| run | seeds | Top-1 %, mean (min to max) | training peak, mean (min to max) | peak, mean (min to max) |")
+    print("|---|---|---|---|---|")
+    families: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        families.setdefault(row["name"].split("_seed")[0], []).append(row)
+    for family, members in families.items():
+        cells = [_spread([float(row[key]) for row in members]) for key in ("top1", "training_peak_abs", "peak_abs")]
+        print(f"| {family} | {len(members)} | " + " | ".join(cells) + " |")
+
+
+def _spread(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
