@@ -108,13 +108,14 @@ def _recorder(subject: Subject) -> OutlierRecorder | None:
 
 
 def _thinned(edges: list[float], counts: list[int]) -> dict[str, list[Any]]:
-    """Merge the bins to eight to a factor of two, enough for a picture; zeros are left out."""
+    """Merge the 128 bins to a factor of two to 8, enough for a picture; zeros and empty bins are left out."""
     merged: dict[float, int] = {}
     for edge, count in zip(edges, counts, strict=True):
         if edge > 0:
-            key = 2 ** (math.floor(math.log2(edge) * 8) / 8)
+            mantissa, exponent = math.frexp(edge)  # mantissa in [1/2, 1): 8 bins are sixteenths of it
+            key = math.ldexp(math.floor(mantissa * 16) / 16, exponent)
             merged[key] = merged.get(key, 0) + count
-    return {"edges": [float(f"{edge:.6g}") for edge in merged], "counts": list(merged.values())}
+    return {"edges": list(merged), "counts": list(merged.values())}
 
 
 def _training_peaks(subject: Subject) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _peak_per_block(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
     for index, record in enumerate(shown):
         peaks = [block["peak_abs"] for block in record["blocks"]]
         means = [block["mean_abs"] for block in record["blocks"]]
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = _colour(index)
         axes.plot(peaks, marker="o", color=colour, label=record["name"])
         axes.plot(means, linestyle=":", linewidth=1, color=colour)
     _finish(axes, "Largest activation of each block (dotted: mean |A|)", "block", "max |A|")
@@ -65,7 +66,7 @@ def _training_peak(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
     for index, record in shown:
         epochs = [point["epoch"] for point in record["training"]]
         peaks = [point["peak_abs"] for point in record["training"]]
-        axes.plot(epochs, peaks, marker=".", color=_COLOURS[index % len(_COLOURS)], label=record["name"])
+        axes.plot(epochs, peaks, marker=".", color=_colour(index), label=record["name"])
     axes.axhline(E4M3_MAX, color="grey", linewidth=0.8, linestyle="--")
     note: dict[str, Any] = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "grey"}
     axes.text(0.995, E4M3_MAX, "448: largest E4M3 value", transform=axes.get_yaxis_transform(), **note)
@@ -81,9 +82,15 @@ def _histogram(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
         if "histogram" not in block:
             continue
         edges, counts = block["histogram"]["edges"], block["histogram"]["counts"]
+        # A bin is a sixteenth of its power of two: the density per octave makes bins of unequal width comparable.
+        ends = [edge + math.ldexp(1 / 16, math.frexp(edge)[1]) for edge in edges]
+        density = [count / math.log2(end / edge) for edge, end, count in zip(edges, ends, counts, strict=True)]
         label = f"{record['name']}, {block['name']}"
-        axes.step(edges, counts, where="post", color=_COLOURS[index % len(_COLOURS)], label=label)
-    _finish(axes, "Activations of the block with the largest one", "|A|", "elements in a bin of 1/8 octave")
+        axes.step([*edges, ends[-1]], [*density, 0], where="post", color=_colour(index), label=label)
+    peaks = [record["peak_abs"] for _, record in shown]
+    if peaks:
+        axes.set_xlim(max(peaks) * 1e-6, max(peaks) * 2)
+    _finish(axes, "Activations of the block with the largest one", "|A|", "elements per octave")
     axes.set_xscale("log")
     axes.set_yscale("log")
     return bool(shown)
@@ -97,7 +104,7 @@ def _quantized(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
         top1 = {entry["scheme"]: entry["top1"] for entry in record["quantized"]}
         values = [record["top1"], *(top1.get(scheme, 0.0) for scheme in schemes)]
         places = [place + position * width for place in range(len(values))]
-        axes.bar(places, values, width, color=_COLOURS[index % len(_COLOURS)], label=record["name"])
+        axes.bar(places, values, width, color=_colour(index), label=record["name"])
     centre = width * (len(shown) - 1) / 2
     axes.set_xticks([place + centre for place in range(len(schemes) + 1)], ["float", *schemes], rotation=20, ha="right")
     _finish(axes, "Top-1 by precision", "", "Top-1, %")
@@ -110,13 +117,15 @@ def _colinearity(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
     for index, record in shown:
         terms = record["colinearity"]["terms"]
         values = [abs(term["value"]) for term in terms]
-        axes.plot(
-            range(1, len(values) + 1), values, marker=".", color=_COLOURS[index % len(_COLOURS)], label=record["name"]
-        )
+        axes.plot(range(1, len(values) + 1), values, marker=".", color=_colour(index), label=record["name"])
     _finish(axes, "Terms of the largest activation, by singular direction", "rank of the term", "|s (w.u) (v.x)|")
     axes.set_yscale("log")
     axes.set_xscale("log")
     return bool(shown)
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
 
 
 def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:

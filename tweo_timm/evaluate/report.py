@@ -174,7 +174,8 @@ def _colinearity(found: dict[str, Any]) -> list[str]:
         f"{_number(found['mlp_measured'])} to an output of {_number(found['measured'])}. Singular direction "
         f"{top['index']} alone gives s (w.u) (v.x) = {_number(top['singular_value'])} x {_number(top['w_dot_u'])} x "
         f"{_number(top['v_dot_x'])} = {_number(top['value'])}; all of them {_number(found['sum_of_terms'])}, "
-        f"with biases {_number(found['with_biases'])}, with the activation function {_number(found['with_activation'])}.",
+        f"with biases {_number(found['with_biases'])}, "
+        f"with the activation function {_number(found['with_activation'])}.",
         f"The linear form is {'valid' if found['linear_valid'] else 'NOT valid'} here. {found['rule']} {found['note']}",
     ]
 
