@@ -114,9 +114,9 @@ def _record(amax: Tensor, x: Tensor) -> None:
 def _emulated_product(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 or a.is_meta:
         return _scaled_addmm(a, b, scale_a, scale_b, bias, dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast(a.device.type, enabled=False):  # it would cast the operands down again
         return _scaled_addmm(a.float(), b.float(), scale_a, scale_b, bias, dtype)
 
 

@@ -66,7 +66,7 @@ class Fp8Linear(nn.Linear):
 def activation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a layer given ``x`` answers: autocast's where it is on, else that of ``x``."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

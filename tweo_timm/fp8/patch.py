@@ -55,7 +55,7 @@ class Fp8Report:
 class Fp8Patch:
     """All that is needed to use and to undo a patch; a plain attribute of the patched root, copied with it."""
 
-    region: Fp8Region
+    region: Fp8Region | te.TeRegion
     report: Fp8Report
     originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     flags: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
@@ -88,8 +88,11 @@ def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
     device = places[converted[0]][0].weight.device
     backend, reason = choose_backend(recipe, device)
     report = Fp8Report(converted, skipped, backend, reason)
-    swap = te.convert if backend == "te" else _convert
-    model.__dict__[_ATTRIBUTE] = patch = swap(model, recipe, {name: places[name] for name in converted}, report)
+    if backend == "te":
+        patch = _convert_te(model, recipe, report)
+    else:
+        patch = _convert(recipe, {name: places[name] for name in converted}, report)
+    model.__dict__[_ATTRIBUTE] = patch
     patch.flags = _call_qkv_modules(model)
     patch.handles = patch.region.attach(model)
     _logger.info("%s", report)
@@ -146,11 +149,6 @@ def check_fp8_ran(model: nn.Module) -> None:
         )
 
 
-def find_region(model: nn.Module) -> Fp8Region:
-    """Return the FP8 region of a patched model, however it is wrapped."""
-    return _find(model)[1].region
-
-
 def _find(model: nn.Module) -> tuple[nn.Module, Fp8Patch]:
     for module in model.modules():
         if _ATTRIBUTE in module.__dict__:
@@ -177,8 +175,13 @@ def _reason_to_skip(name: str, linear: nn.Linear, recipe: Fp8Recipe) -> str | No
     return recipe.selects(name)
 
 
+def _convert_te(model: nn.Module, recipe: Fp8Recipe, report: Fp8Report) -> Fp8Patch:
+    converter = te.Converter(model, recipe)
+    converter.convert(report.converted)
+    return Fp8Patch(converter.region, report, converter.originals)
+
+
 def _convert(
-    model: nn.Module,
     recipe: Fp8Recipe,
     places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]],
     report: Fp8Report,

@@ -1,5 +1,392 @@
-"""stub for now."""
+"""The Transformer Engine backend, and the only importer of that package.
+
+NVIDIA's modules are neither nn.Linear nor free of extra checkpoint entries. So the timm model keeps its own modules, under their own names, as faces that own the parameters;
+each face holds the Transformer Engine module that computes for it out of sight, sharing the very same parameters. Optimizers, checkpoints and EMA copies see a timm model.
+
+What runs where:
+    training    one te.autocast around the forward of the patched root; te.Linear, te.LayerNorm, LayerNormLinear where the norm feeds exactly that
+                linear, LayerNormMLP only where the model's GELU is the tanh one that NVIDIA's kernel computes
+    evaluation  the original modules in the activation dtype: nothing reaches the histories, and a copy without histories evaluates alike
+Tokens, inputs and outputs that are not multiples of 16 are padded here; padding tokens repeat the last row, which changes no maximum, and their
+gradient is zero. First step: all scales are 1, so E5M2 flushes gradients below 7.6e-6; run `warm_up_fp8` or warm the learning rate up.
+
+Refused: torch's activation checkpointing (it recomputes without te.autocast), unit scaling (no such recipe), a CPU. Facts: Transformer Engine 2.20.
+"""
+
 from __future__ import annotations
+
 import importlib.util
-def obstacle(recipe): return None if importlib.util.find_spec("transformer_engine") else "Transformer Engine is not installed"
-def convert(*a): raise NotImplementedError
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tweo_timm.fp8.fusion import is_plain_norm, mlp_names, norm_linear_pairs
+from tweo_timm.fp8.recipe import Fp8Recipe
+from tweo_timm.fp8.region import check_same_layout
+
+_ALIGNMENT = 16
+# Which quantizers of a module the saved state keeps: input and weight of each product, and the output gradient of each product.
+_STATE_COLUMNS = {"fwd": (3, (0, 1)), "bwd": (2, (0,))}
+
+
+def obstacle(recipe: Fp8Recipe) -> str | None:
+    """Return why Transformer Engine cannot run ``recipe`` on this GPU, or None."""
+    if recipe.scaling == "unit":
+        return "Transformer Engine has no unit scaling"
+    if recipe.scaling == "current" and recipe.margin:
+        return "Transformer Engine's current scaling has no margin"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed; pip install 'tweo-timm[te]'"
+    try:
+        available, reason = _te().is_fp8_available(return_reason=True)
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        return f"Transformer Engine does not load: {error}"
+    return None if available else f"Transformer Engine says: {reason}"
+
+
+def build_recipe(recipe: Fp8Recipe) -> Any:
+    """Translate ``recipe`` into Transformer Engine's; every option is passed by a name checked against its fields, because it ignores unknown ones."""
+    from transformer_engine.common import recipe as te_recipes
+
+    fp8_format = {"hybrid": te_recipes.Format.HYBRID, "e4m3": te_recipes.Format.E4M3}[recipe.format]
+    if recipe.scaling == "current":
+        kind, options = te_recipes.Float8CurrentScaling, {"fp8_format": fp8_format}
+    else:
+        kind = te_recipes.DelayedScaling
+        options = {
+            "fp8_format": fp8_format,
+            "margin": recipe.margin,
+            "amax_history_len": recipe.amax_history_len,
+            "amax_compute_algo": recipe.amax_compute_algo,
+        }
+    unknown = options.keys() - kind.__dataclass_fields__.keys()
+    if unknown:
+        raise RuntimeError(f"this Transformer Engine's {kind.__name__} has no field {sorted(unknown)}: install version 2.x")
+    return kind(**options)
+
+
+class TeRegion:
+    """Opens one te.autocast around each training forward of the patched root, and knows every hidden module."""
+
+    is_delayed: bool
+
+    def __init__(self, recipe: Fp8Recipe):
+        self.recipe = recipe
+        self.is_delayed = recipe.scaling == "delayed"
+        self.is_open = False
+        self.hidden: dict[str, Hidden] = {}
+        self._context: Any = None
+
+    def attach(self, root: nn.Module) -> list[RemovableHandle]:
+        """Hook the region to ``root``; the closing hook runs even if the forward raises, or te.autocast would stay entered."""
+        if any(getattr(module, "grad_checkpointing", False) for module in root.modules()):
+            raise RuntimeError(_NO_CHECKPOINTING)
+        return [root.register_forward_pre_hook(self._enter), root.register_forward_hook(self._exit, always_call=True)]
+
+    @torch.compiler.disable
+    def _enter(self, root: nn.Module, args: Any) -> None:
+        self.is_open = root.training and torch.is_grad_enabled()
+        if self.is_open:
+            self._context = _te().autocast(enabled=True, recipe=build_recipe(self.recipe))
+            self._context.__enter__()
+
+    @torch.compiler.disable
+    def _exit(self, root: nn.Module, args: Any, output: Any) -> None:
+        context, self._context, self.is_open = self._context, None, False
+        if context is not None:
+            context.__exit__(None, None, None)
+
+    @property
+    def all_layers_ran(self) -> bool:
+        """Whether every hidden module has run in FP8."""
+        return all(hidden.module is not None and hidden.module.fp8_initialized for hidden in self._quantized().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of scales and histories as plain tensors; a module that has not run yet reports the initial state."""
+        return {key: view.clone() for key, view in self._columns().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned, into Transformer Engine's own buffers.
+
+        Raises:
+            ValueError: the state belongs to other layers or another history length.
+        """
+        check_same_layout(self._columns(), state)
+        for name, hidden in self._quantized().items():
+            for direction, (width, columns) in _STATE_COLUMNS.items():
+                buffers = hidden.scaling_state(direction)
+                for gemm, layer in enumerate(hidden.layers(name)):
+                    for index, column in enumerate(columns):
+                        buffers.scale[gemm * width + column] = state[f"{layer}.scaling_{direction}.scale"][index]
+                        history = state[f"{layer}.scaling_{direction}.amax_history"]
+                        buffers.amax_history[:, gemm * width + column] = history[:, index]
+
+    def _quantized(self) -> dict[str, Hidden]:
+        return {name: hidden for name, hidden in self.hidden.items() if hidden.num_gemms}
+
+    def _columns(self) -> dict[str, Tensor]:
+        columns_by_key: dict[str, Tensor] = {}
+        for name, hidden in self._quantized().items() if self.is_delayed else ():
+            for direction, (width, columns) in _STATE_COLUMNS.items():
+                buffers = hidden.scaling_state(direction)
+                for gemm, layer in enumerate(hidden.layers(name)):
+                    chosen = [gemm * width + column for column in columns]
+                    columns_by_key[f"{layer}.scaling_{direction}.scale"] = buffers.scale[chosen]
+                    columns_by_key[f"{layer}.scaling_{direction}.amax_history"] = buffers.amax_history[:, chosen]
+        return columns_by_key
+
+
+_NO_CHECKPOINTING = (
+    "the 'te' backend cannot train with timm's gradient checkpointing: torch recomputes the block without te.autocast, so the recomputed "
+    "activations would not be those of the forward. Turn it off, or use backend='native', which replays its scales"
+)
+
+
+class Hidden:
+    """A Transformer Engine module computing for a face, built at its first training forward and never copied.
+
+    Args:
+        region: the patch's region.
+        original: the module the face stands for; computes in evaluation.
+        kind: name of the Transformer Engine class.
+        arguments: constructor arguments.
+        parameters: for each parameter of the hidden module, the module that owns it and its name there.
+        gemms: layers whose products it computes, as suffixes to the face's name.
+    """
+
+    def __init__(
+        self,
+        region: TeRegion,
+        original: nn.Module,
+        kind: str,
+        arguments: dict[str, Any],
+        parameters: dict[str, tuple[nn.Module, str]],
+        gemms: tuple[str, ...],
+    ):
+        self.region, self.original, self.kind, self.arguments = region, original, kind, arguments
+        self.parameters, self.gemms = parameters, gemms
+        self.module: Any = None
+
+    @property
+    def num_gemms(self) -> int:
+        """How many FP8 products the module computes; 0 for a norm."""
+        return len(self.gemms)
+
+    def layers(self, face: str) -> list[str]:
+        """Return the names of the linear layers it computes for."""
+        return [f"{face}{suffix}" for suffix in self.gemms]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied fp8_meta would keep the original's place in Transformer Engine's global buffers: a copy starts without.
+        return {**self.__dict__, "module": None}
+
+    def build(self) -> Any:
+        """Return the Transformer Engine module, its parameters being those of the model."""
+        if self.module is None:
+            kind = getattr(_te(), self.kind)
+            self.module = kind(**self.arguments, device="meta")
+        for name, (owner, attribute) in self.parameters.items():
+            parameter = getattr(owner, attribute)
+            if parameter is not None and self.module._parameters.get(name) is not parameter:
+                self._share(name, parameter)
+        return self.module
+
+    def _share(self, name: str, parameter: nn.Parameter) -> None:
+        target = self.module.__dict__.get(name, self.module._parameters.get(name))
+        if tuple(target.shape) == tuple(parameter.shape):
+            setattr(self.module, name, parameter)
+            return
+        # Padded to the shape the matrix unit takes: a tensor of this step, through which the gradient reaches the parameter.
+        self.module._parameters.pop(name, None)
+        padding = [pad for size, wanted in zip(parameter.shape, target.shape, strict=True) for pad in (wanted - size, 0)]
+        self.module.__dict__[name] = F.pad(parameter, padding[::-1])
+
+    def scaling_state(self, direction: str) -> Any:
+        """Return Transformer Engine's scale and history buffers of one direction, creating them if it has not run."""
+        module = self.build()
+        if not module.fp8_initialized:
+            with torch.no_grad(), _te().autocast(enabled=True, recipe=build_recipe(self.region.recipe)):
+                module.init_fp8_metadata(num_gemms=self.num_gemms)
+        return module.fp8_meta[f"scaling_{direction}"]
+
+    def run(self, x: Tensor, out_features: int) -> Tensor:
+        """Compute in FP8, with the token count and the last dimension padded to multiples of 16."""
+        rows = x.reshape(-1, x.shape[-1])
+        tokens = rows.shape[0]
+        missing = -tokens % _ALIGNMENT
+        if missing:
+            rows = torch.cat([rows, rows[-1:].expand(missing, -1)])
+        rows = F.pad(rows, (0, -rows.shape[1] % _ALIGNMENT))
+        out: Tensor = self.build()(rows)
+        return out[:tokens, :out_features].reshape(*x.shape[:-1], out_features)
+
+
+class _Face(nn.Module):
+    """A module of the timm model whose computation happens in a hidden Transformer Engine module."""
+
+    _te_hidden: Hidden
+
+    @classmethod
+    def of(cls, original: nn.Module) -> Any:
+        """Return a face that shares every registry of ``original``."""
+        face = cls.__new__(cls)
+        face.__dict__.update(original.__dict__)
+        return face
+
+    def _is_training_in_fp8(self) -> bool:
+        region = self._te_hidden.region
+        if not region.is_open and self.training and torch.is_grad_enabled():
+            raise RuntimeError(f"a Transformer Engine layer was trained outside the forward of the patched model: {_NO_CHECKPOINTING}")
+        return region.is_open
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return self._te_hidden.original.forward(x)  # type: ignore[no-any-return]
+
+
+class TeLinear(_Face, nn.Linear):
+    """nn.Linear computed by te.Linear or, with its norm, by te.LayerNormLinear."""
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer; ``[..., in_features]`` to ``[..., out_features]``."""
+        return self._te_hidden.run(input, self.out_features) if self._is_training_in_fp8() else self._plain(input)
+
+
+class TeLayerNorm(_Face, nn.LayerNorm):
+    """nn.LayerNorm computed by te.LayerNorm."""
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return self._te_hidden.build()(input) if self._is_training_in_fp8() else self._plain(input)  # type: ignore[no-any-return]
+
+
+class FusedAway(_Face, nn.LayerNorm):
+    """nn.LayerNorm that the next layer's fused kernel computes: it passes its input on in training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input in training, its normalisation in evaluation."""
+        return input if self._is_training_in_fp8() else self._plain(input)
+
+
+class TeMlp(_Face):
+    """A timm Mlp computed, with its norm, by te.LayerNormMLP."""
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply norm, both linear layers and the tanh GELU between them."""
+        if not self._is_training_in_fp8():
+            return self._plain(x)
+        out: Tensor = self.drop2(self._te_hidden.run(x, x.shape[-1]))
+        return out
+
+
+class Converter:
+    """Replaces modules of one model by faces; what it replaced is in `originals`."""
+
+    _NORM: ClassVar = {"layer_norm_weight": "weight", "layer_norm_bias": "bias"}
+
+    def __init__(self, model: nn.Module, recipe: Fp8Recipe):
+        self.model = model
+        self.region = TeRegion(recipe)
+        self.originals: list[tuple[nn.Module, str, nn.Module]] = []
+        self._faces: dict[nn.Module, nn.Module] = {}
+
+    def convert(self, linears: tuple[str, ...]) -> None:
+        """Convert the named linear layers, and every norm that Transformer Engine can compute."""
+        remaining = dict.fromkeys(linears)
+        for norm, mlp in mlp_names(self.model):
+            layers = [f"{mlp}.fc1", f"{mlp}.fc2"]
+            if all(layer in remaining and self._is_aligned(layer) for layer in layers):
+                self._convert_mlp(norm, mlp)
+                for layer in layers:
+                    del remaining[layer]
+        for norm, linear in norm_linear_pairs(self.model):
+            if linear in remaining and self._is_aligned(linear):
+                self._convert_linear(linear, norm)
+                del remaining[linear]
+        for linear in remaining:
+            self._convert_linear(linear, None)
+        for name, module in list(self.model.named_modules()):
+            if is_plain_norm(module) and not isinstance(module, _Face):
+                self._convert_norm(name, module)
+
+    def _is_aligned(self, name: str) -> bool:
+        return all(size % _ALIGNMENT == 0 for size in self.model.get_submodule(name).weight.shape)  # type: ignore[union-attr, operator]
+
+    def _convert_linear(self, name: str, norm_name: str | None) -> None:
+        linear: Any = self.model.get_submodule(name)
+        arguments = {
+            "in_features": linear.in_features + -linear.in_features % _ALIGNMENT,
+            "out_features": linear.out_features + -linear.out_features % _ALIGNMENT,
+            "bias": linear.bias is not None,
+            "params_dtype": linear.weight.dtype,
+        }
+        face = self._replace(linear, TeLinear)
+        parameters = {"weight": (face, "weight"), "bias": (face, "bias")}
+        kind = "Linear"
+        if norm_name is not None:
+            norm: Any = self._fuse_away(norm_name)
+            kind, arguments["eps"] = "LayerNormLinear", norm.eps
+            parameters |= {theirs: (norm, ours) for theirs, ours in self._NORM.items()}
+        self._hide(name, face, linear, kind, arguments, parameters, gemms=("",))
+
+    def _convert_mlp(self, norm_name: str, name: str) -> None:
+        mlp: Any = self.model.get_submodule(name)
+        arguments = {
+            "hidden_size": mlp.fc1.in_features,
+            "ffn_hidden_size": mlp.fc1.out_features,
+            "bias": mlp.fc1.bias is not None,
+            "activation": "gelu",
+            "params_dtype": mlp.fc1.weight.dtype,
+        }
+        face = self._replace(mlp, TeMlp)
+        norm: Any = self._fuse_away(norm_name)
+        arguments["eps"] = norm.eps
+        parameters = {theirs: (norm, ours) for theirs, ours in self._NORM.items()}
+        parameters |= {f"{fc}_{kind}": (getattr(face, fc), kind) for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
+        self._hide(name, face, mlp, "LayerNormMLP", arguments, parameters, gemms=(".fc1", ".fc2"))
+
+    def _convert_norm(self, name: str, norm: Any) -> None:
+        arguments = {"normalized_shape": norm.normalized_shape[0], "eps": norm.eps, "dtype": norm.weight.dtype}
+        face = self._replace(norm, TeLayerNorm)
+        parameters = {"weight": (face, "weight"), "bias": (face, "bias")}
+        self._hide(name, face, norm, "LayerNorm", arguments, parameters, gemms=())
+
+    def _fuse_away(self, name: str) -> nn.Module:
+        norm = self.model.get_submodule(name)
+        face = self._replace(norm, FusedAway)
+        face._te_hidden = Hidden(self.region, norm, "", {}, {}, ())
+        return face
+
+    def _hide(
+        self,
+        name: str,
+        face: Any,
+        original: nn.Module,
+        kind: str,
+        arguments: dict[str, Any],
+        parameters: dict[str, tuple[nn.Module, str]],
+        gemms: tuple[str, ...],
+    ) -> None:
+        face._te_hidden = self.region.hidden[name] = Hidden(self.region, original, kind, arguments, parameters, gemms)
+
+    def _replace(self, original: nn.Module, kind: Callable[..., Any]) -> Any:
+        face = kind.of(original)  # type: ignore[attr-defined]
+        for parent in list(self.model.modules()):
+            for attribute, child in list(parent.named_children()):
+                if child is original:
+                    self.originals.append((parent, attribute, original))
+                    parent._modules[attribute] = face
+        return face
+
+
+def _te() -> Any:
+    """Return Transformer Engine's PyTorch layer; torch comes first, because its libraries must be loaded before."""
+    import transformer_engine.pytorch as te
+
+    return te

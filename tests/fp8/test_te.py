@@ -1,0 +1,125 @@
+"""Runs the contract tests against Transformer Engine's pure-Python wheel, and, where there is a GPU, the real thing."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tweo_timm.fp8 import Fp8Recipe, check_fp8_ran, fp8_state, load_fp8_state, patch_fp8
+from tweo_timm.fp8.te import obstacle
+
+REQUIREMENTS = ["transformer_engine==2.20.2", "einops", "onnxscript", "onnx_ir"]
+WITH_DEPENDENCIES = ["pydantic"]
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def te_site(tmp_path_factory):
+    """A directory with the wheel; it must not enter the environment, where it would look like a working installation."""
+    site = tmp_path_factory.mktemp("te_site")
+    for arguments in (["--no-deps", *REQUIREMENTS], WITH_DEPENDENCIES):
+        command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--target", str(site)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            pytest.skip(f"the pure-Python wheel of Transformer Engine cannot be installed here: {done.stderr[-300:]}")
+    return site
+
+
+@pytest.mark.te
+def test_contracts_hold_against_nvidias_python_layer(te_site):
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{te_site}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "tests/fp8/te_contract.py"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+def test_reasons_why_transformer_engine_cannot_run(monkeypatch):
+    assert "no unit scaling" in obstacle(Fp8Recipe(scaling="unit"))
+    assert "no margin" in obstacle(Fp8Recipe(scaling="current", margin=1))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in obstacle(Fp8Recipe())
+
+
+def needs_gpu(backend):
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return "the GPU has no FP8 units (compute capability below 8.9)"
+    return obstacle(Fp8Recipe()) if backend == "te" else None
+
+
+@pytest.fixture(params=["native", "te"])
+def backend(request):
+    reason = needs_gpu(request.param)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def gpu_run(backend, steps, batch=16, resume=None, checkpointing=False):
+    """Train a small ViT; returns losses, FP8 state and gradients of the last step."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **TINY).cuda()
+    model.set_grad_checkpointing(checkpointing)
+    patch_fp8(model, Fp8Recipe(backend=backend))
+    if resume:
+        load_fp8_state(model, resume)
+    images, targets = torch.randn(batch, 3, 32, 32).cuda(), torch.randint(0, 10, (batch,)).cuda()
+    losses = []
+    for _ in range(steps):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(images).float(), targets)
+        loss.backward()
+        losses.append(loss.item())
+    check_fp8_ran(model)
+    return losses, fp8_state(model), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [16, 8, 3], ids=lambda b: f"{b * 17}_tokens")
+def test_gpu_backend_agrees_with_the_emulation(backend, batch):
+    """Same scales to bfloat16 activations' accuracy, close losses and gradients; odd token counts and a 10-class head included."""
+    losses, state, gradients = gpu_run(backend, 4, batch)
+    expected_losses, expected_state, expected_gradients = gpu_run("emulated", 4, batch)
+    assert losses == pytest.approx(expected_losses, rel=0.02)
+    for key, expected in expected_state.items():
+        assert torch.allclose(state[key].cpu(), expected.cpu(), rtol=0.25), key
+    for name, expected in expected_gradients.items():
+        error = (gradients[name] - expected).norm() / expected.norm().clamp_min(1e-6)
+        assert error < 0.25, name
+
+
+@pytest.mark.gpu
+def test_gpu_state_survives_a_resume(backend):
+    _, state, _ = gpu_run(backend, 3)
+    assert all(torch.equal(value.cpu(), state[key].cpu()) for key, value in gpu_run(backend, 0, resume=state)[1].items())
+
+
+@pytest.mark.gpu
+def test_gpu_checkpointing_changes_nothing_or_is_refused(backend):
+    if backend == "te":
+        with pytest.raises(RuntimeError, match="gradient checkpointing"):
+            gpu_run(backend, 1, checkpointing=True)
+        return
+    assert gpu_run(backend, 3, checkpointing=True)[0] == gpu_run(backend, 3)[0]
+
+
+@pytest.mark.gpu
+def test_gpu_evaluation_leaves_state_alone(backend):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **TINY).cuda()
+    patch_fp8(model, Fp8Recipe(backend=backend))
+    model(torch.randn(16, 3, 32, 32).cuda()).sum().backward()
+    before = fp8_state(model)
+    model.eval()
+    with torch.inference_mode():
+        model(100 * torch.randn(5, 3, 32, 32).cuda())
+    assert all(torch.equal(before[key], value) for key, value in fp8_state(model).items())
