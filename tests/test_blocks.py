@@ -118,7 +118,7 @@ RETURN_TUPLES = {"coat", "mvitv2", "tnt"}
 
 def attention_classes(model):
     """Independent of find_blocks: classes named after attention, and classes that call torch's fused attention."""
-    named = {type(m) for m in model.modules() if re.search("Attention|Attn|M?SHA|MHA|SHSA|MLA", type(m).__name__)}
+    named = {type(m) for m in model.modules() if re.search("Attention|Attn|MHSA|SHSA|MHA|MLA", type(m).__name__)}
     timms = {type(m) for m in model.modules() if type(m).__module__.startswith("timm.")}
     return {c.__name__ for c in named | {c for c in timms if calls_fused_attention(c)}}
 
@@ -153,6 +153,7 @@ def test_every_architecture_of_timm_with_attention_is_covered_or_known_to_have_n
         print(f"refused: {dict(refused)}; timm {timm.__version__}, {len(timm.list_models())} architectures in all")
     assert unexplained == []
     assert surprising == []
+    assert share >= 95
     assert len(covered) >= 600
 
 
@@ -544,7 +545,7 @@ def small(arch, **options):
         ("test_coatnet", {}, 1),
     ],
 )
-def test_the_channel_axis_is_the_one_that_a_layer_norm_scale_of_one_channel_moves(arch, options, axis):
+def test_the_channel_axis_is_the_one_along_which_a_bias_moves_one_channel(arch, options, axis):
     """Independent of shapes: bump channel 3 in the bias of the block's last layer and see along which axis it moved."""
     model, blocks = small(arch, **options)
     name, block = next(iter(blocks.items()))

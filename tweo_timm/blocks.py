@@ -10,14 +10,18 @@ out of date with timm's next release. Structure answers it:
   have neither.
 * A *block* is the smallest module that holds an attention core and a feed-forward part (at least two weight layers
   outside any core). Where attention stands alone, it is the element of a container that adds attention to its input
-  (MobileNetV4's ``MobileAttention``, the fusion of CrossViT). The code of a block contains an addition: the residual.
+  (MobileNetV4's ``MobileAttention``, the fusion of CrossViT), or the ``Sequential`` that pairs it with a residual
+  feed-forward part. The code of a block contains an addition: the residual.
 * Blocks are repeated: a block is an element of a ``Sequential``, ``ModuleList`` or ``ModuleDict``. If it stands inside
   such an element, the element is the block, unless it holds other blocks (a stage is not a block). So the window and
   the grid attention of MaxViT are one ``MaxxVitBlock``, which is what ``depths`` counts; its output is the stream after
-  the second of them. Attention pooling looks like a block but is not repeated, and is none.
+  the second of them. Attention pooling looks like a block but is not repeated, and LeViT's attention downsampling
+  belongs to its stage: neither is one.
+
+In hybrids only the blocks with attention count, in CAFormer as in FastViT; bottlenecks with self-attention (BoTNet) do.
 
 Refused, with the remedy in the message: models without such blocks (convolution nets, MLP mixers, PoolFormer), and
-blocks that return several tensors (TNT, the parallel blocks of CoaT), no single one of which is the stream.
+blocks whose ``forward`` returns a tuple rather than the stream alone (TNT, MViTv2, the parallel blocks of CoaT).
 ``blocks=REGEX`` names the blocks of a model by hand.
 
 Source: the definition of the penalty in arXiv:2511.23225; the module structure of timm 1.0.31 and torchvision 0.29.
@@ -68,7 +72,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there are no blocks, a block returns several tensors, or ``blocks`` is not a regular expression,
+        ValueError: there are no blocks, or a block returns a tuple, or ``blocks`` is not a regular expression,
             matches no module, a module that is never called, or one module inside another.
     """
     if not isinstance(model, nn.Module):
@@ -85,10 +89,10 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
     if not found:
         raise ValueError(_no_blocks_message(model, tree))
     classes = {type(tree.modules[name]) for name in found}
-    several_classes = {cls for cls in classes if _returns_several(cls)}
-    several = [name for name in found if type(tree.modules[name]) in several_classes]
-    if several:
-        raise ValueError(_several_message(tree, found, several))
+    tuple_classes = {cls for cls in classes if _returns_tuple(cls)}
+    tuples = [name for name in found if type(tree.modules[name]) in tuple_classes]
+    if tuples:
+        raise ValueError(_tuple_message(tree, found, tuples))
     return {name: tree.modules[name] for name in found}
 
 
@@ -185,11 +189,8 @@ class _Tree:
         pair = [f"{outer}.{child}" for child, _ in self.modules[outer].named_children()]
         if type(self.modules[outer]) is nn.Sequential and len(pair) == 2 and pair[0] == name:
             second = pair[1]
-            if (
-                self._has_feed_forward(second)
-                and self._adds(second)
-                and not any(_inside(c, second) for c in self.cores)
-            ):
+            attends = any(_inside(core, second) for core in self.cores)
+            if self._has_feed_forward(second) and self._adds(second) and not attends:
                 return outer
         return name
 
@@ -280,7 +281,7 @@ def _syntax(function: Callable[..., object]) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
-def _returns_several(cls: type[nn.Module]) -> bool:
+def _returns_tuple(cls: type[nn.Module]) -> bool:
     """Whether every ``return`` of a class's ``forward`` is a literal tuple, list or dict."""
     try:
         tree = _syntax(cls.forward)
@@ -342,13 +343,13 @@ def _no_blocks_message(model: nn.Module, tree: _Tree) -> str:
     )
 
 
-def _several_message(tree: _Tree, found: list[str], several: list[str]) -> str:
-    cls = type(tree.modules[several[0]])
-    single = [name for name in found if name not in several]
+def _tuple_message(tree: _Tree, found: list[str], tuples: list[str]) -> str:
+    cls = type(tree.modules[tuples[0]])
+    single = [name for name in found if name not in tuples]
     patterns = "|".join(sorted({_pattern(name) for name in single}))
     rest = f"'{patterns}' names the {len(single)} others" if single else "name modules with one tensor as their output"
     return (
-        f"{len(several)} of {len(found)} transformer blocks, such as {several[0]} ({cls.__module__}.{cls.__name__}), "
+        f"{len(tuples)} of {len(found)} transformer blocks, such as {tuples[0]} ({cls.__module__}.{cls.__name__}), "
         "return a tuple, list or dict instead of the residual stream alone. "
         f"Choose other modules with blocks=REGEX (--tweo-blocks REGEX): {rest}."
     )
