@@ -54,7 +54,8 @@ def validate(options: ValidateOptions, command: str) -> int:
     from tweo_timm.train.data import UnreadableImage
     from tweo_timm.train.world import join_world
 
-    setup_default_logging()
+    if not logging.getLogger().handlers:  # a program that calls us may have its own
+        setup_default_logging()
     records: list[dict[str, Any]] = []
     status = 0
     try:

@@ -42,7 +42,7 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     """
     dataset = open_dataset(options, options.split, data_config, num_samples=options.num_samples)
     if not options.valid_labels:
-        check_num_classes(dataset, num_classes)
+        check_num_classes(dataset, num_classes, mapped=bool(options.class_map))
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
     names = _names(dataset)
     real_labels = None

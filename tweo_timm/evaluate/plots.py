@@ -36,15 +36,15 @@ def draw_all(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     ):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        if draw(axes, records):
+        if draw(figure, records):
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=150)
             drawn.append(path)
     return drawn
 
 
-def _peak_per_block(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+def _peak_per_block(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
+    axes = figure.add_subplot()
     shown = [record for record in records if record.get("blocks")]
     for index, record in enumerate(shown):
         peaks = [block["peak_abs"] for block in record["blocks"]]
@@ -61,7 +61,8 @@ def _peak_per_block(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
     return bool(shown)
 
 
-def _training_peak(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+def _training_peak(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
+    axes = figure.add_subplot()
     shown = [(i, record) for i, record in enumerate(records) if record.get("training")]
     for index, record in shown:
         epochs = [point["epoch"] for point in record["training"]]
@@ -75,7 +76,8 @@ def _training_peak(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
     return bool(shown)
 
 
-def _histogram(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+def _histogram(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
+    axes = figure.add_subplot()
     shown = [(i, record) for i, record in enumerate(records) if record.get("blocks")]
     for index, record in shown:
         block = next(block for block in record["blocks"] if block["name"] == record["peak_block"])
@@ -96,7 +98,8 @@ def _histogram(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
     return bool(shown)
 
 
-def _quantized(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
+def _quantized(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
+    axes = figure.add_subplot()
     shown = [(i, record) for i, record in enumerate(records) if record.get("quantized")]
     schemes = list(dict.fromkeys(entry["scheme"] for _, record in shown for entry in record["quantized"]))
     width = 0.8 / max(len(shown), 1)
@@ -112,15 +115,19 @@ def _quantized(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
     return bool(shown)
 
 
-def _colinearity(axes: Axes, records: Sequence[dict[str, Any]]) -> bool:
-    shown = [(i, record) for i, record in enumerate(records) if record.get("colinearity", {}).get("terms")]
-    for index, record in shown:
-        terms = record["colinearity"]["terms"]
-        values = [abs(term["value"]) for term in terms]
-        axes.plot(range(1, len(values) + 1), values, marker=".", color=_colour(index), label=record["name"])
-    _finish(axes, "Terms of the largest activation, by singular direction", "rank of the term", "|s (w.u) (v.x)|")
-    axes.set_yscale("log")
-    axes.set_xscale("log")
+def _colinearity(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
+    """The singular spectrum of the MLP behind each model's peak, and how output channel and input align with it."""
+    shown = [(i, record) for i, record in enumerate(records) if record.get("colinearity")][:4]
+    for place, (index, record) in enumerate(shown, start=1):
+        axes = figure.add_subplot(1, len(shown), place)
+        found = record["colinearity"]
+        directions = range(1, len(found["singular_values"]) + 1)
+        axes.plot(directions, found["singular_values"], color=_colour(index), label="s")
+        for key, marker, label in (("w_dot_u", ".", "|w.u|"), ("v_dot_x", "x", "|v.x|")):
+            axes.plot(directions, [abs(v) for v in found[key]], marker, color="grey", markersize=4, label=label)
+        _finish(axes, f"{record['name']}, {found['block']}, channel {found['channel']}", "singular direction", "")
+        axes.title.set_fontsize(8)
+        axes.set_yscale("log")
     return bool(shown)
 
 

@@ -167,7 +167,7 @@ def _stethoscope(found: dict[str, Any]) -> list[str]:
 
 
 def _colinearity(found: dict[str, Any]) -> list[str]:
-    top = found["top_term"]
+    top = found["terms"][0]
     return [
         "### Colinearity: where does the largest activation come from?",
         f"`{found['mlp']}`, channel {found['channel']}, token {found['token']}: the MLP contributed "
@@ -184,9 +184,9 @@ def _readiness(found: dict[str, Any]) -> list[str]:
     return ["### FP8 readiness", str(found["verdict"]), *(f"- {action}" for action in found["actions"])]
 
 
-def _sites(found: dict[str, Any]) -> list[str]:
+def _sites(found: list[dict[str, Any]]) -> list[str]:
     keys = ("name", "kind", "peak_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
-    largest = sorted(found["sites"], key=lambda site: -(site["peak_abs"] or 0))[:10]
+    largest = sorted(found, key=lambda site: -(site["peak_abs"] or 0))[:10]
     rows = [{key: _number(site.get(key)) for key in keys} for site in largest]
     return ["### The ten sites with the largest activations", _markdown_table(rows)]
 

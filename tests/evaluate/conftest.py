@@ -1,0 +1,52 @@
+"""A folder of small noise images and two checkpoints of the same tiny ViT, made once for this folder's tests."""
+
+import argparse
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+ARCH = "vit_tiny_patch16_224"
+KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def make_model(seed, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model(ARCH, num_classes=3, **(KWARGS | kwargs)).eval()
+
+
+def save_checkpoint(path, model, **entries):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    args = argparse.Namespace(model=ARCH, num_classes=3, model_kwargs=KWARGS, input_size=[3, 32, 32], crop_pct=1.0)
+    content = {"epoch": 1, "arch": ARCH, "version": 2, "args": args, "state_dict": model.state_dict()}
+    torch.save(content | entries, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 8), ("validation", 7)):
+        for label in ("ant", "bee", "cat"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    (root / "base").mkdir()
+    rows = "".join(
+        f'{{"epoch": {epoch}, "block": "blocks.{block}", "train_peak_abs": {peak}}}\n'
+        for epoch, block, peak in ((0, 0, 3.0), (0, 1, 5.0), (1, 0, 70.5), (1, 1, 9.0))
+    )
+    (root / "base" / "outliers.jsonl").write_text(rows)
+    return [
+        save_checkpoint(root / name / "last.pth.tar", make_model(seed)) for seed, name in enumerate(("base", "tweo"))
+    ]

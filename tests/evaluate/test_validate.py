@@ -1,0 +1,249 @@
+"""validate.py against timm's own parts, and against itself under other conditions."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.utils import accuracy
+
+from tests.evaluate.conftest import ARCH, KWARGS, make_model, save_checkpoint
+from tweo_timm import record_outliers
+from tweo_timm.evaluate.cli import main
+
+
+def run(capsys, *words):
+    """Run the command and return its status, its --result and what it said on stderr."""
+    status = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    result = json.loads(out.split("--result\n")[1]) if "--result\n" in out else None
+    return status, result, err
+
+
+@pytest.fixture
+def common(photos):
+    return ["--data-dir", photos, "--device", "cpu", "-j", "0", "-b", "4"]
+
+
+def timm_top1(path, photos):
+    """Top-1 as timm's own parts compute it, with no knowledge of this package."""
+    model = timm.create_model(ARCH, num_classes=3, checkpoint_path=str(path), **KWARGS).eval()
+    config = resolve_data_config({"input_size": (3, 32, 32), "crop_pct": 1.0}, model=model)
+    dataset = create_dataset("", root=str(photos), split="validation")
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    loader = create_loader(
+        dataset, batch_size=21, num_workers=0, device=torch.device("cpu"), **{key: config[key] for key in keys}
+    )
+    images, targets = next(iter(loader))
+    with torch.no_grad(), record_outliers(model) as record:
+        output = model(images)
+    return float(accuracy(output, targets)[0]), record.summary()
+
+
+def test_top1_and_peak_equal_timms_own_parts(capsys, checkpoints, common, photos):
+    status, result, _ = run(capsys, "--checkpoint", checkpoints[0], *common)
+    top1, summary = timm_top1(checkpoints[0], photos)
+    assert status == 0
+    assert result["top1"] == pytest.approx(top1, abs=1e-4)
+    assert result["peak_abs"] == pytest.approx(summary["peak_abs"], rel=1e-6)
+    assert result["model"] == ARCH
+
+
+def test_report_holds_what_it_promises(capsys, checkpoints, common, tmp_path):
+    status, _, _ = run(capsys, "--checkpoint", *checkpoints, *common, "--report", tmp_path / "report")
+    assert status == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["schema"] == 1
+    first, second = report["checkpoints"]
+    assert (first["name"], second["name"]) == ("base", "tweo")
+    promised = {
+        "name",
+        "arch",
+        "top1",
+        "top5",
+        "loss",
+        "peak_abs",
+        "peak_block",
+        "blocks",
+        "training_peak_abs",
+        "quantized",
+    }
+    assert promised <= first.keys()
+    assert {"name", "peak_abs", "mean_abs", "kurtosis", "peak_token", "peak_channel"} <= first["blocks"][0].keys()
+    assert [block["name"] for block in first["blocks"]] == ["blocks.0", "blocks.1"]
+    assert first["training_peak_abs"] == 70.5
+    assert first["training"] == [{"epoch": 0, "peak_abs": 5.0}, {"epoch": 1, "peak_abs": 70.5}]
+    assert second["training_peak_abs"] is None
+    assert first["peak_abs"] == max(block["peak_abs"] for block in first["blocks"])
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    pictures = {"peak_per_block.png", "training_peak.png", "histogram.png"}
+    assert files == {"report.json", "report.md", "report.csv"} | pictures
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "| base |" in markdown
+    assert "McNemar" in markdown
+
+
+def measured(tmp_path, name):
+    record = json.loads((tmp_path / name / "report.json").read_text())["checkpoints"][0]
+    numbers = {key: record[key] for key in ("top1", "top5", "loss", "peak_abs")}
+    for block in record["blocks"]:
+        numbers |= {f"{block['name']}.{key}": block[key] for key in ("peak_abs", "mean_abs", "kurtosis", "p999_abs")}
+    return numbers, record["correct"]
+
+
+def test_results_do_not_depend_on_batch_size_or_workers(capsys, checkpoints, photos, tmp_path):
+    for name, loading in (("a", ("-j", "0", "-b", "21")), ("b", ("-j", "0", "-b", "4")), ("c", ("-j", "2", "-b", "8"))):
+        words = ["--checkpoint", checkpoints[0], "--data-dir", photos, "--device", "cpu", *loading]
+        assert run(capsys, *words, "--report", tmp_path / name)[0] == 0
+    reference, correct = measured(tmp_path, "a")
+    for name in ("b", "c"):
+        numbers, theirs = measured(tmp_path, name)
+        assert theirs == correct
+        assert numbers == pytest.approx(reference, rel=1e-6)
+
+
+def test_checkpoint_of_another_architecture_is_refused_by_name(capsys, checkpoints, common):
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], "--model", "swin_tiny_patch4_window7_224", *common)
+    assert status == 1
+    assert ARCH in err
+    assert "leave out --model" in err
+    assert "Traceback" not in err
+
+
+def test_weights_that_do_not_fit_are_refused(capsys, common, tmp_path):
+    wrong = save_checkpoint(tmp_path / "x" / "last.pth.tar", make_model(0, depth=3))
+    status, _, err = run(capsys, "--checkpoint", wrong, *common)
+    assert status == 1
+    assert "do not fit" in err
+
+
+@pytest.mark.parametrize("damage", ["truncate", "text", "missing"])
+def test_damaged_and_missing_checkpoints_are_named(capsys, checkpoints, common, tmp_path, damage):
+    path = tmp_path / "broken.pth.tar"
+    if damage == "truncate":
+        path.write_bytes(checkpoints[0].read_bytes()[:2000])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    status, _, err = run(capsys, "--checkpoint", path, *common)
+    assert status == 1
+    assert "broken.pth.tar" in err
+    assert "Traceback" not in err
+
+
+def test_ema_weights_are_used_when_asked_for_and_missing_ones_are_an_error(capsys, common, tmp_path, checkpoints):
+    ema = make_model(5)
+    path = save_checkpoint(tmp_path / "ema" / "last.pth.tar", make_model(0), state_dict_ema=ema.state_dict())
+    plain = save_checkpoint(tmp_path / "plain" / "last.pth.tar", ema)
+    assert (
+        run(capsys, "--checkpoint", path, "--use-ema", *common)[1]["peak_abs"]
+        == (run(capsys, "--checkpoint", plain, *common)[1]["peak_abs"])
+    )
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], "--use-ema", *common)
+    assert status == 1
+    assert "no EMA weights" in err
+
+
+def test_class_count_mismatch_says_both_numbers(capsys, common, tmp_path, photos, checkpoints):
+    data = tmp_path / "two"
+    shutil.copytree(photos, data)
+    shutil.rmtree(data / "validation" / "cat")
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], "--data-dir", data, "--device", "cpu", "-j", "0")
+    assert status == 1
+    assert "2 classes" in err
+    assert "3" in err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_named(capsys, tmp_path, photos, checkpoints, workers):
+    data = tmp_path / "damaged"
+    shutil.copytree(photos, data)
+    (data / "validation" / "bee" / "3.png").write_bytes(b"no image")
+    words = ["--data-dir", data, "--device", "cpu", "-j", workers, "-b", "4"]
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *words)
+    assert status == 1
+    assert "3.png" in err
+    assert "Traceback" not in err
+
+
+def test_missing_data_folder_is_one_clear_line(capsys, checkpoints):
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], "--data-dir", "/nowhere/at/all", "--device", "cpu")
+    assert status == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("validate.py: error: --data-dir /nowhere/at/all does not exist")
+
+
+def test_interrupt_keeps_what_is_finished(capsys, checkpoints, common, tmp_path, monkeypatch):
+    from tweo_timm.evaluate import measure as module
+
+    measure, calls = module.measure, []
+
+    def interrupted(subject, world):
+        calls.append(subject.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(subject, world)
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    status, result, _ = run(capsys, "--checkpoint", *checkpoints, *common, "--report", tmp_path / "r")
+    assert status == 130
+    assert result["name"] == "base"
+    assert len(json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"]) == 1
+
+
+def test_folder_of_checkpoints_stands_for_all_in_it_under_unique_names(capsys, checkpoints, common, tmp_path):
+    for name in ("one", "two"):
+        shutil.copy(checkpoints[0], tmp_path / f"{name}.pth.tar")
+    _, result, _ = run(capsys, "--checkpoint", tmp_path, *common)
+    assert [entry["name"] for entry in result] == [f"{tmp_path.name}/one", f"{tmp_path.name}/two"]
+
+
+def test_results_file_is_timms(capsys, checkpoints, common, tmp_path):
+    run(capsys, "--checkpoint", checkpoints[0], *common, "--results-file", tmp_path / "r.csv")
+    header = (tmp_path / "r.csv").read_text().splitlines()[0]
+    assert header.startswith("model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation")
+    run(
+        capsys,
+        "--checkpoint",
+        checkpoints[0],
+        *common,
+        "--results-file",
+        tmp_path / "r.json",
+        "--results-format",
+        "json",
+    )
+    assert json.loads((tmp_path / "r.json").read_text())[0]["model"] == ARCH
+
+
+def test_model_without_blocks_is_scored_all_the_same(capsys, common, tmp_path):
+    model = timm.create_model("resnet10t", num_classes=3)
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    words = ["--num-classes", 3, "--img-size", 32, *common]
+    status, result, _ = run(capsys, "--checkpoint", path, "--model", "resnet10t", *words)
+    assert status == 0
+    assert result["peak_abs"] is None
+
+
+def test_weights_alone_need_a_model_name(capsys, common, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(make_model(0).state_dict(), path)
+    status, _, err = run(capsys, "--checkpoint", path, *common)
+    assert status == 1
+    assert "--model NAME" in err
+
+
+def test_quantized_and_diagnosed_report_is_complete(capsys, checkpoints, common, tmp_path):
+    words = ["--quantize", "w8a8-tt", "w4a4-ck+res", "--calibration-images", 8, "--sites", "all"]
+    words += ["--stethoscope", "--colinearity", "--fp8-readiness", "--report", tmp_path / "r"]
+    status, _, err = run(capsys, "--checkpoint", *checkpoints, *common, *words)
+    assert status == 0, err
+    record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
+    assert [entry["scheme"] for entry in record["quantized"]] == ["w8a8-tt", "w4a4-ck+res"]
+    assert record["quantized"][0]["calibration"] == {"split": "train", "images": 8, "seed": 42}
+    assert record["quantized"][0]["fidelity"]["relative_error"] < record["quantized"][1]["fidelity"]["relative_error"]
+    markdown = (tmp_path / "r" / "report.md").read_text()
+    for heading in ("Stethoscope", "Colinearity", "FP8 readiness", "ten sites"):
+        assert heading in markdown, heading
+    assert {"quantized.png", "colinearity.png"} <= {path.name for path in (tmp_path / "r").iterdir()}
