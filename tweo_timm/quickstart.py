@@ -77,7 +77,7 @@ def _run(command: list[str]) -> None:
     """Print and run one command; a failure ends the quickstart with the command's own message and status."""
     shown = shlex.join(["python", *command[1:]])
     print(f"\n$ TIMM_FUSED_ATTN=0 OMP_NUM_THREADS=1 {shown}", flush=True)
-    # For shapes this small, fused attention has a slow backward on CPUs, and threads wait for each other more than they work.
+    # Shapes this small: fused attention has a slow backward on CPUs, and threads wait more than they work.
     environment = {"TIMM_FUSED_ATTN": "0", "OMP_NUM_THREADS": "1", **os.environ}
     status = subprocess.run([command[0], *_absolute(command[1:])], env=environment, check=False).returncode
     if status:
