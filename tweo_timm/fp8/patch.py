@@ -10,6 +10,7 @@ attention classes are told to call their ``qkv``, and the first training forward
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -147,6 +148,44 @@ def check_fp8_ran(model: nn.Module) -> None:
         raise RuntimeError(
             "no training forward of the patched model has run in FP8: train the patched model, in training mode and with gradients enabled"
         )
+
+
+def torch_region(model: nn.Module) -> Fp8Region:
+    """Return the region of a model patched with one of the PyTorch backends.
+
+    Raises:
+        ValueError: the model is not patched, or by Transformer Engine.
+    """
+    region = _find(model)[1].region
+    if not isinstance(region, Fp8Region):
+        raise ValueError("Transformer Engine does not show its operands: use backend='native' or 'emulated' to look at them")
+    return region
+
+
+def warm_up_fp8(model: nn.Module, forward_backward: Callable[[], object], passes: int = 2) -> None:
+    """Let delayed scales settle before the first update, by running forward and backward without an optimizer step.
+
+    With all scales at 1, the first E5M2 gradients below 7.6e-6 are flushed to zero. Parameters, their gradients, buffers and random state are left as they were;
+    only scales move.
+
+    Args:
+        model: a patched model in training mode.
+        forward_backward: runs one forward and backward of it.
+        passes: how often; the second already sees sensible gradient scales.
+    """
+    gradients = [parameter.grad for parameter in model.parameters()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    with torch.random.fork_rng(devices):
+        for _ in range(passes):
+            for parameter in model.parameters():
+                parameter.grad = None
+            forward_backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, Fp8Patch]:

@@ -1,0 +1,108 @@
+"""How well FP8 represents what a training step really computed with.
+
+A loss curve hides which layer is failing. For one armed step this records, for the input, the weight and the output gradient of every FP8 layer, what its rounding did to it. The two
+failures of per-tensor scaling are visible: a stale scale saturates, and one huge element pushes the rest below the grid. The signal-to-noise ratio is given with and
+without the largest element, because that element alone can make a ruined tensor look well represented.
+
+Costs a dozen passes over each operand of the armed step, and nothing at all on other steps. Works in eager training; under torch.compile the armed step leaves the compiled
+graph at each layer. Not available with Transformer Engine, whose kernels do not show their operands.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from tweo_timm.fp8.cast import Fp8Format, absolute_maximum, round_to_fp8
+from tweo_timm.fp8.patch import torch_region
+
+Row = dict[str, str | int | float | None]
+
+
+class Fp8HealthMonitor:
+    """Records the FP8 health of single training steps of a patched model.
+
+    Call `arm` before a step, then `rows` after its backward.
+
+    Args:
+        model: a model patched by `patch_fp8` with a PyTorch backend, wrapped or not.
+
+    Raises:
+        ValueError: the model is not patched, or by the Transformer Engine backend.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._region = torch_region(model)
+        self._records: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def arm(self) -> None:
+        """Record the next training step."""
+        self._records.clear()
+        self._region.observer = self
+
+    def observe(self, layer: str, tensor: str, values: Tensor, scale: Tensor, fmt: Fp8Format) -> None:
+        """Record one operand; called by the FP8 layers of an armed step.
+
+        A layer that runs twice in a step (activation checkpointing, shared layers) keeps its last record.
+        """
+        self._records[layer, tensor] = _measure(values.detach(), scale.detach(), fmt)
+
+    def rows(self, epoch: int, update: int) -> list[Row]:
+        """Return one plain row per layer and tensor of the armed step, and disarm.
+
+        Keys: ``epoch``, ``update``, ``layer``, ``tensor`` (``'x'``, ``'w'`` or ``'dy'``), ``amax``, ``scale``, ``saturated`` and ``flushed`` (shares of all elements: above the largest FP8
+        value, and non-zero but rounded to zero), ``sqnr_db`` and ``sqnr_without_peak_db``. A ratio that does not exist (no signal, no error, not finite) is None.
+        """
+        self._region.observer = None
+        rows = []
+        for (layer, tensor), record in self._records.items():
+            row: Row = {"epoch": epoch, "update": update, "layer": layer, "tensor": tensor}
+            row |= {key: value.item() for key, value in record.items() if key in ("amax", "scale", "saturated", "flushed")}
+            row["sqnr_db"] = _decibels(record["signal"], record["noise"])
+            row["sqnr_without_peak_db"] = _decibels(record["signal_without_peak"], record["noise_without_peak"])
+            rows.append(row)
+        self._records.clear()
+        return rows
+
+
+def _measure(values: Tensor, scale: Tensor, fmt: Fp8Format) -> dict[str, Tensor]:
+    """Return the statistics of one operand as scalars on its own device, so that nothing waits for it."""
+    exact = values.float().flatten()
+    # Measured in scaled units: dividing by the scale would add an error of its own.
+    scaled = exact * scale
+    rounded = round_to_fp8(values, scale, fmt).float().flatten()
+    squared_signal, squared_noise = scaled.double().square(), (rounded - scaled).double().square()
+    signal, noise = squared_signal.sum(), squared_noise.sum()
+    count = max(exact.numel(), 1)
+    if exact.numel():  # cleared, not subtracted: beside one huge element the rest would cancel
+        peak = exact.abs().argmax()
+        squared_signal[peak] = squared_noise[peak] = 0.0
+    return {
+        "amax": absolute_maximum(values),
+        "scale": scale,
+        "saturated": (scaled.abs() > fmt.max).sum() / count,
+        "flushed": ((rounded == 0) & (exact != 0)).sum() / count,
+        "signal": signal,
+        "noise": noise,
+        "signal_without_peak": squared_signal.sum(),
+        "noise_without_peak": squared_noise.sum(),
+    }
+
+
+def _decibels(signal: Tensor, noise: Tensor) -> float | None:
+    signal_energy, noise_energy = float(signal), float(noise)
+    if not (0 < signal_energy < math.inf and 0 < noise_energy < math.inf):
+        return None
+    return 10 * math.log10(signal_energy / noise_energy)
+
+
+def summarize(rows: list[Row]) -> dict[str, float | str | None]:
+    """Return the worst value of each statistic over ``rows`` and where it was found: keys ``worst_NAME`` and ``worst_NAME_at``."""
+    summary: dict[str, float | str | None] = {}
+    for key, worst in (("saturated", max), ("flushed", max), ("sqnr_db", min), ("sqnr_without_peak_db", min)):
+        known = [row for row in rows if isinstance(row[key], float)]
+        row = worst(known, key=lambda one: one[key]) if known else None  # type: ignore[arg-type, return-value]
+        summary[f"worst_{key}"] = None if row is None else float(row[key])  # type: ignore[arg-type]
+        summary[f"worst_{key}_at"] = None if row is None else f"{row['layer']}.{row['tensor']}"
+    return summary
