@@ -8,6 +8,7 @@ compiled call are ignored.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ from timm.task import TrainingTask
 from timm.utils import NativeScaler, random_seed, unwrap_model
 from torch import nn
 
+from tweo_timm.blocks import find_blocks
 from tweo_timm.fp8 import Fp8Recipe, patch_fp8
 from tweo_timm.loss import TweoConfig
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.task import TweoHandle, attach_tweo
 from tweo_timm.train.data import Data, open_data
-from tweo_timm.train.model import build_model
+from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
+from tweo_timm.train.shard import check_sharding, shard
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +49,8 @@ class Session:
         model: the model itself, unwrapped.
         task: timm's training task around it.
         tweo: the attached penalty; None for a model without transformer blocks.
-        recorder: statistics of the model's blocks; None without blocks.
+        train_recorder: statistics of the model's blocks in training; None with --outlier-interval 0 or without blocks.
+        recorder: the same in validation; None without blocks.
         ema_recorder: the same for the EMA model; None without an EMA that is validated.
         optimizer: timm's.
         scheduler: timm's; None with --sched none.
@@ -64,6 +68,7 @@ class Session:
     model: nn.Module
     task: TrainingTask
     tweo: TweoHandle | None
+    train_recorder: OutlierRecorder | None
     recorder: OutlierRecorder | None
     ema_recorder: OutlierRecorder | None
     optimizer: torch.optim.Optimizer
@@ -77,7 +82,7 @@ class Session:
     @property
     def block_names(self) -> list[str]:
         """Names of the transformer blocks; empty for a model without."""
-        return self.tweo.block_names if self.tweo is not None else []
+        return list(self.recorder.stats) if self.recorder is not None else []
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
         """Bring a batch of images to the device, memory layout and dtype of the model."""
@@ -95,13 +100,13 @@ class Session:
                 torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             self.task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
             self.task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
-        if world.distributed:
+        if world.distributed and not options.fsdp:
             device_ids = [world.device] if world.device.type == "cuda" else None
             self.task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not options.no_ddp_bb)
 
 
 def build_session(options: TrainOptions, world: World) -> Session:
-    """Build all parts of a run, up to but not including compilation and DDP.
+    """Build all parts of a run, up to but not including compilation and DDP. Writes nothing.
 
     Args:
         options: the resolved options.
@@ -110,7 +115,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     Raises:
         ValueError: if an option cannot be honoured, data or model are missing, or they do not fit each other.
     """
-    _refuse_unbuilt(options)
+    _refuse_unbuilt(options, world)
     _set_backends(world)
     random_seed(options.seed, world.rank)
     model = build_model(options, world)
@@ -119,26 +124,29 @@ def build_session(options: TrainOptions, world: World) -> Session:
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
     data = open_data(options, data_config, num_classes, world)
+    updates_per_epoch = -(-len(data.train) // options.grad_accum_steps)
+    if updates_per_epoch == 0:
+        raise ValueError(
+            f"the training split holds less than one batch of {options.batch_size}: use a smaller --batch-size"
+        )
+    check_image_sizes(options, model, world)
+    blocks = _blocks(options, model)
+    if options.fsdp:
+        check_sharding(options, world)
+        shard(model, blocks.values(), world)
     task = build_task(options, model, data.soft_targets, world)
-    tweo = _attach(options, task)
-    lr = resolved_lr(options, options.batch_size * world.size * options.grad_accum_steps)
-    namespace.lr = lr
+    _check_eval_metric(options, task)
+    watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
+    tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
+    namespace.lr = resolved_lr(options, options.batch_size * world.size * options.grad_accum_steps)
     optimizer = create_optimizer_v2(
         task.get_trainable_module(), **optimizer_kwargs(cfg=namespace), **options.opt_kwargs
     )
     if options.model_ema:
         device = torch.device("cpu") if options.model_ema_force_cpu else None
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
-    recorder = ema_recorder = None
-    if tweo is not None:
-        recorder = OutlierRecorder(model, options.tweo_blocks)
-        if options.model_ema and not options.model_ema_force_cpu:
-            ema_recorder = OutlierRecorder(unwrap_model(task.get_eval_model(ema=True)), options.tweo_blocks)
-    updates_per_epoch = -(-len(data.train) // options.grad_accum_steps)
-    if updates_per_epoch == 0:
-        raise ValueError(
-            f"the training split holds less than one batch of {options.batch_size}: use a smaller --batch-size"
-        )
+    validates_ema = options.model_ema and not options.model_ema_force_cpu
+    ema_model = unwrap_model(task.get_eval_model(ema=True)) if validates_ema else None
     scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(namespace), updates_per_epoch=updates_per_epoch
     )
@@ -150,8 +158,9 @@ def build_session(options: TrainOptions, world: World) -> Session:
         model=model,
         task=task,
         tweo=tweo,
-        recorder=recorder,
-        ema_recorder=ema_recorder,
+        train_recorder=OutlierRecorder(model, options.tweo_blocks) if blocks and options.outlier_interval else None,
+        recorder=OutlierRecorder(model, options.tweo_blocks) if blocks else None,
+        ema_recorder=OutlierRecorder(ema_model, options.tweo_blocks) if blocks and ema_model is not None else None,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=_scaler(options, world),
@@ -162,18 +171,28 @@ def build_session(options: TrainOptions, world: World) -> Session:
     )
 
 
-def _refuse_unbuilt(options: TrainOptions) -> None:
-    """Refuse what timm's loop does and this one does not."""
+def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
+    """Refuse what timm's loop does and this one does not, and what needs something that is not there."""
     if options.naflex_loader:
         raise ValueError(
-            "--naflex-loader is not supported: train NaFlexViT at a fixed --img-size, or with timm's train.py"
+            "--naflex-loader is not supported: its batches of varying length hold padding tokens, which statistics of "
+            "outliers would count. Train NaFlexViT at a fixed --img-size, or with timm's train.py"
         )
-    if options.train_img_sizes:
-        raise ValueError("--train-img-sizes is not supported: use one --img-size, or timm's own train.py")
-    if options.aug_splits or options.jsd_loss or options.loss == "jsd":
-        raise ValueError("--aug-splits and the jsd loss are not supported: use --aa, --mixup or timm's own train.py")
-    if options.fsdp:
-        raise ValueError("--fsdp is not supported yet: use torchrun with DDP, which is the default")
+    if options.aug_splits and options.no_prefetcher:
+        raise ValueError("--aug-splits needs timm's prefetcher, which puts the splits together: drop --no-prefetcher")
+    if options.log_wandb and world.primary and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--log-wandb needs the package wandb: pip install wandb, or use --tensorboard")
+    if options.use_multi_epochs_loader:
+        _logger.warning(
+            "--use-multi-epochs-loader keeps random states in loader processes, where no checkpoint reaches them: a "
+            "resumed run draws other augmentations and another order than one that was not interrupted"
+        )
+
+
+def _check_eval_metric(options: TrainOptions, task: TrainingTask) -> None:
+    names = task.create_evaluator().metric_names
+    if options.eval_metric not in names:
+        raise ValueError(f"--eval-metric {options.eval_metric} is not measured by this task: use {', '.join(names)}")
 
 
 def _set_backends(world: World) -> None:
@@ -197,9 +216,19 @@ def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
     return report
 
 
-def _attach(options: TrainOptions, task: TrainingTask) -> TweoHandle | None:
-    """Attach TWEO; with weight 0 it only watches, and a model without blocks has nothing to watch."""
-    config = TweoConfig(
+def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
+    """The transformer blocks; none is an error only for those who asked for something that acts on them."""
+    try:
+        return find_blocks(model, options.tweo_blocks)
+    except ValueError as error:
+        if options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.tweo_blocks or options.fsdp:
+            raise
+        _logger.info("No outlier statistics: %s", str(error).split(":")[0])
+        return {}
+
+
+def _tweo_config(options: TrainOptions) -> TweoConfig:
+    return TweoConfig(
         weight=options.tweo_weight,
         tau=options.tweo_tau,
         power=options.tweo_power,
@@ -209,13 +238,6 @@ def _attach(options: TrainOptions, task: TrainingTask) -> TweoHandle | None:
         start=options.tweo_start,
         end=options.tweo_end,
     )
-    try:
-        return attach_tweo(task, config, options.tweo_blocks)
-    except ValueError as error:
-        if options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.tweo_blocks:
-            raise
-        _logger.info("No outlier statistics: %s", str(error).split(":")[0])
-        return None
 
 
 def _autocast(options: TrainOptions, world: World) -> Callable[[], contextlib.AbstractContextManager[Any]]:

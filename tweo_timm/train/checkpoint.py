@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +21,85 @@ from timm.models import clean_state_dict
 from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, unwrap_model
 
+from tweo_timm.train.shard import shard_like, shard_optimizer_like, whole
+
 _logger = logging.getLogger(__name__)
 
 EXACT_KEY = "exact"
+LAST = "last.pth.tar"
 
 
 class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
-    """timm's CheckpointSaver with writes that are whole or absent, and the `exact` entry.
+    """timm's CheckpointSaver with writes that are whole or absent.
 
     Args:
-        task: the training task, which owns the weights.
-        optimizer: its state is saved.
-        args: the run's options as a namespace of plain values.
-        exact: called at each save for the `exact` entry.
         folder: where the files go.
-        amp_scaler: timm's NativeScaler, or None.
+        args: the run's options as a namespace of plain values.
         decreasing: whether a lower metric is better.
         max_history: how many of the best checkpoints are kept.
+
+    Attributes:
+        content: the entries of the next file, beside epoch, arch, args, metric and the saver's own: set before a save.
+        last_good: path of the newest whole file, for messages.
     """
 
-    def __init__(
-        self,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        args: argparse.Namespace,
-        exact: Callable[[], dict[str, Any]],
-        folder: Path,
-        amp_scaler: Any = None,
-        decreasing: bool = False,
-        max_history: int = 10,
-    ) -> None:
+    def __init__(self, folder: Path, args: argparse.Namespace, decreasing: bool = False, max_history: int = 10) -> None:
         super().__init__(
-            model=unwrap_model(task.get_eval_model()),
-            optimizer=optimizer,
+            model=None,
+            optimizer=None,
             args=args,
-            amp_scaler=amp_scaler,
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
             decreasing=decreasing,
             max_history=max_history,
-            task=_WithExact(task, exact),
         )
+        self.content: dict[str, Any] = {}
         self.last_good = "none"
-        self._adopt_recoveries(folder)
+        self._finishing = False
+        for leftover in (*folder.glob("*tmp.pth.tar"), *folder.glob("*.pth.tar.tmp")):
+            leftover.unlink()
 
-    def _adopt_recoveries(self, folder: Path) -> None:
-        """Take over the recovery files of an earlier process, so that they are cleaned up in turn."""
-        files = recovery_files(folder)
+    def take_over(self, path: Path, content: dict[str, Any]) -> None:
+        """Go on with the files of the process that wrote a checkpoint into this folder.
+
+        What that process may not have come to is done now: ranking the checkpoint, and removing the recovery files
+        that the continued run will write again.
+
+        Args:
+            path: the checkpoint that the run continues from.
+            content: what `read_checkpoint` returned.
+        """
+        self.last_good = str(path)
+        here = _file_position(path) if path.name.startswith("recovery-") else (_progress(content)[0], 0)
+        for stale in recovery_files(path.parent):
+            if _file_position(stale) > here:
+                stale.unlink()
+        files = recovery_files(path.parent)
         for stale in files[2:]:
             stale.unlink()
         self.curr_recovery_file = str(files[0]) if files else ""
         self.prev_recovery_file = str(files[1]) if len(files) > 1 else ""
+        state = content.get("saver")
+        if state is None:
+            return
+        self.load_state_dict(state | {"pending": (None, None)})
+        epoch, metric = state.get("pending", (None, None))
+        if path.name == LAST and epoch is not None:
+            self._finishing = True
+            super().save_checkpoint(epoch, metric)
+            self._finishing = False
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        if self._finishing:
+            return
+        state = {"epoch": epoch, "arch": self.args.model, "version": 2, "args": self.args, **self.content}
+        if metric is not None:
+            state["metric"] = metric
+        state["saver"] = self.state_dict(epoch, metric)
         try:
-            super()._save(save_path, epoch, metric)
+            torch.save(state, save_path)
             _flush(save_path)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             with contextlib.suppress(OSError):
                 os.unlink(save_path)
             raise OSError(
@@ -87,6 +108,8 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
             ) from error
 
     def _replace(self, src: str, dst: str) -> None:
+        if self._finishing:
+            return
         os.replace(src, dst)
         _flush(os.path.dirname(dst) or ".")
         self.last_good = dst
@@ -100,18 +123,8 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
         except OSError:  # a file system without hard links
             shutil.copy2(src, temporary)
         os.replace(temporary, dst)
-
-
-class _WithExact:
-    """The task as CheckpointSaver sees it, with one entry more."""
-
-    def __init__(self, task: TrainingTask, exact: Callable[[], dict[str, Any]]) -> None:
-        self._task = task
-        self._exact = exact
-
-    def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Any = unwrap_model) -> dict[str, Any]:
-        state = dict(self._task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn))
-        return state if ema else state | {EXACT_KEY: self._exact()}
+        with contextlib.suppress(FileNotFoundError):  # renaming a link to the very file it replaces leaves it there
+            os.unlink(temporary)
 
 
 def _flush(path: str) -> None:
@@ -125,12 +138,18 @@ def _flush(path: str) -> None:
 
 def recovery_files(folder: Path) -> list[Path]:
     """Return the recovery checkpoints in a run folder, newest first."""
+    return sorted(folder.glob("recovery-*-*.pth.tar"), key=_file_position, reverse=True)
 
-    def position(path: Path) -> tuple[int, int]:
-        _, epoch, batch = path.name.removesuffix(".pth.tar").split("-")
-        return int(epoch), int(batch)
 
-    return sorted(folder.glob("recovery-*-*.pth.tar"), key=position, reverse=True)
+def holds_checkpoints(folder: Path) -> bool:
+    """Return whether a run has left checkpoints in a folder."""
+    return (folder / LAST).exists() or bool(recovery_files(folder))
+
+
+def _file_position(path: Path) -> tuple[int, int]:
+    """Epoch and update in the name of a recovery file."""
+    _, epoch, update = path.name.removesuffix(".pth.tar").split("-")
+    return int(epoch), int(update)
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -142,21 +161,22 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         ValueError: if there are checkpoints and none of them can be read.
     """
-    candidates = [folder / "last.pth.tar", *recovery_files(folder), *folder.glob("checkpoint-*.pth.tar")]
+    newest = [path for path in (folder / LAST, *recovery_files(folder)) if path.exists()]
+    older = sorted(folder.glob("checkpoint-*.pth.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
     readable: list[tuple[tuple[int, int], Path, dict[str, Any]]] = []
-    existing = [path for path in candidates if path.exists()]
-    for path in existing:
-        if readable and path.name.startswith("checkpoint-"):
-            break  # older by construction; read only when nothing newer could be
+    for path in (*newest, *older):
+        if readable and path in older:
+            break
         try:
             content = read_checkpoint(path)
         except ValueError as error:
             _logger.warning("%s; trying the one before it", error)
             continue
         readable.append((_progress(content), path, content))
-    if existing and not readable:
+    if (newest or older) and not readable:
         raise ValueError(
-            f"none of the {len(existing)} checkpoints in {folder} can be read: start anew in another folder"
+            f"none of the {len(newest) + len(older)} checkpoints in {folder} can be read: start anew with another "
+            "--experiment"
         )
     if not readable:
         return None
@@ -166,7 +186,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _progress(content: dict[str, Any]) -> tuple[int, int]:
     exact = content.get(EXACT_KEY)
-    return (exact["epoch"], exact["batch"]) if exact else (content.get("epoch", -1) + 1, 0)
+    return (exact["epoch"], exact["batch"]) if exact else (_next_epoch(content), 0)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -185,6 +205,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not any(key in content for key in ("state_dict", "model")):
         raise ValueError(f"checkpoint {path} holds no training state: weights alone go to --initial-checkpoint")
     return content
+
+
+def training_state(task: TrainingTask, optimizer: torch.optim.Optimizer, scaler: Any) -> dict[str, Any]:
+    """Return the entries of timm's checkpoint that hold tensors: weights, EMA, task, optimizer and scaler.
+
+    Sharded tensors are put together, which makes this a collective; others are references, not copies.
+    """
+    state = {"optimizer": optimizer.state_dict(), **task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+    if scaler is not None:
+        state[scaler.state_dict_key] = scaler.state_dict()
+    return dict(whole(state))
 
 
 def restore(
@@ -206,18 +237,24 @@ def restore(
         ValueError: if the checkpoint is of another architecture or another optimizer.
     """
     weights = clean_state_dict(content.get("state_dict", content.get("model")))
+    model = unwrap_model(task.get_eval_model())
     try:
-        task.load_checkpoint_state(weights, content.get("task_state"))
+        task.load_checkpoint_state(shard_like(weights, model.state_dict()), content.get("task_state"))
         if task.has_ema():
             ema = content.get("state_dict_ema")
             task.load_checkpoint_state(
                 clean_state_dict(ema) if ema is not None else weights, content.get("task_state_ema"), ema=True
             )
         if optimizer is not None and "optimizer" in content:
-            optimizer.load_state_dict(content["optimizer"])
+            optimizer.load_state_dict(shard_optimizer_like(content["optimizer"], optimizer))
     except (RuntimeError, ValueError, KeyError) as error:
         arch = content.get("arch", "another model")
         raise ValueError(f"checkpoint {path} (of {arch}) does not fit this run: {str(error)[:400]}") from error
     if scaler is not None and scaler.state_dict_key in content:
         scaler.load_state_dict(content[scaler.state_dict_key])
+    return _next_epoch(content)
+
+
+def _next_epoch(content: dict[str, Any]) -> int:
+    """The epoch after a checkpoint, by timm's rule: files before version 2 hold it, later ones the epoch done."""
     return int(content.get("epoch", -1)) + (1 if content.get("version", 1) > 1 else 0)

@@ -126,6 +126,17 @@ def _incomplete(options: TrainOptions) -> Iterator[str]:
         values = getattr(options, dest)
         if values is not None and len(values) != len(sizes or ()):
             yield f"{option_name(dest)} has {len(values)} values; it needs one for each of --train-img-sizes ({sizes})"
+    alone = [
+        option_name(dest)
+        for dest, still in (
+            ("train_batches_per_epoch", None),
+            ("train_size_schedule", "constant"),
+            ("variable_batch_loss_scale", "none"),
+        )
+        if getattr(options, dest) != still and not sizes
+    ]
+    if alone:
+        yield f"{', '.join(alone)} does nothing without --train-img-sizes; give both or neither"
     probs = options.naflex_patch_size_probs
     if probs is not None and len(probs) != len(options.naflex_patch_sizes or ()):
         yield f"--naflex-patch-size-probs has {len(probs)} values; it needs one for each of --naflex-patch-sizes"
@@ -137,6 +148,14 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
             yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
     if options.jsd_loss and options.bce_loss:
         yield "--jsd-loss contradicts --bce-loss; give --no-jsd-loss or --no-bce-loss"
+    if options.sched == "plateau" and options.val_interval > 1:
+        yield f"--sched plateau looks at every epoch's metric; give --val-interval 1, not {options.val_interval}"
+    if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
+        yield "--target-format multihot needs --task multilabel and a --dataset whose samples hold 0/1 vectors"
+    if options.aug_splits and (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None):
+        yield "--aug-splits cannot be mixed: leave out --mixup and --cutmix, or --aug-splits"
+    if options.mixup_off_epoch and options.use_multi_epochs_loader and options.workers and not options.no_prefetcher:
+        yield "--mixup-off-epoch does not reach loader processes that --use-multi-epochs-loader keeps; leave out one"
     if options.amp and options.model_dtype not in (None, "float32"):
         yield f"--amp needs a float32 model, not --model-dtype {options.model_dtype}; give --no-amp or leave it out"
     if options.task == "multilabel" and options.loss in ("ce", "jsd"):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tweo_timm.train.options import TrainOptions, parse_train_options
 from tweo_timm.train.recipe import dump_options
+
+if TYPE_CHECKING:
+    from tweo_timm.train.watch import SignalWatch
+    from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +55,8 @@ def train(options: TrainOptions) -> int:
     from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
     from tweo_timm.train.world import join_world
 
-    setup_default_logging()
+    if not logging.getLogger().hasHandlers():
+        setup_default_logging()
     for name in options.device_modules or ():
         importlib.import_module(name)
     try:
@@ -76,27 +82,55 @@ def train(options: TrainOptions) -> int:
     return 0
 
 
-def _run(options: TrainOptions, world: Any, signals: Any) -> tuple[dict[str, Any], Path]:
+def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:
+    """Build everything, and only then touch the run folder: a command that cannot run changes nothing."""
     from tweo_timm.train.build import build_session
-    from tweo_timm.train.checkpoint import load_newest, read_checkpoint
+    from tweo_timm.train.journal import write_atomically
     from tweo_timm.train.loop import Trainer
     from tweo_timm.train.options import as_namespace
 
     session = build_session(options, world)
-    folder = _run_folder(options, session.data_config)
-    if world.primary:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.yaml").write_text(dump_options(options))
-    trainer = Trainer(session, folder if world.primary else None, as_namespace(options), signals)
-    if options.resume == "auto":
-        found = load_newest(folder)
-        if found is not None:
-            trainer.resume(found[1], found[0], with_optimizer=not options.no_resume_opt)
-    elif options.resume:
-        path = Path(options.resume)
-        trainer.resume(read_checkpoint(path), path, with_optimizer=not options.no_resume_opt)
+    folder = world.gather(_run_folder(options, session.data_config))[0]
+    trainer = Trainer(session, signals)
+    resumed = _find_checkpoint(options, folder, world)
+    if resumed is not None:
+        trainer.resume(resumed[1], resumed[0])
     session.wrap()
+    if world.primary:
+        continues = resumed is not None and resumed[0].resolve().parent == folder.resolve()
+        if not continues:
+            _set_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "args.yaml", dump_options(options))
+        trainer.open_folder(folder, as_namespace(options), resumed if continues else None)
     return trainer.fit(), folder
+
+
+def _find_checkpoint(options: TrainOptions, folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
+    """Read the checkpoint to continue from; the first process chooses, all read the same."""
+    from tweo_timm.train.checkpoint import load_newest, read_checkpoint
+
+    if not options.resume:
+        return None
+    if options.resume != "auto":
+        return Path(options.resume), read_checkpoint(Path(options.resume))
+    found = load_newest(folder) if world.primary else None
+    path = world.gather(found[0] if found is not None else None)[0]
+    if path is None:
+        return None
+    return found if found is not None else (path, read_checkpoint(path))
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename the folder of an earlier run that this one does not continue, so that its checkpoints are not lost."""
+    from tweo_timm.train.checkpoint import holds_checkpoints
+
+    if not holds_checkpoints(folder):
+        return
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old{n}").exists())
+    aside = folder.with_name(f"{folder.name}.old{number}")
+    folder.rename(aside)
+    _logger.warning("%s held an earlier run, which is now %s; --resume auto would have continued it", folder, aside)
 
 
 def _run_folder(options: TrainOptions, data_config: dict[str, Any]) -> Path:

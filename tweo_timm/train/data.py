@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, MultiLabelTarget, create_dataset, create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
@@ -24,10 +24,11 @@ class Data:
     Attributes:
         train: yields (images float (B, C, H, W), targets) on the device, augmented.
         replay: the loader inside `train` that knows where it is.
-        val: yields (images, class indices) on the device.
+        val: yields (images, targets) on the device.
         mixup: mixes a batch on the device; None where the loader's workers do it, or nobody.
         soft_targets: whether targets are dense distributions, because of Mixup or CutMix.
         class_names: name -> index where the dataset has names, else None.
+        loss_scale: what the loss of a batch of so many images is multiplied by, for --variable-batch-loss-scale.
     """
 
     train: Any
@@ -36,6 +37,7 @@ class Data:
     mixup: Mixup | None
     soft_targets: bool
     class_names: dict[str, int] | None
+    loss_scale: Callable[[int], float]
 
     def start_epoch(self, epoch: int, mixup_off_epoch: int) -> None:
         """Tell the samplers which epoch begins, and switch Mixup off where the options say so."""
@@ -43,6 +45,10 @@ class Data:
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
+        reader: Any = getattr(self.replay.loader.dataset, "reader", None)
+        if self.replay.loader.num_workers == 0 and getattr(reader, "ds", None) is not None:
+            # Without workers timm's WebDataset pipeline, and its shuffling generator with it, would outlive the epoch.
+            reader.ds = None
         if mixup_off_epoch and epoch >= mixup_off_epoch:
             self.train.mixup_enabled = False
             if self.mixup is not None:
@@ -127,17 +133,27 @@ def class_names(dataset: Any) -> dict[str, int] | None:
     return dict(mapping) if mapping else None
 
 
-def check_num_classes(dataset: Any, num_classes: int) -> None:
-    """Refuse a folder with another number of classes than the model has.
+def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False) -> None:
+    """Refuse a dataset whose classes the model cannot tell apart.
+
+    Args:
+        dataset: what `open_dataset` returned.
+        num_classes: of the model.
+        mapped: whether --class-map chose the indices, which may then leave some out.
 
     Raises:
-        ValueError: if the numbers differ.
+        ValueError: if the numbers differ, or a mapped index is out of range.
     """
     names = class_names(dataset)
-    if names and len(names) != num_classes:
+    if not names:
+        return
+    if mapped and max(names.values()) < num_classes:
+        return
+    if mapped or len(names) != num_classes:
+        what = f"up to index {max(names.values())}" if mapped else f"{len(names)}"
         raise ValueError(
-            f"the data has {len(names)} classes ({', '.join(list(names)[:3])}, ...) and the model {num_classes}: "
-            f"pass --num-classes {len(names)}, or --class-map FILE for a subset"
+            f"the data has {what} classes ({', '.join(list(names)[:3])}, ...) and the model {num_classes}: "
+            f"pass --num-classes {max(names.values()) + 1}, or --class-map FILE for a subset"
         )
 
 
@@ -153,24 +169,13 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
     Raises:
         ValueError: if data is missing, or its classes do not fit the model.
     """
-    shared = {"seed": options.seed, "batch_size": options.batch_size}
-    train_set = open_dataset(
-        options,
-        options.train_split,
-        data_config,
-        is_training=True,
-        repeats=options.epoch_repeats,
-        num_samples=options.train_num_samples,
-        **shared,
-    )
-    val_set = open_dataset(
-        options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **shared
-    )
-    for dataset in (train_set, val_set):
-        check_num_classes(dataset, num_classes)
+    train_set, val_set = _datasets(options, data_config, num_classes)
     mixup_kwargs = _mixup_kwargs(options, num_classes)
     collate = FastCollateMixup(**mixup_kwargs) if mixup_kwargs and not options.no_prefetcher else None
-    train = _train_loader(options, data_config, train_set, collate, world)
+    try:
+        train = _train_loader(options, data_config, train_set, collate, world)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"the training loader cannot be made: {error}") from error
     lookahead = isinstance(train, PrefetchLoader)
     replay = ReplayLoader(train.loader if lookahead else train, lookahead)
     if lookahead:
@@ -182,7 +187,57 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         mixup=Mixup(**mixup_kwargs) if mixup_kwargs and options.no_prefetcher else None,
         soft_targets=bool(mixup_kwargs),
         class_names=class_names(train_set),
+        loss_scale=_loss_scale(options, replay),
     )
+
+
+def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: int) -> tuple[Any, Any]:
+    details: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size}
+    if options.task == "multilabel":
+        # A folder's single label is a list of one; the readers of streams know the format themselves.
+        details["target_transform"] = _MultiLabel(num_classes, options.target_format)
+        if options.dataset:
+            details["target_format"] = options.target_format
+    train_set = open_dataset(
+        options,
+        options.train_split,
+        data_config,
+        is_training=True,
+        repeats=options.epoch_repeats,
+        num_samples=options.train_num_samples,
+        **details,
+    )
+    val_set = open_dataset(
+        options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **details
+    )
+    for dataset in (train_set, val_set):
+        check_num_classes(dataset, num_classes, bool(options.class_map))
+    names = [class_names(dataset) for dataset in (train_set, val_set)]
+    if None not in names and names[0] != names[1]:
+        odd = sorted(set(names[0] or ()) ^ set(names[1] or ()))[:3]
+        raise ValueError(f"the classes of the training and the validation split differ ({', '.join(odd)}, ...)")
+    if options.aug_splits:
+        train_set = AugMixDataset(train_set, num_splits=options.aug_splits)
+    return train_set, val_set
+
+
+class _MultiLabel:
+    """timm's multi-label target; a single class index counts as a list of one."""
+
+    def __init__(self, num_classes: int, target_format: str) -> None:
+        self._encode = MultiLabelTarget(num_classes, dense=target_format == "multihot")
+
+    def __call__(self, target: Any) -> torch.Tensor:
+        encoded: torch.Tensor = self._encode([target] if isinstance(target, int) else target)
+        return encoded
+
+
+def _loss_scale(options: TrainOptions, loader: Any) -> Callable[[int], float]:
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[options.variable_batch_loss_scale]
+    average = getattr(loader.batch_sampler, "average_batch_size", None)
+    if power == 0.0 or average is None:
+        return lambda samples: 1.0
+    return lambda samples: float((samples / average) ** power)
 
 
 def _mixup_kwargs(options: TrainOptions, num_classes: int) -> dict[str, Any]:
@@ -198,6 +253,7 @@ def _mixup_kwargs(options: TrainOptions, num_classes: int) -> dict[str, Any]:
         "mode": options.mixup_mode,
         "label_smoothing": options.smoothing,
         "num_classes": num_classes,
+        "multi_label": options.task == "multilabel",
     }
 
 
@@ -228,6 +284,7 @@ def _train_loader(
         gaussian_blur_prob=options.gaussian_blur_prob,
         auto_augment=options.aa,
         num_aug_repeats=options.aug_repeats,
+        num_aug_splits=options.aug_splits,
         interpolation=interpolation,
         mean=data_config["mean"],
         std=data_config["std"],
@@ -240,7 +297,25 @@ def _train_loader(
         use_multi_epochs_loader=options.use_multi_epochs_loader,
         persistent_workers=False,  # workers that outlive an epoch carry random state that no checkpoint can hold
         worker_seeding=options.worker_seeding,
+        **_size_schedule(options),
     )
+
+
+def _size_schedule(options: TrainOptions) -> dict[str, Any]:
+    """Arguments of timm's create_loader for --train-img-sizes; empty without."""
+    if not options.train_img_sizes:
+        return {}
+    return {
+        "input_size_choices": options.train_img_sizes,
+        "batch_size_choices": options.train_batch_sizes,
+        "batch_choice_weights": options.train_size_probs,
+        "batch_choice_seed": options.seed,
+        "batch_choice_schedule": options.train_size_schedule,
+        "batch_schedule_epochs": options.epochs,
+        "batch_schedule_spread": options.train_size_schedule_spread,
+        "batch_schedule_random_mix": options.train_size_random_mix,
+        "num_batches": options.train_batches_per_epoch,
+    }
 
 
 def _val_loader(options: TrainOptions, data_config: dict[str, Any], dataset: Any, world: World) -> Any:

@@ -1,9 +1,11 @@
 """The run folder: what a run writes about itself while it goes.
 
-    args.yaml       the resolved options, readable by timm and by --config
-    summary.csv     one row an epoch: timm's columns, then train_task_loss, train_tweo_loss, train_peak_abs,
-    eval_peak_abs outliers.jsonl  one row an epoch and block
-    events.*        TensorBoard, with --tensorboard
+    args.yaml         the resolved options, readable by timm and by --config
+    summary.csv       one row an epoch: timm's columns, then train_task_loss, train_tweo_loss, train_peak_abs,
+                      eval_peak_abs
+    outliers.jsonl    one row an epoch and block
+    fp8_health.jsonl  one row a report and FP8 layer, with --fp8-health-interval
+    events.*          TensorBoard, with --tensorboard; its steps are optimizer updates
 
 Only the primary process has one. Rows of epochs that a resumed run will repeat are taken out first.
 """
@@ -12,18 +14,13 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.utils import trim_summary
-
 from tweo_timm.stats import ActivationStats
-
-_logger = logging.getLogger(__name__)
 
 OWN_COLUMNS = ("train_task_loss", "train_tweo_loss", "train_peak_abs", "eval_peak_abs")
 
@@ -33,26 +30,38 @@ class Journal:
 
     Args:
         folder: the run folder; it exists.
-        start_epoch: the first epoch that this process will write.
+        epoch: the first epoch that this process will write.
+        updates: optimizer updates done so far.
+        eval_metrics: names of what validation measures, in order.
         tensorboard: whether to write TensorBoard events.
-        wandb: an initialised wandb run, or None.
+        wandb: a run of Weights & Biases, or None.
     """
 
-    def __init__(self, folder: Path, start_epoch: int, tensorboard: bool = False, wandb: Any = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        epoch: int,
+        updates: int,
+        eval_metrics: Sequence[str],
+        tensorboard: bool = False,
+        wandb: Any = None,
+    ) -> None:
         self.folder = folder
         self.summary = folder / "summary.csv"
         self.outliers = folder / "outliers.jsonl"
+        self.health = folder / "fp8_health.jsonl"
+        self._columns = ["epoch", "train_loss", *(f"eval_{name}" for name in eval_metrics), "lr", *OWN_COLUMNS]
         self._wandb = wandb
-        trim_summary(str(self.summary), start_epoch)
-        for path in (self.outliers, folder / "fp8_health.jsonl"):
-            _drop_epochs_from(path, start_epoch)
+        _keep_rows(self.summary, lambda line: not line[0].isdigit() or int(line.split(",")[0]) < epoch)
+        _keep_rows(self.outliers, lambda line: json.loads(line)["epoch"] < epoch)
+        _keep_rows(self.health, lambda line: json.loads(line)["update"] < updates)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder))
+            self._board = SummaryWriter(str(folder), purge_step=updates or None)
 
-    def epoch(self, epoch: int, train: Mapping[str, float], val: Mapping[str, float], lr: float) -> None:
+    def epoch(self, epoch: int, train: Mapping[str, float], val: Mapping[str, float], lr: float, updates: int) -> None:
         """Append one row to summary.csv, and its scalars to TensorBoard and wandb.
 
         Args:
@@ -60,39 +69,36 @@ class Journal:
             train: metrics of training without their prefix: loss, task_loss, tweo_loss, peak_abs.
             val: metrics of validation without their prefix; empty when the epoch was not validated.
             lr: learning rate used in the epoch.
+            updates: optimizer updates since the run began.
         """
-        metrics = {f"train_{name}": value for name, value in train.items()}
-        metrics |= {f"eval_{name}": value for name, value in val.items()}
-        own = {name: metrics.pop(name) for name in OWN_COLUMNS if name in metrics}
-        row = {"epoch": epoch, **metrics, "lr": lr, **{name: own.get(name, math.nan) for name in OWN_COLUMNS}}
-        columns = self._columns() or list(row)
-        for missing in [name for name in row if name not in columns]:
-            _logger.debug("summary.csv has no column %s", missing)
+        row: dict[str, Any] = {"epoch": epoch, "lr": lr}
+        row |= {f"train_{name}": value for name, value in train.items()}
+        row |= {f"eval_{name}": value for name, value in val.items()}
         with open(self.summary, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, fieldnames=self._columns, restval="", lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
-        self.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch)
+        self.scalars(row, updates)
         if self._wandb is not None:
             self._wandb.log(row)
 
-    def _columns(self) -> list[str]:
-        if not self.summary.exists():
-            return []
-        with open(self.summary, newline="") as file:
-            return next(csv.reader(file), [])
-
-    def blocks(self, rows: Iterable[Mapping[str, Any]], epoch: int) -> None:
+    def blocks(self, rows: Iterable[Mapping[str, Any]], updates: int) -> None:
         """Append one row a block to outliers.jsonl, and the peaks to TensorBoard."""
         rows = list(rows)
         append_rows(self.outliers, rows)
         for row in rows:
             peaks = {f"{key}/{row['block']}": row[key] for key in ("train_peak_abs", "eval_peak_abs") if key in row}
-            self.scalars(peaks, epoch)
+            self.scalars(peaks, updates)
 
-    def histograms(self, stats: Mapping[str, ActivationStats | None], epoch: int) -> None:
-        """Write the histogram of every block's |A| to TensorBoard, from the bins that were counted anyway."""
+    def histograms(self, label: str, stats: Mapping[str, ActivationStats | None], updates: int) -> None:
+        """Write the histogram of every block's |A| to TensorBoard, from the bins that were counted anyway.
+
+        Args:
+            label: train or eval.
+            stats: of each block.
+            updates: optimizer updates since the run began.
+        """
         if self._board is None:
             return
         for name, block in stats.items():
@@ -101,7 +107,7 @@ class Journal:
                 continue
             total, square = (sum(c * e**k for e, c in zip(edges, counts, strict=True)) for k in (1, 2))
             self._board.add_histogram_raw(
-                f"abs_activation/{name}",
+                f"{label}_abs_activation/{name}",
                 min=edges[0],
                 max=edges[-1],
                 num=sum(counts),
@@ -109,7 +115,7 @@ class Journal:
                 sum_squares=square,
                 bucket_limits=edges,
                 bucket_counts=counts,
-                global_step=epoch,
+                global_step=updates,
             )
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:
@@ -121,9 +127,11 @@ class Journal:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard, end the run of Weights & Biases."""
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -143,18 +151,17 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _drop_epochs_from(path: Path, epoch: int) -> None:
-    """Take the rows of this and later epochs out of a JSON-lines file, and a last line that a crash cut short."""
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step, so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _keep_rows(path: Path, keep: Callable[[str], bool]) -> None:
+    """Take out the rows that will be written again, and what a crash left of a last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["epoch"] < epoch:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    whole_lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole_lines if keep(line)]
+    write_atomically(path, "".join(kept) if len(kept) > 1 or path.suffix != ".csv" else "")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
+from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
-from tweo_timm.fp8 import fp8_state, load_fp8_state
 from tweo_timm.train.build import Session
-from tweo_timm.train.checkpoint import EXACT_KEY, AtomicSaver, restore
+from tweo_timm.train.checkpoint import EXACT_KEY, AtomicSaver, restore, training_state
+from tweo_timm.train.exact import Cursor, capture_exact, restore_exact
 from tweo_timm.train.journal import Journal
-from tweo_timm.train.meters import EpochMeters, Pace
+from tweo_timm.train.meters import EpochMeters, Pace, block_columns
 from tweo_timm.train.progress import ProgressLine
 from tweo_timm.train.replay import Position, RandomState
+from tweo_timm.train.step import TrainStep
 from tweo_timm.train.validation import evaluate
 from tweo_timm.train.watch import HealthWatch, Interrupted, SignalWatch
 
@@ -30,112 +29,119 @@ class Trainer:
 
     Args:
         session: the built run.
-        folder: the run folder; None on processes that write nothing.
-        args: the options as plain values, stored in every checkpoint as timm does.
         signals: notices SIGTERM and SIGINT.
     """
 
-    def __init__(self, session: Session, folder: Path | None, args: argparse.Namespace, signals: SignalWatch) -> None:
+    def __init__(self, session: Session, signals: SignalWatch) -> None:
         self.session = session
-        self.folder = folder
         self.signals = signals
-        self.start_epoch = session.options.start_epoch or 0
-        self.num_updates = 0
-        self._entry: Position | None = None
-        self._random_after_resume: RandomState | None = None
-        self.meters = EpochMeters(len(session.block_names), session.world.device)
-        self.health = HealthWatch(session.block_names, session.world.device, session.options.stop_on_peak)
-        self._epoch = self.start_epoch
-        self._batch = 0
+        self.cursor = Cursor(epoch=session.options.start_epoch or 0)
+        names, device = session.block_names, session.world.device
+        self.meters = EpochMeters(names, device, session.train_recorder)
+        self.health = HealthWatch(names, device, session.options.stop_on_peak)
+        self.step = TrainStep(session, self.cursor, self.meters, self.health)
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
-        self._args = args
+        self._entry: Position | RandomState | None = None
 
-    # ---------------------------------------------------------------------------------------------- resume and save
+    # ------------------------------------------------------------------------------------- what was, and what is kept
 
-    def resume(self, content: dict[str, Any], path: Path, with_optimizer: bool = True) -> None:
+    def resume(self, content: dict[str, Any], path: Path) -> None:
         """Continue from a checkpoint: exactly from one of ours, at the next epoch from one of timm's.
+
+        With --no-resume-opt it gives its weights alone, with --start-epoch all but its position.
 
         Args:
             content: what `read_checkpoint` returned.
             path: where it came from.
-            with_optimizer: whether to take over the optimizer, scheduler and random states too.
 
         Raises:
             ValueError: if it is of another model or run.
         """
-        session = self.session
-        epoch = restore(content, path, session.task, session.optimizer if with_optimizer else None, session.scaler)
-        exact = content.get(EXACT_KEY) if with_optimizer else None
-        if exact is None:
-            self.start_epoch = session.options.start_epoch if session.options.start_epoch is not None else epoch
-            self.num_updates = self.start_epoch * session.updates_per_epoch
-            self._restart_schedule()
-            _logger.info("Resumed weights from %s; going on with epoch %d", path, self.start_epoch)
+        session, options = self.session, self.session.options
+        optimizer = None if options.no_resume_opt else session.optimizer
+        epoch = restore(content, path, session.task, optimizer, session.scaler)
+        exact = content.get(EXACT_KEY)
+        if exact is not None and optimizer is not None and options.start_epoch in (None, exact["epoch"]):
+            self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
+            _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.cursor.epoch, self.cursor.batch)
             return
-        self._resume_exactly(exact, path)
-        _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.start_epoch, exact["batch"])
+        self.cursor.epoch = options.start_epoch if options.start_epoch is not None else epoch
+        _logger.info("Resumed weights from %s; going on with epoch %d", path, self.cursor.epoch)
 
-    def _resume_exactly(self, exact: dict[str, Any], path: Path) -> None:
+    def open_folder(self, folder: Path, args: argparse.Namespace, resumed: tuple[Path, dict[str, Any]] | None) -> None:
+        """Begin to write: checkpoints and records. Only for the primary process.
+
+        Args:
+            folder: the run folder; it exists.
+            args: the options as plain values, stored in every checkpoint as timm does.
+            resumed: the checkpoint that the run continues from and its content, if it lies in this folder.
+        """
+        session, options = self.session, self.session.options
+        self.saver = AtomicSaver(
+            folder, args, decreasing="loss" in options.eval_metric, max_history=options.checkpoint_hist
+        )
+        if resumed is not None:
+            self.saver.take_over(*resumed)
+            self._keep_milestone(self.cursor.epoch)
+        names = session.task.create_evaluator().metric_names
+        self.journal = Journal(
+            folder, self.cursor.epoch, self._updates_at_start(), names, options.tensorboard, self._wandb(folder)
+        )
+
+    def _updates_at_start(self) -> int:
+        return self.cursor.updates if self.cursor.batch else self.cursor.epoch * self.session.updates_per_epoch
+
+    def _wandb(self, folder: Path) -> Any:
+        options = self.session.options
+        if not options.log_wandb:
+            return None
+        import wandb  # type: ignore[import-not-found]
+
+        return wandb.init(
+            project=options.wandb_project,
+            name=folder.name,
+            config=vars(self.saver.args) if self.saver is not None else None,
+            tags=options.wandb_tags,
+            resume="must" if options.wandb_resume_id else None,
+            id=options.wandb_resume_id or None,
+        )
+
+    def _content(self, position: Position | None = None) -> dict[str, Any]:
+        """What a checkpoint holds at this point. A collective."""
         session = self.session
-        if len(exact["processes"]) != session.world.size:
-            raise ValueError(
-                f"checkpoint {path} was written by {len(exact['processes'])} processes and this run has "
-                f"{session.world.size}: start as many, or take over its weights alone with --initial-checkpoint"
-            )
-        mine = exact["processes"][session.world.rank]
-        self.start_epoch, self.num_updates = exact["epoch"], exact["updates"]
-        if session.scheduler is not None:
-            session.scheduler.load_state_dict(exact["scheduler"])
-        if session.fp8 is not None:
-            load_fp8_state(session.model, mine["fp8"])
-        if exact["batch"]:
-            self._entry = Position.from_state_dict(mine["position"])
-            self.meters.load_state_dict(mine["meters"])
-        else:
-            self._random_after_resume = RandomState.from_state_dict(mine["random"])
+        exact = capture_exact(session, self.cursor, self.meters, position)
+        return {**training_state(session.task, session.optimizer, session.scaler), EXACT_KEY: exact}
 
-    def _restart_schedule(self) -> None:
-        scheduler, options = self.session.scheduler, self.session.options
-        if scheduler is None or self.start_epoch == 0:
-            return
-        if options.sched_on_updates:
-            scheduler.step_update(self.start_epoch * self.session.updates_per_epoch)
-        else:
-            scheduler.step(self.start_epoch)
-
-    def _exact_state(self) -> dict[str, Any]:
-        """Everything beside weights and optimizer that the rest of the run depends on. A collective."""
-        session = self.session
-        mine: dict[str, Any] = {"fp8": fp8_state(session.model) if session.fp8 is not None else None}
-        if self._batch:
-            mine["position"] = session.data.replay.position(self._batch).state_dict()
-            mine["meters"] = self.meters.state_dict()
-        else:
-            mine["random"] = RandomState.capture().state_dict()
-        processes = [mine]
-        if session.world.distributed:
-            processes = [None] * session.world.size  # type: ignore[list-item]
-            torch.distributed.all_gather_object(processes, mine)
-        return {
-            "epoch": self._epoch,
-            "batch": self._batch,
-            "updates": self.num_updates,
-            "scheduler": session.scheduler.state_dict() if session.scheduler is not None else None,
-            "processes": processes,
-        }
-
-    def _save_recovery(self) -> None:
-        """Write a checkpoint in the middle of an epoch."""
-        self.health.check(self._last_good())
-        self._exact = self._exact_state()
+    def _save_recovery(self, epoch: int, position: Position | None = None) -> None:
+        """Write a checkpoint that the ranking knows nothing of."""
+        self.health.check(self.session.world, self._last_good())
+        content = self._content(position)
         if self.saver is not None:
-            self.saver.save_recovery(self._epoch, self._batch)
+            self.saver.content = content
+            done = self.cursor.updates - epoch * self.session.updates_per_epoch
+            self.saver.save_recovery(epoch, done)
+
+    def _save_epoch(self, epoch: int, metric: float | None) -> None:
+        """Write the checkpoint of a finished epoch: ranked if it was validated, for recovery otherwise."""
+        self.cursor.epoch, self.cursor.batch = epoch + 1, 0
+        if metric is None and epoch + 1 not in (self.session.options.save_epochs or ()):
+            self._save_recovery(epoch)
+            return
+        content = self._content()
+        if self.saver is not None:
+            self.saver.content = content
+            self.saver.save_checkpoint(epoch, metric=metric)
+            self._keep_milestone(epoch + 1)
+
+    def _keep_milestone(self, epochs: int) -> None:
+        if self.saver is not None and epochs in (self.session.options.save_epochs or ()):
+            self.saver.save_milestone(epochs)
 
     def _last_good(self) -> str:
-        return self.saver.last_good if self.saver is not None else "see the primary process"
+        return self.saver.last_good if self.saver is not None else "see the first process"
 
-    # ------------------------------------------------------------------------------------------------------- epochs
+    # --------------------------------------------------------------------------------------------------------- epochs
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch.
@@ -144,224 +150,183 @@ class Trainer:
             best_metric and best_epoch (None without validation), and the last epoch's metrics.
 
         Raises:
-            TrainingStopped: for a loss or an activation that is not finite, or above --stop-on-peak.
+            TrainingStopped: for a loss, an activation or a gradient that is not finite, or above --stop-on-peak.
             Interrupted: after SIGTERM or SIGINT, when the state has been saved.
         """
-        session, options = self.session, self.session.options
-        best: tuple[float | None, int | None] = (None, None)
+        session = self.session
+        last_epoch = min(session.num_epochs, session.options.stop_epoch or session.num_epochs)
+        self._set_off()
         row: dict[str, Any] = {}
-        last_epoch = min(session.num_epochs, options.stop_epoch or session.num_epochs)
-        self._open_records()
-        if self._random_after_resume is not None:
-            self._random_after_resume.restore()
-        for epoch in range(self.start_epoch, last_epoch):
-            lr = sum(group["lr"] for group in session.optimizer.param_groups) / len(session.optimizer.param_groups)
-            train = self._train_epoch(epoch)
-            val, rows = self._validate(epoch, last_epoch)
-            metric = val.get(options.eval_metric)
-            if session.scheduler is not None:
-                session.scheduler.step(epoch + 1, metric)
-            row = {"epoch": epoch, "train": train, "validation": val}
-            if self.journal is not None:
-                self.journal.epoch(epoch, train, val, lr)
-                self.journal.blocks(rows, epoch)
-                if session.recorder is not None:
-                    self.journal.histograms((session.ema_recorder or session.recorder).stats, epoch)
-            best = self._save_epoch(epoch, metric)
+        for epoch in range(self.cursor.epoch, last_epoch):
+            row = self._epoch(epoch, last_epoch)
             self._raise_if_interrupted()
         if self.journal is not None:
             self.journal.close()
+        saver = self.saver
+        best = (saver.best_metric, saver.best_epoch) if saver is not None else (None, None)
         return {"best_metric": best[0], "best_epoch": best[1], "last": row}
 
-    def _open_records(self) -> None:
-        if self.folder is None:
-            return
-        options = self.session.options
-        self.saver = AtomicSaver(
-            self.session.task,
-            self.session.optimizer,
-            self._args,
-            exact=lambda: self._exact,
-            folder=self.folder,
-            amp_scaler=self.session.scaler,
-            decreasing="loss" in options.eval_metric,
-            max_history=options.checkpoint_hist,
-        )
-        last = self.folder / "last.pth.tar"
-        if last.exists() and self.start_epoch:
-            self.saver.load_state_dict_from_checkpoint(str(last))
-            self.saver.last_good = str(last)
-        self.journal = Journal(self.folder, self.start_epoch, options.tensorboard)
+    def _set_off(self) -> None:
+        """Bring schedule, counters and random state to where the first epoch begins."""
+        session, cursor = self.session, self.cursor
+        if self._entry is None:
+            cursor.updates = cursor.epoch * session.updates_per_epoch
+            if session.scheduler is not None and cursor.epoch and session.options.sched != "plateau":
+                session.scheduler.step(cursor.epoch)
+                session.scheduler.step_update(cursor.updates)
+        elif isinstance(self._entry, RandomState):
+            self._entry.restore()
+            self._entry = None
 
-    def _save_epoch(self, epoch: int, metric: float | None) -> tuple[float | None, int | None]:
-        self._epoch, self._batch = epoch + 1, 0
-        self._exact = self._exact_state()
-        if self.saver is None:
-            return None, None
-        best: tuple[float | None, int | None] = self.saver.save_checkpoint(epoch, metric=metric)
-        if epoch + 1 in (self.session.options.save_epochs or ()):
-            self.saver.save_milestone(epoch + 1)
-        return best
+    def _epoch(self, epoch: int, last_epoch: int) -> dict[str, Any]:
+        session = self.session
+        train = self._train(epoch)
+        rows = self.meters.rows(epoch, session.world.distributed)
+        if rows:
+            train["peak_abs"] = max(row["train_peak_abs"] for row in rows)
+        val = self._validate(epoch, last_epoch, rows)
+        metric = val.get(session.options.eval_metric)
+        lr = self._lr()
+        if session.scheduler is not None:
+            session.scheduler.step(epoch + 1, metric)
+        if self.journal is not None:
+            updates = self.cursor.updates
+            self.journal.epoch(epoch, train, val, lr, updates)
+            self.journal.blocks(rows, updates)
+            recorders = {"train": session.train_recorder, "eval": session.ema_recorder or session.recorder}
+            for label, recorder in recorders.items():
+                if recorder is not None:
+                    self.journal.histograms(label, recorder.stats, updates)
+        self._save_epoch(epoch, metric)
+        return {"epoch": epoch, "train": train, "validation": val}
+
+    def _lr(self) -> float:
+        groups = self.session.optimizer.param_groups
+        return float(sum(group["lr"] for group in groups) / len(groups))
+
+    def _train(self, epoch: int) -> dict[str, float]:
+        """Train one epoch, or what is left of it."""
+        session, options, world = self.session, self.session.options, self.session.world
+        cursor, data = self.cursor, self.session.data
+        entry, self._entry = self._entry, None
+        if not isinstance(entry, Position):
+            entry = None
+            self.meters.reset()
+        cursor.epoch, cursor.batch = epoch, entry.batch if entry is not None else 0
+        if cursor.batch:
+            _logger.info("Reading the %d batches of epoch %d that were used already", cursor.batch, epoch)
+        data.start_epoch(epoch, options.mixup_off_epoch)
+        data.replay.enter_at(entry)
+        session.task.get_trainable_module().train()
+        session.optimizer.zero_grad()
+        num_batches = len(data.train)
+        pace = Pace()
+        with ProgressLine(f"epoch {epoch}", num_batches - cursor.batch, world.primary) as bar:
+            for images, targets in data.batches():
+                pace.loaded()
+                self.step(images, targets)
+                pace.trained(len(targets))
+                bar.advance()
+                self._after_batch(images, num_batches, pace)
+        if cursor.batch < num_batches:
+            _logger.warning("The training data ended after %d of %d batches", cursor.batch, num_batches)
+        self.health.check(world, self._last_good())
+        if hasattr(session.optimizer, "sync_lookahead"):
+            session.optimizer.sync_lookahead()
+        self._share_batch_norm()
+        return self.meters.means(world.distributed)
+
+    def _share_batch_norm(self) -> None:
+        session, options = self.session, self.session.options
+        if not session.world.distributed or options.dist_bn not in ("broadcast", "reduce"):
+            return
+        models = [session.task.get_eval_model()]
+        if session.ema_recorder is not None:
+            models.append(session.task.get_eval_model(ema=True))
+        for model in models:
+            distribute_bn(unwrap_model(model), session.world.size, options.dist_bn == "reduce")
+
+    def _after_batch(self, images: Tensor, num_batches: int, pace: Pace) -> None:
+        """What happens between two batches: log lines, health, recovery checkpoints, signals."""
+        options, world, cursor = self.session.options, self.session.world, self.cursor
+        logs = cursor.batch % options.log_interval == 0 or cursor.batch == num_batches
+        if logs or (world.device.type == "cpu" and not world.distributed):
+            self.health.check(world, self._last_good())
+        if logs:
+            self._log_line(num_batches, pace)
+            if options.save_images and self.saver is not None:
+                self._save_images(images)
+        if cursor.batch % options.grad_accum_steps or cursor.batch == num_batches:
+            return
+        interval = options.recovery_interval
+        if interval and cursor.batch // options.grad_accum_steps % interval == 0:
+            self._save_recovery(cursor.epoch)
+        if self._stop_requested():
+            self._save_recovery(cursor.epoch)
+            self._raise_if_interrupted()
+
+    def _stop_requested(self) -> bool:
+        """Whether any process was told to stop; the others are asked at every tenth update only."""
+        if not self.session.world.distributed:
+            return self.signals.received is not None
+        return self.cursor.updates % 10 == 0 and self.signals.agreed(self.session.world) is not None
 
     def _raise_if_interrupted(self) -> None:
         number = self.signals.agreed(self.session.world)
         if number is not None:
             raise Interrupted(number)
 
-    # ----------------------------------------------------------------------------------------------------- training
-
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
-        session, options, world = self.session, self.session.options, self.session.world
-        data = session.data
-        data.start_epoch(epoch, options.mixup_off_epoch)
-        if self._entry is None:
-            self.meters = EpochMeters(len(session.block_names), world.device)
-        self._epoch, self._batch = epoch, self._entry.batch if self._entry else 0
-        if self._batch:
-            _logger.info("Reading the %d batches of epoch %d that were used already", self._batch, epoch)
-        data.replay.enter_at(self._entry)
-        self._entry = None
-        session.task.get_trainable_module().train()
-        session.optimizer.zero_grad()
-        num_batches = len(data.train)
-        pace = Pace()
-        with ProgressLine(f"epoch {epoch}", num_batches - self._batch, world.primary) as bar:
-            for images, targets in data.batches():
-                pace.loaded()
-                self._train_batch(images, targets, num_batches)
-                pace.trained(len(targets))
-                bar.advance()
-                self._after_batch(num_batches, pace)
-        self.health.check(self._last_good())
-        if world.distributed and options.dist_bn in ("broadcast", "reduce"):
-            distribute_bn(unwrap_model(session.task.get_eval_model()), world.size, options.dist_bn == "reduce")
-        peaks = self.meters.peaks(world.distributed)
-        means = self.meters.means(world.distributed)
-        return {**means, "peak_abs": max(peaks)} if peaks else means
-
-    def _train_batch(self, images: Tensor, targets: Tensor, num_batches: int) -> None:
-        """Forward and backward of one micro-batch; the last of its group updates the weights.
-
-        A group holds `grad_accum_steps` micro-batches, the last group of an epoch what is left. Each is weighed by its
-        group's size, so that the update is that of the one large batch.
-        """
-        session, options = self.session, self.session.options
-        accumulate = options.grad_accum_steps
-        group_start = self._batch - self._batch % accumulate
-        group_size = min(accumulate, num_batches - group_start)
-        completes = self._batch + 1 == group_start + group_size
-        images, targets = session.place(images), targets.to(session.world.device)
-        if session.tweo is not None:
-            session.tweo.set_progress(min(self.num_updates / (session.updates_per_epoch * session.num_epochs), 1.0))
-        wait = session.task.no_sync() if not completes else contextlib.nullcontext()
-        with wait:
-            with session.autocast():
-                result = session.task(images, targets)
-            self._backward(result["loss"] / group_size, completes)
-        peaks = session.tweo.block_peaks if session.tweo is not None else None
-        self.meters.update(result, peaks, len(targets))
-        self.health.note(self.num_updates, result["loss"], peaks)
-        self._batch += 1
-        if completes:
-            session.optimizer.zero_grad()
-            session.task.update_ema(step=self.num_updates)
-            self.num_updates += 1
-            if session.scheduler is not None:
-                session.scheduler.step_update(self.num_updates, metric=None)
-            if options.synchronize_step and session.world.device.type == "cuda":
-                torch.cuda.synchronize()
-
-    def _backward(self, loss: Tensor, completes: bool) -> None:
-        session, options = self.session, self.session.options
-        second_order = bool(getattr(session.optimizer, "is_second_order", False))
-        parameters = session.task.get_clip_parameters(exclude_head="agc" in options.clip_mode)
-        if session.scaler is not None:
-            session.scaler(
-                loss,
-                session.optimizer,
-                clip_grad=options.clip_grad,
-                clip_mode=options.clip_mode,
-                parameters=parameters,
-                create_graph=second_order,
-                need_update=completes,
-            )
-            return
-        loss.backward(create_graph=second_order)  # type: ignore[no-untyped-call]
-        if completes:
-            if options.clip_grad is not None:
-                dispatch_clip_grad(parameters, options.clip_grad, mode=options.clip_mode)
-            session.optimizer.step()
-
-    def _after_batch(self, num_batches: int, pace: Pace) -> None:
-        """What happens between two batches: log lines, health, recovery checkpoints, signals."""
-        session, options = self.session, self.session.options
-        at_update = self._batch % options.grad_accum_steps == 0 or self._batch == num_batches
-        logs = self._batch % options.log_interval == 0 or self._batch == num_batches
-        if logs or session.world.device.type == "cpu":
-            self.health.check(self._last_good())
-        if logs:
-            self._log_line(num_batches, pace)
-        inside = at_update and self._batch < num_batches
-        if not inside:
-            return
-        since = options.recovery_interval
-        if since and (self._batch % since) < options.grad_accum_steps and self._batch >= since:
-            self._save_recovery()
-        if (self.signals.received is not None or session.world.distributed) and self._stop_requested():
-            self._save_recovery()
-            self._raise_if_interrupted()
-
-    def _stop_requested(self) -> bool:
-        """Whether any process was told to stop; asked of the others at every tenth update only."""
-        if not self.session.world.distributed:
-            return self.signals.received is not None
-        return self.num_updates % 10 == 0 and self.signals.agreed(self.session.world) is not None
-
     def _log_line(self, num_batches: int, pace: Pace) -> None:
-        session = self.session
-        means = self.meters.means(session.world.distributed)
-        peaks = self.meters.peaks(session.world.distributed)
-        if not session.world.primary:
+        world = self.session.world
+        means = self.meters.means(world.distributed)
+        peaks = self.meters.peaks(world.distributed)
+        if not world.primary:
             return
-        lr = sum(group["lr"] for group in session.optimizer.param_groups) / len(session.optimizer.param_groups)
         own = f"  TWEO: {means['tweo_loss']:#.3g}  Peak: {max(peaks):#.3g}" if peaks else ""
         _logger.info(
             "Train: %d [%4d/%d (%3.0f%%)]  Loss: %#.3g%s  %s  LR: %.3e",
-            self._epoch,
-            self._batch,
+            self.cursor.epoch,
+            self.cursor.batch,
             num_batches,
-            100 * self._batch / num_batches,
+            100 * self.cursor.batch / num_batches,
             means["loss"],
             own,
-            pace.text(session.world.size),
-            lr,
+            pace.text(world.size),
+            self._lr(),
         )
         if self.journal is not None:
-            values = {"step/loss": means["loss"], "step/tweo_loss": means["tweo_loss"], "step/lr": lr}
+            values = {"step/loss": means["loss"], "step/tweo_loss": means["tweo_loss"], "step/lr": self._lr()}
             if peaks:
                 values["step/peak_abs"] = max(peaks)
-            self.journal.scalars(values, self.num_updates)
+            self.journal.scalars(values, self.cursor.updates)
 
-    # --------------------------------------------------------------------------------------------------- validation
+    def _save_images(self, images: Tensor) -> None:
+        from torchvision.utils import save_image  # type: ignore[import-untyped]
 
-    def _validate(self, epoch: int, last_epoch: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Evaluate the model, or its EMA where there is one, and describe every block."""
+        assert self.journal is not None
+        name = f"train-batch-{self.cursor.epoch}-{self.cursor.batch}.jpg"
+        save_image(images, self.journal.folder / name, padding=0, normalize=True)
+
+    # ----------------------------------------------------------------------------------------------------- validation
+
+    def _validate(self, epoch: int, last_epoch: int, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Evaluate the model, or its EMA where there is one, and describe every block in `rows`."""
         session, options = self.session, self.session.options
-        peaks = self.meters.peaks(session.world.distributed)
-        rows: list[dict[str, Any]] = [
-            {"epoch": epoch, "block": name, "train_peak_abs": peak}
-            for name, peak in zip(session.block_names, peaks, strict=True)
-        ]
         if (epoch + 1) % options.val_interval and epoch + 1 != last_epoch:
-            return {}, rows
-        recorder = session.recorder
-        metrics = evaluate(session, session.task.get_eval_model(), recorder, "Test")
-        if session.task.has_ema() and not options.model_ema_force_cpu:
-            recorder = session.ema_recorder
-            metrics = evaluate(session, session.task.get_eval_model(ema=True), recorder, "Test (EMA)")
+            return {}
+        position = session.data.replay.position(self.cursor.batch)
+        try:
+            recorder = session.recorder
+            metrics = evaluate(session, session.task.get_eval_model(), recorder, "Test", self.signals)
+            if session.task.has_ema() and not options.model_ema_force_cpu:
+                recorder = session.ema_recorder
+                metrics = evaluate(session, session.task.get_eval_model(ema=True), recorder, "Test (EMA)", self.signals)
+        except Interrupted:
+            self._save_recovery(epoch, position)
+            raise
         if recorder is not None:
             summary = recorder.summary()
             metrics["peak_abs"] = summary["peak_abs"]
             for row, block in zip(rows, summary["blocks"], strict=True):
-                row |= {f"eval_{key}": value for key, value in block.items() if key not in ("name", "count")}
-        return metrics, rows
+                row |= block_columns("eval", block)
+        return metrics

@@ -9,21 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.stats import ActivationStats
+
 LOSSES = ("loss", "task_loss", "tweo_loss")
 
 
 class EpochMeters:
-    """Sample-weighted means of the losses and the largest activation of every block since the epoch began.
+    """Sample-weighted means of the losses, the largest activation of every block, and their statistics.
 
     Args:
-        num_blocks: number of blocks whose peaks are followed.
+        block_names: the blocks whose peaks are followed.
         device: where the losses live.
+        recorder: counts block outputs in the steps in which it is armed; None where nothing is counted.
     """
 
-    def __init__(self, num_blocks: int, device: torch.device) -> None:
-        self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
+    def __init__(self, block_names: list[str], device: torch.device, recorder: OutlierRecorder | None = None) -> None:
+        self.block_names = block_names
+        self.recorder = recorder
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self._device)
         self._samples = 0
-        self._peaks = torch.zeros(num_blocks, device=device)
+        self._peaks = torch.zeros(len(self.block_names), device=self._device)
+        if self.recorder is not None:
+            self.recorder.reset()
 
     def update(self, result: Mapping[str, Any], peaks: Tensor | None, samples: int) -> None:
         """Count in one micro-batch.
@@ -50,21 +63,51 @@ class EpochMeters:
         return {name: total / max(samples, 1) for name, total in zip(LOSSES, totals, strict=True)}
 
     def peaks(self, distributed: bool = False) -> list[float]:
-        """Return the largest |A| of each block, over all processes if `distributed`."""
+        """Return the largest |A| of each block in all steps, over all processes if `distributed`."""
         peaks = self._peaks.clone()
         if distributed and peaks.numel():
             torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         return [float(peak) for peak in peaks]
 
+    def rows(self, epoch: int, distributed: bool = False) -> list[dict[str, Any]]:
+        """Return one row a block: train_peak_abs over all steps, and train_* statistics of the steps that were counted.
+
+        Called once an epoch: afterwards every process holds the statistics of all.
+        """
+        rows: list[dict[str, Any]] = [{"epoch": epoch, "block": name} for name in self.block_names]
+        if self.recorder is not None:
+            self.recorder.gather()
+            for row in rows:
+                stats = self.recorder.stats[row["block"]]
+                row |= {} if stats is None else block_columns("train", stats.summary())
+        for row, peak in zip(rows, self.peaks(distributed), strict=True):
+            row["train_peak_abs"] = peak
+        return rows
+
     def state_dict(self) -> dict[str, Any]:
         """Return the sums as plain tensors and numbers."""
-        return {"sums": self._sums.cpu(), "samples": self._samples, "peaks": self._peaks.cpu()}
+        recorded = self.recorder.stats if self.recorder is not None else {}
+        return {
+            "sums": self._sums.cpu(),
+            "samples": self._samples,
+            "peaks": self._peaks.cpu(),
+            "outliers": {name: stats.state() for name, stats in recorded.items() if stats is not None},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self._sums = state["sums"].to(self._sums.device)
+        self.reset()
+        self._sums = state["sums"].to(self._device)
         self._samples = int(state["samples"])
-        self._peaks = state["peaks"].to(self._peaks.device)
+        self._peaks = state["peaks"].to(self._device)
+        if self.recorder is not None:
+            for name, counted in state["outliers"].items():
+                self.recorder.stats[name] = ActivationStats.from_state(counted)
+
+
+def block_columns(prefix: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Name a block's statistics as columns of outliers.jsonl."""
+    return {f"{prefix}_{key}": value for key, value in summary.items() if key not in ("name", "count")}
 
 
 class Pace:

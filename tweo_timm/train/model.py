@@ -39,6 +39,8 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     if world.distributed and options.sync_bn:
+        if world.device.type == "cpu":
+            raise ValueError("--sync-bn needs GPUs: torch synchronises batch norm on CUDA only; use --dist-bn reduce")
         options_bn = "" if options.split_bn else options.dist_bn
         _logger.info("Synchronised batch norm%s", f"; --dist-bn {options_bn} has nothing to do" if options_bn else "")
         model = convert_sync_batchnorm(model)
@@ -70,7 +72,7 @@ def _create(options: TrainOptions) -> nn.Module:
             **factory,
             **options.model_kwargs,
         )
-    except (RuntimeError, TypeError, FileNotFoundError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, FileNotFoundError) as error:
         raise ValueError(_why_not(options, error)) from error
 
 
@@ -99,3 +101,26 @@ def _initialise_head(model: Any, options: TrainOptions) -> None:
                 head.bias.mul_(options.head_init_scale)
             if options.head_init_bias is not None:
                 nn.init.constant_(head.bias, options.head_init_bias)
+
+
+@torch.no_grad()
+def check_image_sizes(options: TrainOptions, model: nn.Module, world: World) -> None:
+    """Try the model at each of --train-img-sizes.
+
+    Raises:
+        ValueError: if it does not accept one of them.
+    """
+    if not options.train_img_sizes:
+        return
+    weight = next(model.parameters())
+    model.eval()
+    for size in options.train_img_sizes:
+        images = torch.zeros(1, options.in_chans or 3, size, size, dtype=weight.dtype, device=world.device)
+        try:
+            model(images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"--train-img-sizes {size}: {options.model} does not accept it ({error}); a ViT needs "
+                "--model-kwargs dynamic_img_size=true"
+            ) from error
+    model.train()

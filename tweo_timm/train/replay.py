@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of every random generator of a process: Python's, NumPy's, torch's, and those of the CUDA devices."""
+    """The state of a process's random generators: Python's, NumPy's, torch's, and that of its CUDA device, if any."""
 
     python: tuple[Any, ...]
     numpy: Any
@@ -31,7 +31,7 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """Take the present state."""
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        cuda = (torch.cuda.get_rng_state(),) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)  # noqa: NPY002
 
     def restore(self) -> None:
@@ -39,8 +39,8 @@ class RandomState:
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # noqa: NPY002
         torch.set_rng_state(self.torch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
+        for state in self.cuda:
+            torch.cuda.set_rng_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return it as tensors and numbers only, which torch.load(weights_only=True) accepts."""
@@ -125,28 +125,28 @@ class ReplayLoader:
 
     def __iter__(self) -> Iterator[Any]:
         entry, self._entry = self._entry, None
+        if entry is not None and entry.batch >= len(self.loader):
+            self._epoch_start, self._before = entry.epoch_start, {}
+            entry.now.restore()
+            return
         if entry is not None:
             entry.epoch_start.restore()
         self._epoch_start = RandomState.capture()
         self._before = {}
         batches = iter(self.loader)
-        skip = entry.batch if entry else 0
+        skip = entry.batch if entry is not None else 0
         for _ in range(skip):
             next(batches)
         if entry is not None:
             entry.before_batch.restore()
         for index in range(skip, len(self.loader)):
-            self._before = {i: state for i, state in self._before.items() if i >= index - 1}
-            self._before[index] = RandomState.capture()
+            # With lookahead, the batch in use is index - 1, and the next one to be used may be this one.
+            self._before = {index: RandomState.capture()}
             try:
                 batch = next(batches)
             except StopIteration:  # a stream shorter than it announced
-                break
-            resumed = entry is not None and index == skip
-            if resumed and not self.lookahead:
-                entry.now.restore()  # type: ignore[union-attr]
+                return
             yield batch
-            if resumed and self.lookahead:
-                entry.now.restore()  # type: ignore[union-attr]
-        if entry is not None and skip == len(self.loader):
-            entry.now.restore()
+            if entry is not None and index == skip and self.lookahead:
+                # What the consumer drew for this batch, it drew before the batch in use was trained on.
+                entry.now.restore()

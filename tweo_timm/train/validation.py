@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from timm.task.evaluator import evaluation_sample_limit
+from torch.nn.parallel import DistributedDataParallel
 
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.train.build import Session
 from tweo_timm.train.progress import ProgressLine
+from tweo_timm.train.watch import Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
 
 
-@torch.inference_mode()
-def evaluate(session: Session, model: Any, recorder: OutlierRecorder | None, label: str) -> dict[str, float]:
+@torch.no_grad()
+def evaluate(
+    session: Session, model: Any, recorder: OutlierRecorder | None, label: str, signals: SignalWatch
+) -> dict[str, float]:
     """Run a model over the validation split.
 
     Args:
@@ -25,11 +29,17 @@ def evaluate(session: Session, model: Any, recorder: OutlierRecorder | None, lab
         model: what to evaluate: the trained model or its EMA.
         recorder: counts that model's block outputs anew; None without blocks.
         label: for the log.
+        signals: a signal ends the pass where there is one process; several finish it together.
 
     Returns:
         The evaluator's metrics: loss, top1 and top5 in percent for single labels.
+
+    Raises:
+        Interrupted: by such a signal.
     """
     world = session.world
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # its collectives would wait for processes with fewer batches
     evaluator = session.task.create_evaluator(max_samples=evaluation_sample_limit(session.data.val))
     model.eval()
     if recorder is not None:
@@ -42,6 +52,8 @@ def evaluate(session: Session, model: Any, recorder: OutlierRecorder | None, lab
                 output = model(images)
             evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, targets)
             bar.advance()
+            if signals.received is not None and not world.distributed:
+                raise Interrupted(signals.received)
     metrics = dict(evaluator.compute(distributed=world.distributed))
     if recorder is not None:
         recorder.gather()

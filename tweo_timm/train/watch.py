@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tweo_timm.train.world import World
 
@@ -60,7 +62,7 @@ class SignalWatch:
 
 
 class HealthWatch:
-    """Finds the first update whose loss or activations are no longer finite, without waiting for the device each time.
+    """Finds the first update whose loss, activations or gradients are not finite, without waiting for the device.
 
     Args:
         block_names: names of the blocks behind the peaks.
@@ -74,9 +76,11 @@ class HealthWatch:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
+        self._parameters: list[str] = []
+        self._norms = torch.zeros(1, device=device)
 
     def note(self, update: int, loss: Tensor, peaks: Tensor | None) -> None:
-        """Look at one training step.
+        """Look at the loss and the activations of one micro-batch.
 
         Args:
             update: number of the optimizer update it belongs to.
@@ -88,29 +92,68 @@ class HealthWatch:
             bad = bad | ~torch.isfinite(peaks).all()
             if self.stop_on_peak is not None:
                 bad = bad | (peaks.amax() > self.stop_on_peak)
-        first = bad & (self._first_bad < 0)
-        self._first_bad = torch.where(first, update, self._first_bad)
+        first = self._note_first(update, bad)
         self._loss = torch.where(first, loss.detach().float(), self._loss)
         if peaks is not None:
             self._peaks = torch.where(first, peaks, self._peaks)
 
-    def check(self, last_good: str) -> None:
-        """Stop the run if a bad step was seen; waits for the device.
+    def note_gradients(self, update: int, module: nn.Module) -> None:
+        """Look at the gradients of one update, before they are clipped.
 
         Args:
+            update: number of the optimizer update.
+            module: its parameters have their gradients.
+        """
+        named = [(name, _local(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
+        if not named:
+            return
+        # One fused pass, as in torch.nn.utils.clip_grad_norm_: a norm is not finite if one element is not.
+        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named])).float()
+        first = self._note_first(update, ~torch.isfinite(norms).all())
+        if len(self._parameters) != len(named):
+            self._parameters = [name.replace("_orig_mod.", "").removeprefix("module.") for name, _ in named]
+            self._norms = torch.zeros_like(norms)
+        self._norms = torch.where(first, norms, self._norms)
+
+    def _note_first(self, update: int, bad: Tensor) -> Tensor:
+        first = bad & (self._first_bad < 0)
+        self._first_bad = torch.where(first, update, self._first_bad)
+        return first
+
+    def check(self, world: World, last_good: str) -> None:
+        """Stop the run if any process saw a bad step; waits for the device. A collective.
+
+        Args:
+            world: the processes that stop together.
             last_good: the newest checkpoint, for the message.
 
         Raises:
-            TrainingStopped: naming update, loss, first bad block and `last_good`.
+            TrainingStopped: naming update, loss, first bad block or parameter, and `last_good`.
         """
         update = int(self._first_bad)
-        if update < 0:
+        if not world.any(update >= 0):
             return
+        if update < 0:
+            raise TrainingStopped(f"stopped because another process was. Last good checkpoint: {last_good}")
+        raise TrainingStopped(
+            f"stopped at update {update}: {self._culprit()}. Last good checkpoint: {last_good}. "
+            "Nothing that came after it was saved: lower the learning rate or clip gradients, then go on with --resume"
+        )
+
+    def _culprit(self) -> str:
+        norms = self._norms.tolist()
+        # The backward pass goes from the last parameter to the first: the last bad one was bad first.
+        broken = [name for name, norm in zip(self._parameters, norms, strict=False) if not math.isfinite(norm)]
+        if broken:
+            return f"gradients are not finite, first that of {broken[-1]}"
         loss, peaks = float(self._loss), self._peaks.tolist()
-        limit = self.stop_on_peak if self.stop_on_peak is not None else float("inf")
-        culprits = [i for i, peak in enumerate(peaks) if not abs(peak) < float("inf") or peak > limit]
-        if culprits and self.block_names:
-            what = f"max |A| = {peaks[culprits[0]]:g} first at block {self.block_names[culprits[0]]}"
-        else:
-            what = "no block output is out of range: look at the head, the loss and the learning rate"
-        raise TrainingStopped(f"stopped at update {update}: loss {loss:g}, {what}. Last good checkpoint: {last_good}")
+        limit = self.stop_on_peak if self.stop_on_peak is not None else math.inf
+        high = [i for i, peak in enumerate(peaks) if not math.isfinite(peak) or peak > limit]
+        if high and self.block_names:
+            return f"loss {loss:g}, max |A| = {peaks[high[0]]:g} first at block {self.block_names[high[0]]}"
+        return f"loss {loss:g}, while every block's output is finite: look at the head, the targets and the loss"
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that is sharded over processes."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

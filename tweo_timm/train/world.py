@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.utils import init_distributed_device
@@ -39,6 +40,14 @@ class World:
         vote = torch.tensor(int(flag), device=self.device)
         torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX)
         return bool(vote.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every process, by rank. A collective."""
+        if not self.distributed:
+            return [value]
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def close(self) -> None:
         """Leave the process group."""

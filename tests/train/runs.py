@@ -1,0 +1,71 @@
+"""Tiny runs of the training command, in this process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tweo_timm.train.cli import main
+
+TINY = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
+VIT = [
+    "--model",
+    "vit_tiny_patch16_224",
+    "--model-kwargs",
+    *TINY,
+    "--num-classes",
+    "3",
+    "--input-size",
+    "3",
+    "32",
+    "32",
+]
+RUN = ["--device", "cpu", "-j", "0", "-b", "8", "--opt", "adamw", "--lr", "1e-3", "--warmup-epochs", "0"]
+
+
+def write_images(root: Path, train: int = 48, val: int = 12, classes: int = 3, size: int = 32) -> Path:
+    """Write an ImageFolder of noise, `train` and `val` images in all."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            folder = root / split / f"class{index % classes}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def command(data: Path, out: Path, *more: str, name: str = "run", model: list[str] | None = None) -> list[str]:
+    where = ["--data-dir", str(data), "--output", str(out), "--experiment", name]
+    return [*(model or VIT), *RUN, *where, "--epochs", "2", *more]
+
+
+def train(data: Path, out: Path, *more: str, name: str = "run", model: list[str] | None = None) -> Path:
+    """Run to the end and return the run folder."""
+    assert main(command(data, out, *more, name=name, model=model)) == 0
+    return out / name
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def last(folder: Path) -> dict:
+    return load(folder / "last.pth.tar")
+
+
+def rows(folder: Path, name: str = "outliers.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def same_tensors(a, b) -> bool:
+    """Whether two nested states are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same_tensors(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -1,0 +1,216 @@
+"""A run that was interrupted and continued is, to the last bit, the run that was not."""
+
+import csv
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from tests.train.runs import command, last, load, rows, same_tensors, train
+from tweo_timm.train import validation
+from tweo_timm.train.cli import main
+from tweo_timm.train.progress import ProgressLine
+
+ALL_RANDOM = [
+    *("--model-ema", "--model-ema-decay", "0.9", "--mixup", "0.5", "--cutmix", "0.5", "--reprob", "0.5"),
+    *("--remode", "pixel", "--drop", "0.1", "--drop-path", "0.1", "--grad-accum-steps", "2", "--tweo-weight", "0.1"),
+    *("--tweo-schedule", "cosine", "--tweo-tau", "0.5", "--outlier-interval", "2", "--clip-grad", "1.0"),
+]
+LOADERS = {
+    "prefetcher": ["-j", "0"],
+    "prefetcher and workers": ["-j", "2"],
+    "no prefetcher": ["-j", "0", "--no-prefetcher"],
+    "no prefetcher but workers": ["-j", "2", "--no-prefetcher"],
+}
+TENSORS = ("state_dict", "state_dict_ema", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    """Run folders of runs that nothing interrupted, by loader."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return {name: train(images, out, *ALL_RANDOM, *extra, name=name) for name, extra in LOADERS.items()}
+
+
+def assert_same_run(folder, reference):
+    continued, whole = last(folder), last(reference)
+    for key in TENSORS:
+        assert same_tensors(continued[key], whole[key]), key
+    assert same_tensors(continued["exact"]["processes"], whole["exact"]["processes"])
+    assert continued["metric"] == whole["metric"]
+    for name in ("summary.csv", "outliers.jsonl"):
+        assert (folder / name).read_text() == (reference / name).read_text(), name
+    kept = [
+        {path.name for path in root.glob("*.pth.tar*") if "recovery" not in path.name} for root in (folder, reference)
+    ]
+    assert kept[0] == kept[1]
+    best = [load(root / "model_best.pth.tar") for root in (folder, reference)]
+    assert same_tensors(best[0]["state_dict_ema"], best[1]["state_dict_ema"])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("batches", [1, 3, 10])
+def test_a_run_stopped_inside_an_epoch_continues_bit_for_bit(
+    loader, batches, images, tmp_path, interrupt, uninterrupted
+):
+    words = command(images, tmp_path, *ALL_RANDOM, *LOADERS[loader], "--resume", "auto")
+    interrupt(batches)
+    assert main(words) == 128 + signal.SIGTERM
+    assert list((tmp_path / "run").glob("recovery-*"))
+    assert main(words) == 0
+    assert_same_run(tmp_path / "run", uninterrupted[loader])
+
+
+def test_a_run_stopped_between_epochs_continues_bit_for_bit(images, tmp_path, interrupt, uninterrupted):
+    words = command(images, tmp_path, *ALL_RANDOM, "--resume", "auto")
+    interrupt(7, signal.SIGINT)
+    assert main(words) == 128 + signal.SIGINT
+    assert main(words) == 0
+    assert_same_run(tmp_path / "run", uninterrupted["prefetcher"])
+
+
+def test_a_run_stopped_while_it_validates_continues_bit_for_bit(images, tmp_path, monkeypatch, uninterrupted):
+    words = command(images, tmp_path, *ALL_RANDOM, "--resume", "auto")
+
+    class Cut(ProgressLine):
+        def advance(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().advance()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "ProgressLine", Cut)
+        assert main(words) == 128 + signal.SIGTERM
+    assert main(words) == 0
+    assert_same_run(tmp_path / "run", uninterrupted["prefetcher"])
+
+
+def test_a_finished_run_resumed_changes_nothing_and_reports_its_best(images, tmp_path, capsys):
+    words = command(images, tmp_path, "--resume", "auto")
+    assert main(words) == 0
+    before = last(tmp_path / "run")
+    capsys.readouterr()
+    assert main(words) == 0
+    with open(tmp_path / "run" / "summary.csv") as file:
+        best = max(float(row["eval_top1"]) for row in csv.DictReader(file))
+    assert f'"best_metric": {best}' in capsys.readouterr().out
+    assert same_tensors(last(tmp_path / "run")["state_dict"], before["state_dict"])
+
+
+def test_a_truncated_checkpoint_is_passed_over_with_a_warning(images, tmp_path, interrupt, uninterrupted, caplog):
+    words = command(images, tmp_path, *ALL_RANDOM, "--resume", "auto", "--recovery-interval", "1")
+    interrupt(10)
+    assert main(words) == 128 + signal.SIGTERM
+    newest = sorted((tmp_path / "run").glob("recovery-1-*"))[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert main(words) == 0
+    assert newest.name in caplog.text
+    assert "truncated" in caplog.text
+    assert_same_run(tmp_path / "run", uninterrupted["prefetcher"])
+
+
+def test_a_folder_of_nothing_but_damaged_checkpoints_is_an_error(images, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pth.tar").write_bytes(b"PK no checkpoint")
+    assert main(command(images, tmp_path, "--resume", "auto")) == 1
+    assert "none of the 1 checkpoints" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.pth.tar").read_bytes() == b"PK no checkpoint"
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(images, tmp_path, interrupt, capsys, uninterrupted):
+    words = command(images, tmp_path, *ALL_RANDOM, "--resume", "auto")
+    interrupt(9)
+    assert main(words) == 128 + signal.SIGTERM
+    good = (tmp_path / "run" / "last.pth.tar").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
+    try:
+        assert main(words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = capsys.readouterr().err
+    assert "cannot write a checkpoint" in message
+    assert "last.pth.tar" in message
+    assert (tmp_path / "run" / "last.pth.tar").read_bytes() == good
+    assert not list((tmp_path / "run").glob("*tmp*"))
+    assert main(words) == 0
+    assert_same_run(tmp_path / "run", uninterrupted["prefetcher"])
+
+
+def start(words):
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(main(words)))
+    process.start()
+    return process
+
+
+def killed_at_random(words, duration, kills, seed):
+    """Start, kill after a random time, start again; let the last one finish. Returns how many were really killed."""
+    rng = random.Random(seed)
+    hit = 0
+    for _ in range(kills):
+        process = start(words)
+        process.join(rng.uniform(0.3, 1.0) * duration)
+        if process.is_alive():
+            hit += 1
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    process = start(words)
+    process.join()
+    assert process.exitcode == 0
+    return hit
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_continues_bit_for_bit(kills, images, tmp_path):
+    epochs = ["--epochs", "3" if kills == 3 else "12"]
+    settings = [*ALL_RANDOM, *LOADERS["prefetcher and workers"], *epochs, "--recovery-interval", "1"]
+    begin = time.monotonic()
+    reference = start(command(images, tmp_path, *settings, name="whole"))
+    reference.join()
+    duration = time.monotonic() - begin
+    assert reference.exitcode == 0
+    words = command(images, tmp_path, *settings, "--resume", "auto", name="killed")
+    hit = killed_at_random(words, duration if kills == 3 else duration / 8, kills, seed=kills)
+    assert hit >= kills // 3
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_checkpoint_of_timm_continues_at_the_next_epoch(images, tmp_path, caplog):
+    folder = train(images, tmp_path, "--epochs", "1", name="first")
+    content = last(folder)
+    torch.save({k: v for k, v in content.items() if k not in ("exact", "saver")}, tmp_path / "timm.pth.tar")
+    second = train(images, tmp_path, "--resume", str(tmp_path / "timm.pth.tar"), "--sched-on-updates", name="second")
+    assert [row["epoch"] for row in rows(second)] == [1, 1]
+    assert last(second)["exact"]["updates"] == 14
+
+
+def test_start_epoch_overrides_the_position_of_a_checkpoint(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "1", name="first")
+    again = train(
+        images, tmp_path, "--resume", str(folder / "last.pth.tar"), "--start-epoch", "0", "--epochs", "1", name="again"
+    )
+    assert [row["epoch"] for row in rows(again)] == [0, 0]
+
+
+def test_resuming_without_the_optimizer_takes_weights_alone(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "1", name="first")
+    again = train(
+        images, tmp_path, "--resume", str(folder / "last.pth.tar"), "--no-resume-opt", "--opt", "sgd", name="again"
+    )
+    assert [row["epoch"] for row in rows(again)] == [1, 1]
+
+
+def test_going_back_to_an_earlier_checkpoint_drops_what_came_after_it(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "3", "--recovery-interval", "3", name="run")
+    reference = last(folder)["state_dict"]
+    assert list(folder.glob("recovery-2-*"))
+    checkpoint = str(folder / "checkpoint-0.pth.tar")
+    train(images, tmp_path, "--epochs", "3", "--stop-epoch", "2", "--resume", checkpoint, name="run")
+    assert not list(folder.glob("recovery-2-*"))
+    assert [row["epoch"] for row in rows(folder)] == [0, 0, 1, 1]
+    train(images, tmp_path, "--epochs", "3", "--resume", "auto", name="run")
+    assert same_tensors(last(folder)["state_dict"], reference)

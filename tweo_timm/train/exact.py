@@ -1,0 +1,105 @@
+"""The state of a run beside its weights and its optimizer: all that an exact continuation depends on.
+
+Position in the data, random state of every process, the epoch's running sums, FP8 scales, the plateau schedule's memory
+(timm's other schedules are functions of the epoch), and the generator with which a bfloat16 EMA rounds. Everything is
+plain tensors and numbers, which torch.load reads without running code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tweo_timm.fp8 import fp8_state, load_fp8_state
+from tweo_timm.train.build import Session
+from tweo_timm.train.meters import EpochMeters
+from tweo_timm.train.replay import Position, RandomState
+
+
+@dataclass
+class Cursor:
+    """Where a run is.
+
+    Attributes:
+        epoch: the epoch that is under way, or the next one.
+        batch: batches of it that have been trained on.
+        updates: optimizer updates since the run began.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+
+
+def capture_exact(
+    session: Session, cursor: Cursor, meters: EpochMeters, position: Position | None = None
+) -> dict[str, Any]:
+    """Return the state as plain values. A collective.
+
+    Args:
+        session: the run.
+        cursor: where it is.
+        meters: the sums of the epoch under way.
+        position: where the loader is; None asks it.
+    """
+    mine: dict[str, Any] = {
+        "fp8": fp8_state(session.model) if session.fp8 is not None else None,
+        "ema_rounding": generator.get_state() if (generator := _ema_generator(session)) is not None else None,
+    }
+    if cursor.batch:
+        mine["position"] = (position or session.data.replay.position(cursor.batch)).state_dict()
+        mine["meters"] = meters.state_dict()
+    else:
+        mine["random"] = RandomState.capture().state_dict()
+    return {
+        "epoch": cursor.epoch,
+        "batch": cursor.batch,
+        "updates": cursor.updates,
+        "plateau": session.scheduler.state_dict() if session.options.sched == "plateau" else None,
+        "processes": session.world.gather(mine),
+    }
+
+
+def restore_exact(
+    exact: dict[str, Any], path: Path, session: Session, cursor: Cursor, meters: EpochMeters
+) -> Position | RandomState:
+    """Put the state back.
+
+    Args:
+        exact: what `capture_exact` returned.
+        path: where it was read from, for messages.
+        session: the run, built.
+        cursor: is set.
+        meters: is set, if the epoch was under way.
+
+    Returns:
+        Where to enter the epoch, or the random state at its beginning, to be restored when all else is ready.
+
+    Raises:
+        ValueError: if the run had another number of processes.
+    """
+    world = session.world
+    if len(exact["processes"]) != world.size:
+        raise ValueError(
+            f"checkpoint {path} was written by {len(exact['processes'])} processes and this run has {world.size}: "
+            "start as many, or give up exactness and name the epoch to begin with --start-epoch N"
+        )
+    mine = exact["processes"][world.rank]
+    cursor.epoch, cursor.batch, cursor.updates = exact["epoch"], exact["batch"], exact["updates"]
+    if exact["plateau"] is not None and session.options.sched == "plateau":
+        session.scheduler.load_state_dict(exact["plateau"])
+    if session.fp8 is not None and mine["fp8"] is not None:
+        load_fp8_state(session.model, mine["fp8"])
+    generator = _ema_generator(session)
+    if generator is not None and mine["ema_rounding"] is not None:
+        generator.set_state(mine["ema_rounding"])
+    if not cursor.batch:
+        return RandomState.from_state_dict(mine["random"])
+    meters.load_state_dict(mine["meters"])
+    return Position.from_state_dict(mine["position"])
+
+
+def _ema_generator(session: Session) -> Any:
+    """The generator with which timm's EMA rounds bfloat16 weights; None without EMA."""
+    return getattr(session.task.get_trainable_module(ema=True), "_sr_generator", None)

@@ -1,0 +1,107 @@
+"""One micro-batch of training: forward, backward, and the update that completes a group of them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
+
+from tweo_timm.train.build import Session
+from tweo_timm.train.exact import Cursor
+from tweo_timm.train.meters import EpochMeters
+from tweo_timm.train.watch import HealthWatch
+
+
+class TrainStep:
+    """Trains on micro-batches and moves the cursor.
+
+    A group holds `grad_accum_steps` micro-batches, the last group of an epoch what is left. Each is weighed by its
+    group's size, so that the update is that of the one large batch.
+
+    Args:
+        session: the run.
+        cursor: where it is; moved on by every call.
+        meters: counts every micro-batch.
+        health: watches losses, activations and gradients.
+    """
+
+    def __init__(self, session: Session, cursor: Cursor, meters: EpochMeters, health: HealthWatch) -> None:
+        self.session = session
+        self.cursor = cursor
+        self.meters = meters
+        self.health = health
+        self._num_batches = len(session.data.train)
+        self._num_updates = session.updates_per_epoch * session.num_epochs
+        self._second_order = bool(getattr(session.optimizer, "is_second_order", False))
+
+    def __call__(self, images: Tensor, targets: Tensor) -> None:
+        """Train on one micro-batch; the last one of its group updates the weights.
+
+        Args:
+            images: (B, C, H, W).
+            targets: (B,) class indices, or (B, classes) dense.
+        """
+        session, cursor = self.session, self.cursor
+        group_size, completes = self._group()
+        images, targets = session.place(images), targets.to(session.world.device)
+        if session.tweo is not None:
+            session.tweo.set_progress(min(cursor.updates / self._num_updates, 1.0))
+        with contextlib.nullcontext() if completes else session.task.no_sync():
+            # Only the forward pass is recorded: activation checkpointing repeats it during the backward pass.
+            with self._recording(), session.autocast():
+                result = session.task(images, targets)
+            self._backward(result["loss"] * session.data.loss_scale(len(targets)) / group_size, completes)
+        peaks = session.tweo.block_peaks if session.tweo is not None else None
+        self.meters.update(result, peaks, len(targets))
+        self.health.note(cursor.updates, result["loss"], peaks)
+        cursor.batch += 1
+        if completes:
+            self._after_update()
+
+    def _group(self) -> tuple[int, bool]:
+        """How many micro-batches the present group holds, and whether this one is its last."""
+        accumulate = self.session.options.grad_accum_steps
+        start = self.cursor.batch - self.cursor.batch % accumulate
+        size = min(accumulate, self._num_batches - start)
+        return size, self.cursor.batch + 1 == start + size
+
+    def _recording(self) -> contextlib.AbstractContextManager[Any]:
+        recorder = self.meters.recorder
+        if recorder is None or self.cursor.batch % self.session.options.outlier_interval:
+            return contextlib.nullcontext()
+        return recorder.recording()
+
+    def _backward(self, loss: Tensor, completes: bool) -> None:
+        session, options = self.session, self.session.options
+        parameters = session.task.get_clip_parameters(exclude_head="agc" in options.clip_mode)
+        if session.scaler is not None:
+            session.scaler(
+                loss,
+                session.optimizer,
+                clip_grad=options.clip_grad,
+                clip_mode=options.clip_mode,
+                parameters=parameters,
+                create_graph=self._second_order,
+                need_update=completes,
+            )
+            return
+        loss.backward(create_graph=self._second_order)  # type: ignore[no-untyped-call]
+        if not completes:
+            return
+        self.health.note_gradients(self.cursor.updates, session.task.get_trainable_module())
+        if options.clip_grad is not None:
+            dispatch_clip_grad(parameters, options.clip_grad, mode=options.clip_mode)
+        session.optimizer.step()
+
+    def _after_update(self) -> None:
+        session, cursor = self.session, self.cursor
+        session.optimizer.zero_grad()
+        cursor.updates += 1
+        session.task.update_ema(step=cursor.updates)
+        if session.scheduler is not None:
+            session.scheduler.step_update(cursor.updates, metric=None)
+        if session.options.synchronize_step and session.world.device.type == "cuda":
+            torch.cuda.synchronize()
