@@ -131,18 +131,27 @@ def test_what_cannot_be_decomposed_is_refused_with_a_reason():
     model.blocks[0].mlp = nn.Identity()
     with pytest.raises(ValueError, match="no module with fc1"):
         colinearity(model, images, block="blocks.0")
-    for fake in (type("GlobalMixer", (nn.Module,), {})(),):
-        fake.fc1, fake.fc2, fake.act, fake.grn = nn.Linear(32, 8), nn.Linear(8, 32), nn.GELU(), nn.Identity()
-        fake.forward = lambda x: x
-        model.blocks[0].mlp = fake
-        with pytest.raises(ValueError, match="mixes tokens"):
-            colinearity(model, images, block="blocks.0")
-        fake.fc1 = nn.Conv2d(32, 8, 1)
-        with pytest.raises(ValueError, match="convolutions"):
-            colinearity(model, images, block="blocks.0")
-        model.blocks[1].mlp = nn.Identity()
-        with pytest.raises(ValueError, match="no block has an MLP"):
-            colinearity(model, images)
+
+
+class Convolving(nn.Module):
+    """An MLP that looks like any other, and mixes tokens."""
+
+    def __init__(self, layer: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = layer, nn.GELU(), second
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x).roll(1, 1)))
+
+
+def test_an_mlp_that_does_more_than_it_seems_is_refused():
+    model, images = make_model("vit"), make_images("vit", 2)
+    model.blocks[0].mlp = Convolving(nn.Linear(32, 8), nn.Linear(8, 32))
+    with pytest.raises(ValueError, match="does more than"):
+        colinearity(model, images, block="blocks.0")
+    model.blocks[0].mlp = Convolving(nn.Conv2d(32, 8, 1), nn.Conv2d(8, 32, 1))
+    with pytest.raises(ValueError, match="convolutions"):
+        colinearity(model, images, block="blocks.0")
 
 
 def test_a_named_channel_and_the_mode_of_the_model_are_kept():

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import Conv2dSame, StdConv2d
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d, StdConv2dSame
 from torch import nn
 
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
@@ -56,6 +58,9 @@ def test_a_quantized_linear_equals_int32_numpy_exactly(bits, per_channel, per_to
         nn.Conv2d(4, 6, 3, stride=2, padding=1),
         nn.Conv2d(4, 4, 3, groups=4, bias=False),
         Conv2dSame(4, 6, 3, stride=2),
+        StdConv2d(4, 6, 3, stride=2, padding=1),
+        StdConv2dSame(4, 6, 3, stride=2),
+        ScaledStdConv2d(4, 6, 3),
         nn.Conv1d(4, 6, 3),
         nn.Conv3d(4, 6, 2),
     ],
@@ -66,18 +71,20 @@ def test_a_quantized_convolution_equals_the_float_one_on_dequantized_values(conv
     size = {3: (9,), 4: (9, 9), 5: (4, 4, 4)}[conv.weight.ndim]
     x = torch.randn(2, 4, *size)
     quantizer = Quantizer(8, None if per_token else x.abs().max(), tuple(range(1, x.ndim)))
-    layer = QuantizedLayer(conv_copy(conv), quantizer, 8, per_channel=True).eval()
+    layer = QuantizedLayer(copy.deepcopy(conv), quantizer, 8, per_channel=True).eval()
     with torch.no_grad():
+        close = conv(x)
+        if type(conv) in (StdConv2d, StdConv2dSame, ScaledStdConv2d):  # their weights are standardized once more
+            assert relative_error(layer(x), close) < 0.02
+            return
         conv.weight.copy_(layer.weight)
         expected = conv(quantizer(x))
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert (layer.in_features, layer.out_features) == (conv.in_channels, conv.out_channels)
 
 
-def conv_copy(conv):
-    import copy
-
-    return copy.deepcopy(conv)
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())
 
 
 def test_integer_sums_beyond_float32_stay_exact():
@@ -149,10 +156,25 @@ def test_training_mode_is_refused():
         layer(torch.ones(1, 2))
 
 
+class Masked(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.tril(), self.bias)
+
+
 def test_convolutions_that_compute_their_own_weight_are_refused():
-    assert is_quantizable(StdConv2d(3, 4, 3))
-    with pytest.raises(TypeError, match="StdConv2d"):
-        QuantizedLayer(StdConv2d(3, 4, 3), Quantizer(8), 8, per_channel=False)
+    assert is_quantizable(Masked(3, 4, 3))
+    with pytest.raises(TypeError, match="Masked computes its weight"):
+        QuantizedLayer(Masked(3, 4, 3), Quantizer(8), 8, per_channel=False)
+
+
+def test_a_quantized_convolution_answers_for_the_one_it_replaces():
+    layer = QuantizedLayer(nn.Conv2d(3, 4, 3, stride=2), Quantizer(8), 8, per_channel=False)
+    assert layer.kernel_size == (3, 3)
+    assert layer.stride == (2, 2)
+    with pytest.raises(AttributeError):
+        _ = layer.no_such_thing
+    with pytest.raises(AttributeError):
+        _ = QuantizedLayer(nn.Linear(3, 4), Quantizer(8), 8, per_channel=False).kernel_size
 
 
 def test_the_printed_layer_tells_bits_and_granularity():

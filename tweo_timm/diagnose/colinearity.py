@@ -80,6 +80,8 @@ def colinearity(
     found = find_blocks(model, blocks)
     if block is not None and block not in found:
         raise ValueError(f"block {block!r} is not one of this model's: {', '.join(found)}")
+    if block is not None:
+        _mlp_of(found[block])  # refuses before anything runs
     batches = as_batches(images)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -177,18 +179,21 @@ def _mlp_of(block: nn.Module) -> tuple[str, nn.Module, nn.Module]:
     layers = [getattr(mlp, part) for part in ("fc1", "fc1_g", "fc1_x", "fc2") if hasattr(mlp, part)]
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         raise ValueError("its MLP is made of convolutions, whose singular vectors are images")
-    if hasattr(mlp, "grn") or hasattr(mlp, "gate"):
-        raise ValueError(f"its MLP is a {type(mlp).__name__}, which mixes tokens")
     return name, mlp, block.get_submodule(name.rpartition(".")[0])
 
 
 def _explain(model: nn.Module, block: nn.Module, peak: _Peak, image: Tensor) -> dict[str, Any]:
     name, mlp, owner = _mlp_of(block)
     seen: dict[str, Tensor] = {}
-    handle = mlp.register_forward_hook(lambda m, args, out: seen.update(x=args[0].clone(), out=out.clone()))
+    first: Any = mlp.fc1_x if hasattr(mlp, "fc1_x") else mlp.fc1
+    handles = [
+        first.register_forward_pre_hook(lambda m, args: seen.update(x=args[0].clone())),
+        mlp.register_forward_hook(lambda m, args, out: seen.update(out=out.clone())),
+    ]
     with BlockTap({peak.block: block}, lambda n, module, out: seen.update(block=_tokens(module, out))):
         model(image)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     inputs, outputs = seen["x"].flatten(0, -2), seen["out"].flatten(0, -2)
     if len(inputs) != seen["block"].shape[1]:
         raise ValueError(
@@ -199,6 +204,12 @@ def _explain(model: nn.Module, block: nn.Module, peak: _Peak, image: Tensor) -> 
     form = _linear_form(mlp, inputs[peak.token], peak.channel, scale)
     parts = terms_of(form["w"], form["a"], inputs[peak.token])
     measured_mlp = scale * float(outputs[peak.token, peak.channel])
+    rounding = 1e-3 * abs(scale) * float(outputs.abs().mean()) + 1e-5 * float(parts["values"].abs().sum())
+    if abs(form["real"] - measured_mlp) > 1e-3 * abs(measured_mlp) + rounding:
+        raise ValueError(
+            f"block {peak.block!r}: its MLP computes {measured_mlp:.6g} where its layers give {form['real']:.6g}: it "
+            "does more than fc2(act(fc1(x))), such as a convolution over tokens; name another block"
+        )
     linear = float(parts["values"].sum()) + float(form["constant"])
     order = parts["values"].abs().argsort(descending=True)
     terms = [
@@ -259,8 +270,9 @@ def _linear_form(mlp: Any, x: Tensor, channel: int, scale: float) -> dict[str, A
     hidden = nn.functional.linear(x, weight, bias)
     linear_gate = torch.ones_like(hidden) if gate is None else gate
     real = mlp.act(hidden) if gate is None else gate * hidden
-    norm = getattr(mlp, "norm", None)
-    real = real if norm is None else norm(real)
+    norm: Any = getattr(mlp, "norm", None)
+    if tuple(getattr(norm, "normalized_shape", ())) == tuple(real.shape):  # else it stands before fc1
+        real = norm(real)
     return {
         "w": row,
         "a": linear_gate[:, None] * weight,

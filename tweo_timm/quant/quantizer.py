@@ -13,19 +13,22 @@ engines keep them in int32, at a step far below one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, pad_same
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, pad_same
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 EPS = 1e-8
 """Keeps the step of an all-zero tensor positive; far below one step of any real one."""
 
 _EXACT_FLOAT32 = 2**24
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONV_FORWARDS = {cls.forward for cls in (*_CONVS, Conv2dSame)}
+_STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+_CONV_FORWARDS = {cls.forward for cls in (*_CONVS, Conv2dSame, *_STANDARDIZED)}
 
 
 def largest_integer(bits: int) -> int:
@@ -139,8 +142,8 @@ class QuantizedLayer(nn.Module):
         compensation: None or a ChannelAffine applied to the output; `fold_compensation` merges it.
 
     Raises:
-        TypeError: for a convolution whose forward is its own (weight standardization, for example): the weight that it
-            multiplies with is not the stored one.
+        TypeError: for a convolution whose forward is its own (those of timm with standardized weights excepted): the
+            weight that it multiplies with is not the stored one.
         ValueError: if the weight is not finite.
     """
 
@@ -166,6 +169,16 @@ class QuantizedLayer(nn.Module):
         self.compensation = None
         largest_sum = int(self.weight_int.flatten(1).abs().sum(1, dtype=torch.int64).max())
         self._exact = largest_sum * largest_integer(input_quantizer.bits) < _EXACT_FLOAT32
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the convolution whose place this takes: some models read kernel_size and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            geometry = self.__dict__["_modules"].get("geometry")
+            if geometry is None:
+                raise
+            return getattr(geometry, name)
 
     @property
     def weight(self) -> Tensor:
@@ -193,7 +206,7 @@ class QuantizedLayer(nn.Module):
         weight, integers = self.weight_int.to(dtype), integers.to(dtype)
         if not isinstance(self.geometry, _CONVS):
             return F.linear(integers, weight)
-        if isinstance(self.geometry, Conv2dSame):
+        if isinstance(self.geometry, Conv2dSame) or getattr(self.geometry, "same_pad", False):
             integers = pad_same(integers, self.geometry.kernel_size, self.geometry.stride, self.geometry.dilation)
         sums: Tensor = self.geometry._conv_forward(integers, weight, None)
         return sums
@@ -237,8 +250,25 @@ def _parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
             f"{type(layer).__name__} computes its weight in its own forward, so the stored weight is not what it "
             "multiplies with: replace it by a plain convolution that holds the effective weight first"
         )
-    weight, bias = layer.weight.detach().float(), layer.bias
-    return weight, None if bias is None else bias.detach().float().clone()
+    weight, bias = layer.weight.detach(), layer.bias
+    if isinstance(layer, _STANDARDIZED):
+        with _ConvWeight() as seen, torch.no_grad():
+            layer.eval()(weight.new_zeros(1, layer.in_channels, *(4 * size for size in layer.kernel_size)))
+        weight = seen.weight
+    return weight.float(), None if bias is None else bias.detach().float().clone()
+
+
+class _ConvWeight(TorchFunctionMode):
+    """Catches the weight that a convolution multiplies with, once it is standardized."""
+
+    weight: Tensor
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.conv2d:
+            self.weight = args[1]
+        return func(*args, **(kwargs or {}))
 
 
 def _without_parameters(layer: Any) -> nn.Module:
