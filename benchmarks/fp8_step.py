@@ -1,10 +1,12 @@
-"""Cost of FP8 emulation: one training step against the plain bfloat16-autocast step, and against torchao's emulated float8 training where that is installed.
+"""Cost of FP8 emulation: a training step against plain bfloat16 autocast, and against torchao's emulation if installed.
 
-    python benchmarks/fp8_step.py                                   # vit_small_patch16_224, batch 16: about two minutes on 2 cores
+    python benchmarks/fp8_step.py       # vit_small_patch16_224, batch 16
     python benchmarks/fp8_step.py --model vit_tiny_patch16_224 --img-size 64 --batch 4 --rounds 3
 
-Contenders take turns within one process, so that a busy machine disturbs all of them; the time of each is its fastest step, a ratio is against plain bfloat16. Memory is the
-peak resident set of one step above that before it, each contender in a process of its own (`--memory`).
+Contenders take turns within one process, so that a busy machine disturbs all of them; the time of each is its median
+step, a ratio is against plain bfloat16. Memory is the growth of the peak resident set over one step, each contender in
+a process of its own (`--memory`). Cores shared with other work make the emulation look worse than it is: it starts many
+short parallel operators, and each waits for the slowest core.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import resource
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import timm
 import torch
@@ -50,7 +53,7 @@ def step(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def fastest(run: Callable[[], object], times: list[float]) -> None:
+def timed(run: Callable[[], object], times: list[float]) -> None:
     start = time.perf_counter()
     run()
     times.append(time.perf_counter() - start)
@@ -72,15 +75,15 @@ def _peak_memory_here(contender: str, options: argparse.Namespace) -> float:
 
 
 def cast_times(options: argparse.Namespace) -> dict[str, float]:
-    """Return nanoseconds an element of our rounding and of the cast to float8 and back, on an activation of the model's size."""
+    """Return nanoseconds an element of our rounding and of the cast to float8 and back, on one activation."""
     x, scale = torch.randn(options.batch * 197, 1536).bfloat16(), torch.tensor(1.7)
     times: dict[str, list[float]] = {}
     for _ in range(options.rounds + 1):
         for fmt in (E4M3, E5M2):
-            fastest(partial(round_to_fp8, x, scale, fmt), times.setdefault(f"round_{fmt.name}", []))
+            timed(partial(round_to_fp8, x, scale, fmt), times.setdefault(f"round_{fmt.name}", []))
             trip = partial(float8_round_trip, x, scale, fmt)
-            fastest(trip, times.setdefault(f"float8_round_trip_{fmt.name}", []))
-    return {name: min(values) / x.numel() * 1e9 for name, values in times.items()}
+            timed(trip, times.setdefault(f"float8_round_trip_{fmt.name}", []))
+    return {name: median(values) / x.numel() * 1e9 for name, values in times.items()}
 
 
 def float8_round_trip(x, scale, fmt):
@@ -108,15 +111,16 @@ def main() -> None:
     times: dict[str, list[float]] = {contender: [] for contender in runs}
     for round_index in range(options.rounds + 1):
         for contender, run in runs.items():
-            fastest(run, times[contender] if round_index else [])  # the first round warms up
+            timed(run, times[contender] if round_index else [])  # the first round warms up
     memory = {contender: peak_memory_mib(contender, options) for contender in runs} if options.memory else {}
 
     record = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), **vars(options), "steps": {}}
     print(
-        f"{options.model}, {options.img_size} px, batch {options.batch}, {options.threads} threads, torch {torch.__version__}"
+        f"{options.model}, {options.img_size} px, batch {options.batch}, {options.threads} threads, "
+        f"torch {torch.__version__}"
     )
     for contender, values in times.items():
-        row = {"time_s": min(values), "time_ratio": min(values) / min(times["bf16"])}
+        row = {"time_s": median(values), "time_ratio": median(values) / median(times["bf16"])}
         if memory:
             row |= {"memory_mib": memory[contender], "memory_ratio": memory[contender] / memory["bf16"]}
         record["steps"][contender] = row

@@ -1,7 +1,8 @@
 """Contracts with NVIDIA's own Python layer, run by test_te.py in a process of its own.
 
-The compiled extension is replaced by a stub in which every name exists and every call raises, so construction, parameters, state, copies and contexts
-are NVIDIA's own code, and kernels are not. The stub edits sys.modules and pretends that there is a GPU: never import this file elsewhere.
+The compiled extension is replaced by a stub in which every name exists and every call raises, so construction,
+parameters, state, copies and contexts are NVIDIA's own code, and kernels are not. The stub edits sys.modules and
+pretends that there is a GPU: never import this file elsewhere.
 """
 
 import copy
@@ -43,7 +44,9 @@ _names = {}
 class _Extension(types.ModuleType):
     # The enums whose members the Python layer mirrors and checks at import.
     DType = enum.IntEnum(
-        "DType", ["kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2", "kFloat4E2M1"], start=0
+        "DType",
+        ["kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2", "kFloat4E2M1"],
+        start=0,
     )
     NVTE_Fused_Attn_Backend = enum.IntEnum(
         "NVTE_Fused_Attn_Backend",
@@ -70,7 +73,15 @@ from transformer_engine.common import recipe as te_recipes  # noqa: E402
 from transformer_engine.pytorch import quantization  # noqa: E402
 from transformer_engine.pytorch.quantization import DelayedScalingRecipeState, FP8GlobalStateManager  # noqa: E402
 
-from tweo_timm.fp8 import Fp8Recipe, check_fp8_ran, fp8_state, load_fp8_state, patch, patch_fp8, unpatch_fp8  # noqa: E402
+from tweo_timm.fp8 import (  # noqa: E402
+    Fp8Recipe,
+    check_fp8_ran,
+    fp8_state,
+    load_fp8_state,
+    patch,
+    patch_fp8,
+    unpatch_fp8,
+)
 from tweo_timm.fp8 import te as backend  # noqa: E402
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -130,7 +141,13 @@ def test_fused_and_plain_kinds_of_a_vit():
 
 def test_swin_fuses_its_second_norm_and_its_reductions_only():
     model = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, embed_dim=32, depths=(1, 1), num_heads=(2, 2), window_size=4
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        patch_size=2,
+        embed_dim=32,
+        depths=(1, 1),
+        num_heads=(2, 2),
+        window_size=4,
     )
     patch_fp8(model)
     kinds = hidden_kinds(model)

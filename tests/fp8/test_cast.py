@@ -103,13 +103,22 @@ def test_rounding_is_monotone_odd_idempotent_and_saturating(fmt, values):
 @given(value=floats)
 def test_rounding_error_is_at_most_half_the_local_spacing(fmt, value):
     clipped = min(max(value, -fmt.max), fmt.max)
-    spacing = 2.0**-fmt.mantissa_bits * max(2.0 ** math.floor(math.log2(abs(clipped))) if clipped else 0.0, fmt.min_normal)
+    spacing = 2.0**-fmt.mantissa_bits * max(
+        2.0 ** math.floor(math.log2(abs(clipped))) if clipped else 0.0, fmt.min_normal
+    )
     assert abs(rounded([value], fmt)[0] - clipped) <= spacing / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_absolute_maximum_ignores_nan_and_keeps_infinity(dtype):
     nan, inf = math.nan, math.inf
-    for values, peak in (([1, -3, 2], 3), ([nan, -2, 1], 2), ([nan, -inf, 1], inf), ([nan, nan], 0), ([], 0), ([0.0, -0.0], 0)):
+    for values, peak in (
+        ([1, -3, 2], 3),
+        ([nan, -2, 1], 2),
+        ([nan, -inf, 1], inf),
+        ([nan, nan], 0),
+        ([], 0),
+        ([0.0, -0.0], 0),
+    ):
         assert absolute_maximum(torch.tensor(values, dtype=dtype)).item() == peak
     assert absolute_maximum(torch.ones(2, dtype=dtype)).dtype == torch.float32

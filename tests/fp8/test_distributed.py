@@ -39,7 +39,10 @@ def worker(rank, port, folder, compiled):
     try:
         calls = []
         reduce = dist.all_reduce
-        dist.all_reduce = lambda tensor, *args, **kwargs: (calls.append(tensor.numel()), reduce(tensor, *args, **kwargs))[1]
+        dist.all_reduce = lambda tensor, *args, **kwargs: (
+            calls.append(tensor.numel()),
+            reduce(tensor, *args, **kwargs),
+        )[1]
         inner = tiny_vit()
         model = torch.compile(inner, backend="aot_eager") if compiled else inner
         model = DistributedDataParallel(model)

@@ -99,7 +99,9 @@ def test_model_without_fp8_is_refused():
         Fp8HealthMonitor(nn.Sequential(nn.Linear(2, 2)))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own, at a graph break
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # Dynamo's own, at a graph break
 def test_armed_step_of_a_compiled_model_reports_every_layer():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
@@ -110,7 +112,9 @@ def test_armed_step_of_a_compiled_model_reports_every_layer():
     compiled(x).sum().backward()
     monitor.arm()
     compiled(x).sum().backward()
-    assert {(row["layer"], row["tensor"]) for row in monitor.rows(0, 0)} == {(n, t) for n in "02" for t in ("x", "w", "dy")}
+    assert {(row["layer"], row["tensor"]) for row in monitor.rows(0, 0)} == {
+        (n, t) for n in "02" for t in ("x", "w", "dy")
+    }
 
 
 def test_warm_up_moves_scales_and_nothing_else():

@@ -48,7 +48,7 @@ def one_step(model, x, dy, autocast=False):
 @pytest.mark.parametrize(("tokens", "num_in", "num_out"), SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2.0**-8)])
 def test_products_equal_float64_products_of_the_rounded_operands(tokens, num_in, num_out, dtype, tolerance, fmt):
-    """Float32 outputs differ by accumulation order, bfloat16 ones by the rounding of the result (half a unit is 2**-9)."""
+    """Float32 outputs differ by accumulation order, bfloat16 ones by rounding the result (half a unit is 2**-9)."""
     torch.manual_seed(0)
     model = wrapped_linear(num_in, num_out, Fp8Recipe(scaling="current", format=fmt))
     x, dy = torch.randn(tokens, num_in), torch.randn(tokens, num_out)
@@ -76,7 +76,7 @@ def test_products_equal_float64_products_of_the_rounded_operands(tokens, num_in,
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scaling", ["delayed", "current"])
 def test_signal_to_noise_against_the_unquantized_layer(scaling, autocast):
-    """Measured minima over these seeds and shapes: see docs/numerics.md; the gates are what FP8 training needs, not what was measured."""
+    """The gates are the promise; the minima measured over these seeds and shapes are in docs/numerics.md."""
     for seed in range(20):
         for tokens, num_in, num_out in SHAPES:
             torch.manual_seed(seed)
@@ -152,7 +152,7 @@ def test_repr_says_how_the_layer_computes():
 
 @pytest.mark.parametrize(("tokens", "num_in", "num_out"), SHAPES)
 def test_native_arithmetic_equals_the_emulated_one_on_shapes_hardware_refuses(tokens, num_in, num_out):
-    """PyTorch's CPU reference of the scaled product stands in for the matrix unit: padding and layouts are ours and are what is tested."""
+    """PyTorch's CPU reference stands in for the matrix unit: padding and layouts are ours, and are what is tested."""
     torch.manual_seed(1)
     x, w, dy = torch.randn(tokens, num_in), torch.randn(num_out, num_in), torch.randn(tokens, num_out)
     bias, scale = torch.randn(num_out), [torch.tensor(s) for s in (90.0, 110.0, 7000.0)]

@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import nn
 
-from tweo_timm.fp8.backend import choose_backend
 from tweo_timm.fp8 import Fp8Recipe, check_fp8_ran, fp8_state, patch_fp8, unpatch_fp8
+from tweo_timm.fp8.backend import choose_backend
 from tweo_timm.fp8.linear import Fp8Linear
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -140,7 +140,7 @@ def test_include_and_exclude_leave_layers_alone_and_the_report_says_why():
 
 def test_zero_conversions_is_an_error():
     model = timm.create_model("vit_tiny_patch16_224", **TINY_VIT)
-    with pytest.raises(ValueError, match="no layer of VisionTransformer was converted.*exclude pattern"):
+    with pytest.raises(ValueError, match=r"no layer of VisionTransformer was converted.*exclude pattern"):
         patch_fp8(model, Fp8Recipe(exclude=["."]))
     with pytest.raises(ValueError, match="no layer of Conv2d"):
         patch_fp8(nn.Conv2d(3, 3, 1))

@@ -31,7 +31,14 @@ def test_value_outside_the_accepted_set_is_refused_and_the_nearest_is_named(fiel
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("format", 8), ("amax_history_len", "16"), ("amax_history_len", True), ("margin", 0.5), ("exclude", 3), ("include", [1])],
+    [
+        ("format", 8),
+        ("amax_history_len", "16"),
+        ("amax_history_len", True),
+        ("margin", 0.5),
+        ("exclude", 3),
+        ("include", [1]),
+    ],
 )
 def test_wrong_type_is_refused(field, value):
     with pytest.raises(TypeError, match=field):

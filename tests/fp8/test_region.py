@@ -57,7 +57,9 @@ def test_scales_are_those_of_the_largest_operands_seen():
     model = tiny_vit()
     seen = {}
     model.head.register_forward_hook(lambda module, args, output: seen.update(x=args[0].detach().abs().max()))
-    model.register_forward_hook(lambda module, args, output: output.register_hook(lambda g: seen.update(dy=g.abs().max())) and None)
+    model.register_forward_hook(
+        lambda module, args, output: output.register_hook(lambda g: seen.update(dy=g.abs().max())) and None
+    )
     for step in range(3):
         seen["w"] = model.head.weight.detach().abs().max()
         train(model, [step], autocast=False)

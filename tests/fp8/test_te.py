@@ -20,7 +20,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads
 
 @pytest.fixture(scope="module")
 def te_site(tmp_path_factory):
-    """A directory with the wheel; it must not enter the environment, where it would look like a working installation."""
+    """A directory with the wheel; inside the environment it would look like a working installation."""
     site = tmp_path_factory.mktemp("te_site")
     for arguments in (["--no-deps", *REQUIREMENTS], WITH_DEPENDENCIES):
         command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--target", str(site)]
@@ -34,7 +34,17 @@ def te_site(tmp_path_factory):
 def test_contracts_hold_against_nvidias_python_layer(te_site):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{te_site}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "tests/fp8/te_contract.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+        "tests/fp8/te_contract.py",
+    ]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
@@ -86,7 +96,7 @@ def gpu_run(backend, steps, batch=16, resume=None, checkpointing=False):
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [16, 8, 3], ids=lambda b: f"{b * 17}_tokens")
 def test_gpu_backend_agrees_with_the_emulation(backend, batch):
-    """Same scales to bfloat16 activations' accuracy, close losses and gradients; odd token counts and a 10-class head included."""
+    """Close scales, losses and gradients; odd token counts and a 10-class head included."""
     losses, state, gradients = gpu_run(backend, 4, batch)
     expected_losses, expected_state, expected_gradients = gpu_run("emulated", 4, batch)
     assert losses == pytest.approx(expected_losses, rel=0.02)
@@ -100,7 +110,9 @@ def test_gpu_backend_agrees_with_the_emulation(backend, batch):
 @pytest.mark.gpu
 def test_gpu_state_survives_a_resume(backend):
     _, state, _ = gpu_run(backend, 3)
-    assert all(torch.equal(value.cpu(), state[key].cpu()) for key, value in gpu_run(backend, 0, resume=state)[1].items())
+    assert all(
+        torch.equal(value.cpu(), state[key].cpu()) for key, value in gpu_run(backend, 0, resume=state)[1].items()
+    )
 
 
 @pytest.mark.gpu

@@ -1,22 +1,24 @@
 """What an FP8 matrix unit does, twice: on the real unit, and emulated on any device.
 
-An arithmetic rounds a tensor to FP8 and multiplies two rounded matrices, dividing the product by both scales. Everything above it (scales, saved
-tensors, gradients) is the same for both.
+An arithmetic rounds a tensor to FP8 and multiplies two rounded matrices, dividing the product by both scales.
+Everything above it (scales, saved tensors, gradients) is the same for both.
 
-Emulated: operands rounded to the FP8 grid are held in bfloat16, which represents them exactly, and multiplied with float32 accumulation. A bfloat16 output is
-rounded once on a CPU, after scale and bias, as on FP8 hardware; on other devices once more, before the scale. Any other output dtype is
-multiplied in float32, whose accumulation order is the only difference left.
+Emulated: operands rounded to the FP8 grid are held in bfloat16, which represents them exactly, and multiplied with
+    float32 accumulation. A bfloat16 output is
+rounded once on a CPU, after scale and bias, as on FP8 hardware; on other devices once more, before the scale. Any
+other output dtype is multiplied in float32, whose accumulation order is the only difference left.
 
-Native: ``torch.nn.functional.scaled_mm``, or ``torch._scaled_mm`` where PyTorch is older. The unit wants every dimension to be a multiple of 16; zero rows and
+Native: ``torch.nn.functional.scaled_mm``, or ``torch._scaled_mm`` where PyTorch is older. The unit wants every
+    dimension to be a multiple of 16; zero rows and
 columns are added here and cut off again, which changes no product.
 
-Under torch.compile the emulation is two opaque operators. Left open, a compiler that is allowed unsafe float arithmetic may simplify the very sum that
-rounds. The same bits come out compiled or not.
+Under torch.compile the emulation is two opaque operators. Left open, a compiler that is allowed unsafe float
+arithmetic may simplify the very sum that rounds. The same bits come out compiled or not.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +44,16 @@ class Arithmetic(Protocol):
         """Scale, saturate and round ``x`` to ``fmt``."""
 
     def product(
-        self, a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, bias_N: Tensor | None, dtype: torch.dtype, fast: bool
+        self,
+        a_MK: Tensor,
+        b_KN: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        bias_N: Tensor | None,
+        dtype: torch.dtype,
+        fast: bool,
     ) -> Tensor:
-        """Return ``a @ b / (scale_a * scale_b) + bias`` in ``dtype``; ``fast`` permits the unit's reduced-precision accumulation."""
+        """Return ``a @ b / (scale_a * scale_b) + bias`` in ``dtype``; ``fast`` permits less precise accumulation."""
 
 
 class EmulatedArithmetic:
@@ -64,13 +73,20 @@ class EmulatedArithmetic:
     def quantize(self, x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:
         """Scale, saturate and round ``x`` to ``fmt``; the result is bfloat16."""
         if torch.compiler.is_compiling():
-            return _round_op(x, scale, fmt.name)
+            return cast(Tensor, _round_op(x, scale, fmt.name))
         return round_to_fp8(x, scale, fmt)
 
     def product(
-        self, a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, bias_N: Tensor | None, dtype: torch.dtype, fast: bool
+        self,
+        a_MK: Tensor,
+        b_KN: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        bias_N: Tensor | None,
+        dtype: torch.dtype,
+        fast: bool,
     ) -> Tensor:
-        """Return ``a @ b / (scale_a * scale_b) + bias`` in ``dtype``; accumulation is float32 whatever ``fast`` says."""
+        """Return ``a @ b / (scale_a * scale_b) + bias`` in ``dtype``; accumulation is always float32."""
         multiply = _product_op if torch.compiler.is_compiling() else _emulated_product
         return multiply(a_MK, b_KN, scale_a, scale_b, bias_N, dtype)
 
@@ -93,7 +109,14 @@ class NativeArithmetic:
         return (x.detach().float() * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
 
     def product(
-        self, a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, bias_N: Tensor | None, dtype: torch.dtype, fast: bool
+        self,
+        a_MK: Tensor,
+        b_KN: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        bias_N: Tensor | None,
+        dtype: torch.dtype,
+        fast: bool,
     ) -> Tensor:
         """Return ``a @ b / (scale_a * scale_b) + bias`` in ``dtype``."""
         rows, columns = a_MK.shape[0], b_KN.shape[1]
@@ -120,7 +143,9 @@ def _emulated_product(
         return _scaled_addmm(a.float(), b.float(), scale_a, scale_b, bias, dtype)
 
 
-def _scaled_addmm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled_addmm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     inverse = scale_a.reciprocal() * scale_b.reciprocal()
     if a.device.type != "cpu":  # reading the scale there would stall the device
         out = (a @ b).float() * inverse
@@ -142,9 +167,10 @@ def _scaled_mm(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype
     functional: Any = F
     if hasattr(functional, "scaled_mm"):
         per_tensor = functional.ScalingType.TensorWise
-        return functional.scaled_mm(
+        out = functional.scaled_mm(
             a, b, inverse_a, per_tensor, inverse_b, per_tensor, output_dtype=dtype, use_fast_accum=fast
         )
+        return cast(Tensor, out)
     return torch._scaled_mm(a, b, scale_a=inverse_a, scale_b=inverse_b, out_dtype=dtype, use_fast_accum=fast)
 
 

@@ -1,6 +1,7 @@
 """Which backend can run a recipe here, and why not the others.
 
-FP8 that was asked for and cannot run is an error with the remedy, never a silent downgrade. Only ``'auto'`` chooses, and it says what it chose and why.
+FP8 that was asked for and cannot run is an error with the remedy, never a silent downgrade. Only ``'auto'`` chooses,
+and it says what it chose and why.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def choose_backend(recipe: Fp8Recipe, device: torch.device) -> tuple[str, str]:
         obstacle = obstacles[recipe.backend]
         if obstacle:
             raise RuntimeError(
-                f"FP8 backend {recipe.backend!r} cannot run: {obstacle}. Use backend='emulated' for the same numbers without the speed, "
-                "or backend='auto' to take the best one that runs"
+                f"FP8 backend {recipe.backend!r} cannot run: {obstacle}. Use backend='emulated' for the same numbers "
+                "without the speed, or backend='auto' to take the best one that runs"
             )
         return recipe.backend, "asked for by name"
     chosen = next(name for name, obstacle in obstacles.items() if obstacle is None)
@@ -50,5 +51,6 @@ def _hardware_obstacle(device: torch.device) -> str | None:
         return f"the model is on {device}; move it to a CUDA device before patching"
     capability = torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; FP8 needs 8.9 or newer"
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 needs 8.9 or newer"
     return None

@@ -1,13 +1,16 @@
 """Rounding to the E4M3 and E5M2 grids, faster than casting to float8 and back.
 
-Every E4M3 and E5M2 value is also a bfloat16 value. A tensor rounded to the FP8 grid but kept in bfloat16 can therefore be multiplied by any device's
-bfloat16 matrix unit with exactly the products that an FP8 unit would form. PyTorch's own way there, a cast to float8 and back, decodes one element at
-a time on a CPU; here the rounding is arithmetic.
+Every E4M3 and E5M2 value is also a bfloat16 value. A tensor rounded to the FP8 grid but kept in bfloat16 can
+therefore be multiplied by any device's bfloat16 matrix unit with exactly the products that an FP8 unit would form.
+PyTorch's own way there, a cast to float8 and back, decodes one element at a time on a CPU; here the rounding is
+arithmetic.
 
-The rounding: let ``u`` be the power of two at or below ``|y|``, at least the smallest normal number. Adding ``c = 1.5 * 2**(23 - m) * u`` moves ``y`` to where
-float32 is spaced ``u / 2**m`` apart, m being the mantissa bits of the format, so the addition itself rounds to nearest even; subtracting ``c`` is exact.
+The rounding: let ``u`` be the power of two at or below ``|y|``, at least the smallest normal number. Adding ``c =
+1.5 * 2**(23 - m) * u`` moves ``y`` to where float32 is spaced ``u / 2**m`` apart, m being the mantissa bits of the
+format, so the addition itself rounds to nearest even; subtracting ``c`` is exact.
 
-Saturates explicitly (PyTorch's E5M2 cast overflows to infinity), propagates NaN, keeps the sign of zero. Knows no model and no scaling policy.
+Saturates explicitly (PyTorch's E5M2 cast overflows to infinity), propagates NaN, keeps the sign of zero. Knows no
+model and no scaling policy.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements a thread rounds at a time: small enough for the work buffers to stay in cache, large enough that starting ten operators costs little.
+# Elements a thread rounds at a time: small enough for the work buffers to stay in cache, large enough that starting
+# ten operators costs little.
 _CHUNK_PER_THREAD = 1 << 18
 _EXPONENT_BITS = 0x7F800000
 
@@ -97,7 +101,7 @@ def _chunk_size(flat: Tensor) -> int:
 
 
 def absolute_maximum(x: Tensor) -> Tensor:
-    """Return ``max|x|`` as a float32 scalar that ignores NaN and keeps infinity, as the hardware's fmax does; 0 if empty."""
+    """Return ``max|x|`` as a float32 scalar that ignores NaN and keeps infinity, as the hardware does; 0 if empty."""
     x = x.detach()
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=x.device)

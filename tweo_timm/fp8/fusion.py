@@ -1,12 +1,13 @@
 """Which LayerNorm of a timm model feeds exactly one linear layer, so that the two may become one fused kernel.
 
-Only layouts that were read and understood are listed; anything else stays two layers. Left out on purpose: gated attention (the gate reads the norm's output too),
-Swin's first norm (windows may be padded after it), and every block that normalises after the branch.
+Only layouts that were read and understood are listed; anything else stays two layers. Left out on purpose: gated
+attention (the gate reads the norm's output too), Swin's first norm (windows may be padded after it), and every block
+that normalises after the branch.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timm.layers import GELUTanh, Mlp
 from timm.layers.attention import Attention
@@ -34,7 +35,7 @@ def norm_linear_pairs(model: nn.Module) -> list[FusedPair]:
 
 
 def mlp_names(model: nn.Module) -> list[FusedPair]:
-    """Return the norm and the MLP that reads it, for MLPs whose GELU is the tanh approximation; no other GELU can be fused exactly."""
+    """Return the norm and the MLP that reads it where the GELU is the tanh one; no other can be fused exactly."""
     found = []
     for name, module in model.named_modules():
         if type(module) is not Block or not _is_plain_mlp(module.mlp) or not is_plain_norm(module.norm2):
@@ -51,7 +52,7 @@ def is_plain_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and module.bias is not None
 
 
-def _pairs_of(module: nn.Module) -> list[tuple[str, str]]:
+def _pairs_of(module: Any) -> list[tuple[str, str]]:
     if type(module) is PatchMerging:
         return [("norm", "reduction")]
     if type(module) not in (Block, SwinTransformerBlock):
@@ -62,5 +63,5 @@ def _pairs_of(module: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
-def _is_plain_mlp(module: nn.Module) -> bool:
+def _is_plain_mlp(module: Any) -> bool:
     return type(module) is Mlp and isinstance(module.fc1, nn.Linear) and type(module.norm) is nn.Identity

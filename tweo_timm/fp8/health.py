@@ -1,11 +1,13 @@
 """How well FP8 represents what a training step really computed with.
 
-A loss curve hides which layer is failing. For one armed step this records, for the input, the weight and the output gradient of every FP8 layer, what its rounding did to it. The two
-failures of per-tensor scaling are visible: a stale scale saturates, and one huge element pushes the rest below the grid. The signal-to-noise ratio is given with and
+A loss curve hides which layer is failing. For one armed step this records, for the input, the weight and the output
+gradient of every FP8 layer, what its rounding did to it. The two failures of per-tensor scaling are visible: a stale
+scale saturates, and one huge element pushes the rest below the grid. The signal-to-noise ratio is given with and
 without the largest element, because that element alone can make a ruined tensor look well represented.
 
-Costs a dozen passes over each operand of the armed step, and nothing at all on other steps. Works in eager training; under torch.compile the armed step leaves the compiled
-graph at each layer. Not available with Transformer Engine, whose kernels do not show their operands.
+Costs a dozen passes over each operand of the armed step, and nothing at all on other steps. Works in eager training;
+under torch.compile the armed step leaves the compiled graph at each layer. Not available with Transformer Engine,
+whose kernels do not show their operands.
 """
 
 from __future__ import annotations
@@ -51,14 +53,18 @@ class Fp8HealthMonitor:
     def rows(self, epoch: int, update: int) -> list[Row]:
         """Return one plain row per layer and tensor of the armed step, and disarm.
 
-        Keys: ``epoch``, ``update``, ``layer``, ``tensor`` (``'x'``, ``'w'`` or ``'dy'``), ``amax``, ``scale``, ``saturated`` and ``flushed`` (shares of all elements: above the largest FP8
-        value, and non-zero but rounded to zero), ``sqnr_db`` and ``sqnr_without_peak_db``. A ratio that does not exist (no signal, no error, not finite) is None.
+        Keys: ``epoch``, ``update``, ``layer``, ``tensor`` (``'x'``, ``'w'`` or ``'dy'``), ``amax``, ``scale``,
+            ``saturated`` and ``flushed`` (shares of all elements: above the largest FP8
+        value, and non-zero but rounded to zero), ``sqnr_db`` and ``sqnr_without_peak_db``. A ratio that does not
+        exist (no signal, no error, not finite) is None.
         """
         self._region.observer = None
         rows = []
         for (layer, tensor), record in self._records.items():
             row: Row = {"epoch": epoch, "update": update, "layer": layer, "tensor": tensor}
-            row |= {key: value.item() for key, value in record.items() if key in ("amax", "scale", "saturated", "flushed")}
+            row |= {
+                key: value.item() for key, value in record.items() if key in ("amax", "scale", "saturated", "flushed")
+            }
             row["sqnr_db"] = _decibels(record["signal"], record["noise"])
             row["sqnr_without_peak_db"] = _decibels(record["signal_without_peak"], record["noise_without_peak"])
             rows.append(row)
@@ -98,7 +104,7 @@ def _decibels(signal: Tensor, noise: Tensor) -> float | None:
 
 
 def summarize(rows: list[Row]) -> dict[str, float | str | None]:
-    """Return the worst value of each statistic over ``rows`` and where it was found: keys ``worst_NAME`` and ``worst_NAME_at``."""
+    """Return the worst value of each statistic and where it was: keys ``worst_NAME`` and ``worst_NAME_at``."""
     summary: dict[str, float | str | None] = {}
     for key, worst in (("saturated", max), ("flushed", max), ("sqnr_db", min), ("sqnr_without_peak_db", min)):
         known = [row for row in rows if isinstance(row[key], float)]

@@ -1,13 +1,15 @@
-"""The FP8 linear layer in plain PyTorch: a subclass of nn.Linear that owns the very parameters of the layer it replaces.
+"""The FP8 linear layer in plain PyTorch: an nn.Linear that owns the very parameters of the layer it replaces.
 
 Three products, as FP8 hardware forms them (T tokens, I inputs, O outputs):
     y_TO  = x_TI @ w_OI^T       x and w rounded to E4M3
     dx_TI = dy_TO @ w_OI        dy rounded once, to E5M2 in the hybrid format; the saved E4M3 w
     dw_OI = dy_TO^T @ x_TI      the same dy; the saved E4M3 x
-The bias gradient sums the gradient before rounding. What is saved for backward is the rounded operands, never a float32 copy.
+The bias gradient sums the gradient before rounding. What is saved for backward is the rounded operands, never a
+float32 copy.
 
-Each product is rounded to the activation dtype (the autocast dtype, or that of the input where autocast is off), then to the dtype of the tensor it is the
-gradient of. Refuses nothing: odd shapes are the arithmetic's business. Follows the structure of Transformer Engine's Linear.
+Each product is rounded to the activation dtype (the autocast dtype, or that of the input where autocast is off),
+then to the dtype of the tensor it is the gradient of. Refuses nothing: odd shapes are the arithmetic's business.
+Follows the structure of Transformer Engine's Linear.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class Fp8Linear(nn.Linear):
     def from_float(cls, linear: nn.Linear, site: LayerSite) -> Fp8Linear:
         """Return the FP8 face of ``linear``: same parameters, same hooks, same buffers, by identity.
 
-        The two modules share their registries, so whatever is later done to one (a new parameter, a hook) is seen by both and nothing is lost when
-        the original is put back.
+        The two modules share their registries, so whatever is later done to one (a new parameter, a hook) is seen by
+        both and nothing is lost when the original is put back.
         """
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)
@@ -54,7 +56,7 @@ class Fp8Linear(nn.Linear):
             y_TO = _observed_product(*operands, self._fp8_site.observe)
         else:
             y_TO = _product(*operands)
-        return y_TO.view(*input.shape[:-1], self.out_features)
+        return cast(Tensor, y_TO.view(*input.shape[:-1], self.out_features))
 
     def extra_repr(self) -> str:
         """Add how the layer computes to what nn.Linear prints."""
@@ -99,7 +101,7 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
         xq_TI, wq_OI, scale_x, scale_w, scale_dy = ctx.saved_tensors
         arithmetic, fmt = ARITHMETICS[ctx.kernel.arithmetic], FORMATS[ctx.kernel.backward_format]
         if scale_dy is None:
@@ -116,19 +118,21 @@ class _Fp8Product(torch.autograd.Function):
         if needs_x:
             dx_TI = arithmetic.product(dyq_TO, wq_OI, scale_dy, scale_w, None, ctx.dtype, fast=False).to(ctx.x_dtype)
         if needs_w:
-            dw_OI = arithmetic.product(dyq_TO.t(), xq_TI, scale_dy, scale_x, None, ctx.dtype, fast=False).to(ctx.w_dtype)
+            dw_OI = arithmetic.product(dyq_TO.t(), xq_TI, scale_dy, scale_x, None, ctx.dtype, fast=False).to(
+                ctx.w_dtype
+            )
         if needs_bias:
             db_O = dy_TO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx_TI, dw_OI, db_O, None, None, None, None, None, None, None
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _product(*operands: Any) -> Tensor:
     """Run the layer's products; left whole by Dynamo, because its backward records a maximum in place."""
     return cast(Tensor, _Fp8Product.apply(*operands, None))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _observed_product(*operands: Any) -> Tensor:
     """Run the layer's products and show the operands to an observer, outside any compiled graph."""
     return cast(Tensor, _Fp8Product.apply(*operands))

@@ -1,10 +1,12 @@
 """Put the linear layers of a timm model into FP8, and take them out again.
 
-Every nn.Linear is converted, the head included: that is TWEO's configuration. LayerNorm modules stay as they are in the PyTorch backends, because their output is
-precisely what the next FP8 layer rounds. Parameters, names and hooks are shared with the originals, so optimizers, EMA and checkpoints do not notice.
+Every nn.Linear is converted, the head included: that is TWEO's configuration. LayerNorm modules stay as they are in
+the PyTorch backends, because their output is precisely what the next FP8 layer rounds. Parameters, names and hooks
+are shared with the originals, so optimizers, EMA and checkpoints do not notice.
 
-Refuses scripted models, a model without a convertible layer, and a second patch. Layers whose weight is used without calling them are found twice: known timm
-attention classes are told to call their ``qkv``, and the first training forward raises if a converted layer did not run.
+Refuses scripted models, a model without a convertible layer, and a second patch. Layers whose weight is used without
+calling them are found twice: known timm attention classes are told to call their ``qkv``, and the first training
+forward raises if a converted layer did not run.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ class Fp8Patch:
 def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
     """Convert the linear layers of ``model`` to FP8 in place.
 
-    Patch after the weights are loaded and the model is on its device, before the optimizer's first step, EMA, torch.compile and DDP. Parameters keep their
-    identity and their names. The default recipe is TWEO's.
+    Patch after the weights are loaded and the model is on its device, before the optimizer's first step, EMA,
+    torch.compile and DDP. Parameters keep their identity and their names. The default recipe is TWEO's.
 
     Raises:
         ValueError: no layer can be converted, or the model is patched already.
@@ -78,13 +80,18 @@ def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
     if any(_ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise ValueError("the model is already in FP8: call unpatch_fp8(model) first")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise TypeError("a scripted model cannot be put into FP8: patch the model before scripting it, or do not script it")
+        raise TypeError(
+            "a scripted model cannot be put into FP8: patch the model before scripting it, or do not script it"
+        )
     places = _linear_places(model)
-    skipped = {name: reason for name, (linear, _) in places.items() if (reason := _reason_to_skip(name, linear, recipe))}
+    skipped = {
+        name: reason for name, (linear, _) in places.items() if (reason := _reason_to_skip(name, linear, recipe))
+    }
     converted = tuple(name for name in places if name not in skipped)
     if not converted:
         raise ValueError(
-            f"no layer of {type(model).__name__} was converted to FP8; it has {len(places)} linear layers below its root, left alone: {skipped}"
+            f"no layer of {type(model).__name__} was converted to FP8; it has {len(places)} linear layers below its "
+            f"root, left alone: {skipped}"
         )
     device = places[converted[0]][0].weight.device
     backend, reason = choose_backend(recipe, device)
@@ -120,9 +127,10 @@ def unpatch_fp8(model: nn.Module) -> None:
 def fp8_state(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the delayed scales and histories, keyed by layer; empty where scaling keeps no state.
 
-    Save it beside the model's ``state_dict``, which it is deliberately not part of. For each layer: ``NAME.scaling_fwd.scale`` ``[2]`` (input, weight),
-    ``NAME.scaling_fwd.amax_history`` ``[L, 2]``, ``NAME.scaling_bwd.scale`` ``[1]`` (output gradient), ``NAME.scaling_bwd.amax_history`` ``[L, 1]``, all float32. Take it between
-    steps. ``model`` may be wrapped in DDP, torch.compile or a task.
+    Save it beside the model's ``state_dict``, which it is deliberately not part of. For each layer:
+    ``NAME.scaling_fwd.scale`` ``[2]`` (input, weight), ``NAME.scaling_fwd.amax_history`` ``[L, 2]``,
+    ``NAME.scaling_bwd.scale`` ``[1]`` (output gradient), ``NAME.scaling_bwd.amax_history`` ``[L, 1]``, all float32.
+    Take it between steps. ``model`` may be wrapped in DDP, torch.compile or a task.
     """
     return _find(model)[1].region.state()
 
@@ -139,14 +147,16 @@ def load_fp8_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 def check_fp8_ran(model: nn.Module) -> None:
     """Raise unless a training forward has run every converted layer in FP8.
 
-    The first training forward raises by itself when it missed a layer; this also catches that there was no such forward.
+    The first training forward raises by itself when it missed a layer; this also catches that there was no such
+    forward.
 
     Raises:
         RuntimeError: no training forward has run yet.
     """
     if not _find(model)[1].region.all_layers_ran:
         raise RuntimeError(
-            "no training forward of the patched model has run in FP8: train the patched model, in training mode and with gradients enabled"
+            "no training forward of the patched model has run in FP8: call the patched model in training mode, "
+            "with gradients enabled"
         )
 
 
@@ -158,15 +168,17 @@ def torch_region(model: nn.Module) -> Fp8Region:
     """
     region = _find(model)[1].region
     if not isinstance(region, Fp8Region):
-        raise ValueError("Transformer Engine does not show its operands: use backend='native' or 'emulated' to look at them")
+        raise ValueError(
+            "Transformer Engine does not show its operands: use backend='native' or 'emulated' to look at them"
+        )
     return region
 
 
 def warm_up_fp8(model: nn.Module, forward_backward: Callable[[], object], passes: int = 2) -> None:
     """Let delayed scales settle before the first update, by running forward and backward without an optimizer step.
 
-    With all scales at 1, the first E5M2 gradients below 7.6e-6 are flushed to zero. Parameters, their gradients, buffers and random state are left as they were;
-    only scales move.
+    With all scales at 1, the first E5M2 gradients below 7.6e-6 are flushed to zero. Parameters, their gradients,
+    buffers and random state are left as they were; only scales move.
 
     Args:
         model: a patched model in training mode.
@@ -175,7 +187,9 @@ def warm_up_fp8(model: nn.Module, forward_backward: Callable[[], object], passes
     """
     gradients = [parameter.grad for parameter in model.parameters()]
     buffers = [buffer.clone() for buffer in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    devices = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
     with torch.random.fork_rng(devices):
         for _ in range(passes):
             for parameter in model.parameters():
@@ -196,9 +210,11 @@ def _find(model: nn.Module) -> tuple[nn.Module, Fp8Patch]:
 
 
 def _linear_places(model: nn.Module) -> dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]]:
-    """Map the name of every linear layer, in module order, to the layer and to all places (parent, attribute) that hold it."""
+    """Map every linear layer's name, in module order, to it and to the places (parent, attribute) that hold it."""
     linears = {module: name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
-    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]] = {n: (linear, []) for linear, n in linears.items()}
+    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]] = {
+        n: (linear, []) for linear, n in linears.items()
+    }
     for parent in model.modules():
         for attribute, child in parent.named_children():
             if isinstance(child, nn.Linear):
@@ -208,7 +224,8 @@ def _linear_places(model: nn.Module) -> dict[str, tuple[nn.Linear, list[tuple[nn
 
 def _reason_to_skip(name: str, linear: nn.Linear, recipe: Fp8Recipe) -> str | None:
     if type(linear) not in _CONVERTIBLE:
-        return f"{type(linear).__name__} is a subclass of nn.Linear whose forward may differ, or whose weight is used without calling it"
+        kind = type(linear).__name__
+        return f"{kind} is a subclass of nn.Linear whose forward may differ, or whose weight is used without calling it"
     if not linear.weight.is_floating_point():
         return f"its weight is {linear.weight.dtype}"
     return recipe.selects(name)
@@ -226,9 +243,10 @@ def _convert(
     report: Fp8Report,
 ) -> Fp8Patch:
     device = next(iter(places.values()))[0].weight.device
-    patch = Fp8Patch(Fp8Region(report.converted, recipe, report.backend, device), report)
+    region = Fp8Region(report.converted, recipe, report.backend, device)
+    patch = Fp8Patch(region, report)
     for name, (linear, holders) in places.items():
-        layer = Fp8Linear.from_float(linear, patch.region.site(name))
+        layer = Fp8Linear.from_float(linear, region.site(name))
         for parent, attribute in holders:
             patch.originals.append((parent, attribute, linear))
             parent._modules[attribute] = layer
@@ -238,7 +256,9 @@ def _convert(
 def _call_qkv_modules(model: nn.Module) -> list[tuple[nn.Module, str, bool]]:
     """Make timm attention call its ``qkv`` where it would otherwise use the weight directly (BEiT, EVA, SwinV2)."""
     name = "qkv_bias_separate"
-    bypassing = [m for m in model.modules() if getattr(m, name, True) is False and getattr(m, "q_bias", None) is not None]
+    bypassing = [
+        m for m in model.modules() if getattr(m, name, True) is False and getattr(m, "q_bias", None) is not None
+    ]
     for module in bypassing:
         setattr(module, name, True)
     return [(module, name, False) for module in bypassing]

@@ -1,7 +1,8 @@
 """The one description of an FP8 run, read by every backend.
 
-Names and defaults are those of NVIDIA Transformer Engine's ``DelayedScaling``, so that a recipe means the same thing whichever backend runs it; the
-history of 16 is TWEO's (arXiv:2511.23225). Transformer Engine ignores a misspelt option. This class refuses it and names the nearest valid one.
+Names and defaults are those of NVIDIA Transformer Engine's ``DelayedScaling``, so that a recipe means the same thing
+whichever backend runs it; the history of 16 is TWEO's (arXiv:2511.23225). Transformer Engine ignores a misspelt
+option. This class refuses it and names the nearest valid one.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ class Fp8Recipe:
     """How the linear layers of a model compute in FP8.
 
     Attributes:
-        format: ``'hybrid'`` keeps activations and weights in E4M3 and gradients in E5M2; ``'e4m3'`` keeps all three in E4M3.
+        format: ``'hybrid'`` keeps activations and weights in E4M3 and gradients in E5M2; ``'e4m3'`` keeps all three
+            in E4M3.
         amax_history_len: how many past maxima a delayed scale looks back on.
         amax_compute_algo: ``'max'`` takes the largest maximum of the history, ``'most_recent'`` the newest.
         margin: powers of two left free below the largest FP8 value.
         backend: ``'te'``, ``'native'``, ``'emulated'``, or ``'auto'`` for the first of them that can run.
         scaling: ``'delayed'`` scales by past maxima, ``'current'`` by the tensor's own maximum, ``'unit'`` not at all.
-        include: regular expressions searched in layer names; only matching layers are converted. Empty means every layer.
+        include: regular expressions searched in layer names; only matching layers are converted. Empty means every
+            layer.
         exclude: regular expressions searched in layer names; matching layers are left alone.
 
     Raises:
@@ -78,7 +81,9 @@ def _check_integer(field: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"Fp8Recipe.{field} must be an int from {low} to {high}; got {value!r}")
     if not low <= value <= high:
-        raise ValueError(f"Fp8Recipe.{field}={value} is outside {low}..{high}; the nearest is {min(max(value, low), high)}")
+        raise ValueError(
+            f"Fp8Recipe.{field}={value} is outside {low}..{high}; the nearest is {min(max(value, low), high)}"
+        )
 
 
 def _checked_patterns(field: str, value: object) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """The span over which delayed scales hold still: one training forward of the patched model, and its backward.
 
-Scales may only move between steps, never inside one, and all ranks must move alike. So a region belongs to the patched root model: hooks on the root open it before
-a training forward and close it after, and a gradient hook on the root's output finds the end of the backward. Hooks on the inner module keep running
-under DistributedDataParallel and torch.compile; ``model.forward`` is never replaced.
+Scales may only move between steps, never inside one, and all ranks must move alike. So a region belongs to the
+patched root model: hooks on the root open it before a training forward and close it after, and a gradient hook on
+the root's output finds the end of the backward. Hooks on the inner module keep running under DistributedDataParallel
+and torch.compile; ``model.forward`` is never replaced.
 
-Evaluation (root in eval mode, or gradients off) opens nothing: operands are scaled by their own maxima and no training state is read or
-written, so the result depends on the weights alone. Activation checkpointing runs a layer again inside the backward; the region then hands out the
-scales of the first run and records nothing twice. A training call that bypasses the root would train on scales nobody updates: an error.
+Evaluation (root in eval mode, or gradients off) opens nothing: operands are scaled by their own maxima and no
+training state is read or written, so the result depends on the weights alone. Activation checkpointing runs a layer
+again inside the backward; the region then hands out the scales of the first run and records nothing twice. A
+training call that bypasses the root would train on scales nobody updates: an error.
 """
 
 from __future__ import annotations
@@ -98,14 +100,14 @@ class Fp8Region:
         """Hook the region to ``root``; the handles remove it again."""
         return [root.register_forward_pre_hook(self._enter), root.register_forward_hook(self._exit)]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, root: nn.Module, args: Any) -> None:
         self.is_open = root.training and torch.is_grad_enabled()
         if self.is_open:
             self._replays.clear()
             self._follow(next(root.parameters()).device)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exit(self, root: nn.Module, args: Any, output: Any) -> None:
         if not self.is_open:
             return
@@ -119,11 +121,11 @@ class Fp8Region:
             self.forward.amax.fill_(NOT_SEEN)
         for tensor in _tensors(output):
             if tensor.requires_grad:
-                tensor.register_hook(functools.partial(self._start_backward, used))
+                tensor.register_hook(functools.partial(self._start_backward, used))  # type: ignore[no-untyped-call]
 
     def _start_backward(self, used: Tensor, grad: Tensor) -> None:
         if not self._replays:
-            Variable._execution_engine.queue_callback(self._finish_backward)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self._finish_backward)
         if not any(known is used for known in self._replays):
             self._replays.append(used)
 
@@ -157,7 +159,8 @@ class Fp8Region:
         missing = self.layers_not_run()
         if missing:
             raise RuntimeError(
-                f"{len(missing)} converted layers did not run in FP8 during the first training forward: {missing[:8]}. Their weights are "
+                f"{len(missing)} converted layers did not run in FP8 during the first training forward: {missing[:8]}. "
+                "Their weights are "
                 "used without calling the layer, or not at all; leave them out with Fp8Recipe(exclude=[...])"
             )
         self._all_ran = True
@@ -174,7 +177,6 @@ class Fp8Region:
             self._create(device)
         self.forward.to(device)
         self.backward.to(device)
-
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of scales and histories, four tensors a layer; empty where scaling keeps no state."""
@@ -211,14 +213,15 @@ def check_same_layout(expected: dict[str, Tensor], state: dict[str, Tensor]) -> 
     missing, foreign = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or foreign:
         raise ValueError(
-            f"the saved FP8 state does not fit this model: {len(missing)} entries missing, such as {missing[:2]}; {len(foreign)} that belong to no "
-            f"layer here, such as {foreign[:2]}. Patch with the recipe the run was started with"
+            f"the saved FP8 state does not fit this model: {len(missing)} entries missing, such as {missing[:2]}; "
+            f"{len(foreign)} that belong to no layer here, such as {foreign[:2]}. Patch with the recipe the run was "
+            "started with"
         )
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             raise ValueError(
-                f"the saved FP8 state of {key} has shape {tuple(state[key].shape)}, this run needs {tuple(tensor.shape)}: "
-                "resume with the same amax_history_len"
+                f"the saved FP8 state of {key} has shape {tuple(state[key].shape)}, this run needs "
+                f"{tuple(tensor.shape)}: resume with the same amax_history_len"
             )
 
 
@@ -255,8 +258,9 @@ class LayerSite:
                 return Scales(replayed[first], replayed[last], *self._gradient_state())
             if training and torch.is_grad_enabled():
                 raise RuntimeError(
-                    f"FP8 layer {self.name!r} was trained outside the forward of the patched model, where its delayed scales are never "
-                    "updated: call the model itself, patch the module that is called, or use Fp8Recipe(scaling='current')"
+                    f"FP8 layer {self.name!r} was trained outside the forward of the patched model, where its delayed "
+                    "scales are never updated: call the model itself, patch the module that is called, or use "
+                    "Fp8Recipe(scaling='current')"
                 )
         arithmetic = ARITHMETICS[region.kernel.arithmetic]
         if region.is_open:

@@ -1,9 +1,11 @@
 """Per-tensor scales: delayed, bit for bit as Transformer Engine's fused kernel computes them, and current.
 
-A scale multiplies a tensor before it is rounded to FP8, so that its largest magnitude lands on the largest FP8 value. A delayed scale is computed from the
-maxima of earlier steps, so a tensor is read once; the price is a scale that may be stale. The update below is the algorithm of the kernel
-``delayed_scaling.cu`` of Transformer Engine 2.20: a zero maximum does not roll the history, NaN is ignored, infinity keeps the old scale, the division is a true
-float32 division. Transformer Engine's own Python fallback differs from that kernel in each of these and is not the reference.
+A scale multiplies a tensor before it is rounded to FP8, so that its largest magnitude lands on the largest FP8
+value. A delayed scale is computed from the maxima of earlier steps, so a tensor is read once; the price is a scale
+that may be stale. The update below is the algorithm of the kernel ``delayed_scaling.cu`` of Transformer Engine 2.20:
+a zero maximum does not roll the history, NaN is ignored, infinity keeps the old scale, the division is a true
+float32 division. Transformer Engine's own Python fallback differs from that kernel in each of these and is not the
+reference.
 
 All functions are pure: they return new tensors, so a scale saved for a backward pass is never changed under it.
 """
@@ -19,7 +21,8 @@ from tweo_timm.fp8.recipe import Fp8Recipe
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
-# A running maximum that nothing was recorded into. Below every real maximum, so that "did not run" differs from "was all zero".
+# A running maximum that nothing was recorded into. Below every real maximum, so that "did not run" differs from "was
+# all zero".
 NOT_SEEN = -1.0
 
 
@@ -30,7 +33,8 @@ def delayed_update(
 
     Args:
         scale: float32, shape ``[S]``, the scales in use.
-        history: float32, shape ``[L, S]``, oldest at row 1 and newest at row L - 1; row 0 is the kernel's slot for the running maximum.
+        history: float32, shape ``[L, S]``, oldest at row 1 and newest at row L - 1; row 0 is the kernel's slot for
+            the running maximum.
         amax: float32, shape ``[S]``, the maxima of this step after reduction over ranks.
         fp8_max: the largest value of the FP8 format.
         margin: powers of two left free below ``fp8_max``.
@@ -43,10 +47,7 @@ def delayed_update(
     seen = last != 0
     rolled = torch.cat([history[1:], last[None]])
     window = torch.where(rolled.isnan(), 0.0, rolled).amax(0)
-    if algorithm == "most_recent":
-        peak = last
-    else:
-        peak = torch.where(seen, window, 0.0)
+    peak = last if algorithm == "most_recent" else torch.where(seen, window, 0.0)
     kept = torch.cat([torch.zeros_like(rolled[:1]), rolled[1:]])
     return _scale_from(peak, fp8_max, margin, otherwise=scale), torch.where(seen, kept, history)
 
@@ -58,7 +59,8 @@ def current_scale(amax: Tensor, *, fp8_max: float, margin: int) -> Tensor:
 
 def _scale_from(amax: Tensor, fp8_max: float, margin: int, otherwise: Tensor) -> Tensor:
     usable = amax.isfinite() & (amax > 0)
-    # Not `fp8_max / amax`: PyTorch computes that as a reciprocal and a product, one unit off for a quarter of all values.
+    # Not `fp8_max / amax`: PyTorch computes that as a reciprocal and a product, one unit off for a quarter of all
+    # values.
     quotient = torch.div(torch.full_like(amax, fp8_max * 2.0**-margin), amax)
     scale = torch.where(usable, quotient, otherwise)
     return torch.where(scale.isinf(), _FLOAT32_MAX, scale)
@@ -71,7 +73,8 @@ class DelayedScales:
     Attributes:
         scale: float32 ``[S]``. Replaced at each update, never written in place.
         history: float32 ``[L, S]``. Replaced at each update.
-        amax: float32 ``[S]``, the running maxima since the last update, written in place; NOT_SEEN where nothing was recorded.
+        amax: float32 ``[S]``, the running maxima since the last update, written in place; NOT_SEEN where nothing was
+            recorded.
     """
 
     scale: Tensor

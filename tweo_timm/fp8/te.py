@@ -1,23 +1,28 @@
 """The Transformer Engine backend, and the only importer of that package.
 
-NVIDIA's modules are neither nn.Linear nor free of extra checkpoint entries. So the timm model keeps its own modules, under their own names, as faces that own the parameters;
-each face holds the Transformer Engine module that computes for it out of sight, sharing the very same parameters. Optimizers, checkpoints and EMA copies see a timm model.
+NVIDIA's modules are neither nn.Linear nor free of extra checkpoint entries. So the timm model keeps its own modules,
+under their own names, as faces that own the parameters; each face holds the Transformer Engine module that computes
+for it out of sight, sharing the very same parameters. Optimizers, checkpoints and EMA copies see a timm model.
 
 What runs where:
-    training    one te.autocast around the forward of the patched root; te.Linear, te.LayerNorm, LayerNormLinear where the norm feeds exactly that
+    training    one te.autocast around the forward of the patched root; te.Linear, te.LayerNorm, LayerNormLinear
+    where the norm feeds exactly that
                 linear, LayerNormMLP only where the model's GELU is the tanh one that NVIDIA's kernel computes
-    evaluation  the original modules in the activation dtype: nothing reaches the histories, and a copy without histories evaluates alike
-Tokens, inputs and outputs that are not multiples of 16 are padded here; padding tokens repeat the last row, which changes no maximum, and their
-gradient is zero. First step: all scales are 1, so E5M2 flushes gradients below 7.6e-6; run `warm_up_fp8` or warm the learning rate up.
+    evaluation  the original modules in the activation dtype: nothing reaches the histories, and a copy without
+    histories evaluates alike
+Tokens, inputs and outputs that are not multiples of 16 are padded here; padding tokens repeat the last row, which
+changes no maximum, and their gradient is zero. First step: all scales are 1, so E5M2 flushes gradients below 7.6e-6;
+run `warm_up_fp8` or warm the learning rate up.
 
-Refused: torch's activation checkpointing (it recomputes without te.autocast), unit scaling (no such recipe), a CPU. Facts: Transformer Engine 2.20.
+Refused: torch's activation checkpointing (it recomputes without te.autocast), unit scaling (no such recipe), a CPU.
+    Facts: Transformer Engine 2.20.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +34,8 @@ from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.region import check_same_layout
 
 _ALIGNMENT = 16
-# Which quantizers of a module the saved state keeps: input and weight of each product, and the output gradient of each product.
+# Which quantizers of a module the saved state keeps: input and weight of each product, and the output gradient of
+# each product.
 _STATE_COLUMNS = {"fwd": (3, (0, 1)), "bwd": (2, (0,))}
 
 
@@ -49,7 +55,7 @@ def obstacle(recipe: Fp8Recipe) -> str | None:
 
 
 def build_recipe(recipe: Fp8Recipe) -> Any:
-    """Translate ``recipe`` into Transformer Engine's; every option is passed by a name checked against its fields, because it ignores unknown ones."""
+    """Translate ``recipe``; each option's name is checked, because Transformer Engine ignores unknown ones."""
     from transformer_engine.common import recipe as te_recipes
 
     fp8_format = {"hybrid": te_recipes.Format.HYBRID, "e4m3": te_recipes.Format.E4M3}[recipe.format]
@@ -65,7 +71,9 @@ def build_recipe(recipe: Fp8Recipe) -> Any:
         }
     unknown = options.keys() - kind.__dataclass_fields__.keys()
     if unknown:
-        raise RuntimeError(f"this Transformer Engine's {kind.__name__} has no field {sorted(unknown)}: install version 2.x")
+        raise RuntimeError(
+            f"this Transformer Engine's {kind.__name__} has no field {sorted(unknown)}: install version 2.x"
+        )
     return kind(**options)
 
 
@@ -82,19 +90,19 @@ class TeRegion:
         self._context: Any = None
 
     def attach(self, root: nn.Module) -> list[RemovableHandle]:
-        """Hook the region to ``root``; the closing hook runs even if the forward raises, or te.autocast would stay entered."""
+        """Hook the region to ``root``; the closing hook runs even if the forward raises, to leave te.autocast."""
         if any(getattr(module, "grad_checkpointing", False) for module in root.modules()):
             raise RuntimeError(_NO_CHECKPOINTING)
         return [root.register_forward_pre_hook(self._enter), root.register_forward_hook(self._exit, always_call=True)]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, root: nn.Module, args: Any) -> None:
         self.is_open = root.training and torch.is_grad_enabled()
         if self.is_open:
             self._context = _te().autocast(enabled=True, recipe=build_recipe(self.recipe))
             self._context.__enter__()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exit(self, root: nn.Module, args: Any, output: Any) -> None:
         context, self._context, self.is_open = self._context, None, False
         if context is not None:
@@ -106,7 +114,7 @@ class TeRegion:
         return all(hidden.module is not None and hidden.module.fp8_initialized for hidden in self._quantized().values())
 
     def state(self) -> dict[str, Tensor]:
-        """Return copies of scales and histories as plain tensors; a module that has not run yet reports the initial state."""
+        """Return copies of scales and histories as plain tensors; initial ones for a module that has not run yet."""
         return {key: view.clone() for key, view in self._columns().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -141,8 +149,9 @@ class TeRegion:
 
 
 _NO_CHECKPOINTING = (
-    "the 'te' backend cannot train with timm's gradient checkpointing: torch recomputes the block without te.autocast, so the recomputed "
-    "activations would not be those of the forward. Turn it off, or use backend='native', which replays its scales"
+    "the 'te' backend cannot train with timm's gradient checkpointing: torch recomputes the block without "
+    "te.autocast, so the recomputed activations would not be those of the forward. Turn it off, or use "
+    "backend='native', which replays its scales"
 )
 
 
@@ -181,7 +190,8 @@ class Hidden:
         return [f"{face}{suffix}" for suffix in self.gemms]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied fp8_meta would keep the original's place in Transformer Engine's global buffers: a copy starts without.
+        # A copied fp8_meta would keep the original's place in Transformer Engine's global buffers: a copy starts
+        # without.
         return {**self.__dict__, "module": None}
 
     def build(self) -> Any:
@@ -200,9 +210,12 @@ class Hidden:
         if tuple(target.shape) == tuple(parameter.shape):
             setattr(self.module, name, parameter)
             return
-        # Padded to the shape the matrix unit takes: a tensor of this step, through which the gradient reaches the parameter.
+        # Padded to the shape the matrix unit takes: a tensor of this step, through which the gradient reaches the
+        # parameter.
         self.module._parameters.pop(name, None)
-        padding = [pad for size, wanted in zip(parameter.shape, target.shape, strict=True) for pad in (wanted - size, 0)]
+        padding = [
+            pad for size, wanted in zip(parameter.shape, target.shape, strict=True) for pad in (wanted - size, 0)
+        ]
         self.module.__dict__[name] = F.pad(parameter, padding[::-1])
 
     def scaling_state(self, direction: str) -> Any:
@@ -240,17 +253,19 @@ class _Face(nn.Module):
     def _is_training_in_fp8(self) -> bool:
         region = self._te_hidden.region
         if not region.is_open and self.training and torch.is_grad_enabled():
-            raise RuntimeError(f"a Transformer Engine layer was trained outside the forward of the patched model: {_NO_CHECKPOINTING}")
+            raise RuntimeError(
+                f"a Transformer Engine layer was trained outside the forward of the patched model: {_NO_CHECKPOINTING}"
+            )
         return region.is_open
 
     def _plain(self, x: Tensor) -> Tensor:
-        return self._te_hidden.original.forward(x)  # type: ignore[no-any-return]
+        return cast(Tensor, self._te_hidden.original.forward(x))
 
 
 class TeLinear(_Face, nn.Linear):
     """nn.Linear computed by te.Linear or, with its norm, by te.LayerNormLinear."""
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer; ``[..., in_features]`` to ``[..., out_features]``."""
         return self._te_hidden.run(input, self.out_features) if self._is_training_in_fp8() else self._plain(input)
@@ -259,10 +274,12 @@ class TeLinear(_Face, nn.Linear):
 class TeLayerNorm(_Face, nn.LayerNorm):
     """nn.LayerNorm computed by te.LayerNorm."""
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return self._te_hidden.build()(input) if self._is_training_in_fp8() else self._plain(input)  # type: ignore[no-any-return]
+        if not self._is_training_in_fp8():
+            return self._plain(input)
+        return cast(Tensor, self._te_hidden.build()(input))
 
 
 class FusedAway(_Face, nn.LayerNorm):
@@ -276,13 +293,14 @@ class FusedAway(_Face, nn.LayerNorm):
 class TeMlp(_Face):
     """A timm Mlp computed, with its norm, by te.LayerNormMLP."""
 
-    @torch.compiler.disable
+    drop2: nn.Dropout
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Apply norm, both linear layers and the tanh GELU between them."""
         if not self._is_training_in_fp8():
             return self._plain(x)
-        out: Tensor = self.drop2(self._te_hidden.run(x, x.shape[-1]))
-        return out
+        return cast(Tensor, self.drop2(self._te_hidden.run(x, x.shape[-1])))
 
 
 class Converter:
@@ -316,7 +334,8 @@ class Converter:
                 self._convert_norm(name, module)
 
     def _is_aligned(self, name: str) -> bool:
-        return all(size % _ALIGNMENT == 0 for size in self.model.get_submodule(name).weight.shape)  # type: ignore[union-attr, operator]
+        linear: Any = self.model.get_submodule(name)
+        return all(size % _ALIGNMENT == 0 for size in linear.weight.shape)
 
     def _convert_linear(self, name: str, norm_name: str | None) -> None:
         linear: Any = self.model.get_submodule(name)
@@ -348,7 +367,9 @@ class Converter:
         norm: Any = self._fuse_away(norm_name)
         arguments["eps"] = norm.eps
         parameters = {theirs: (norm, ours) for theirs, ours in self._NORM.items()}
-        parameters |= {f"{fc}_{kind}": (getattr(face, fc), kind) for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
+        parameters |= {
+            f"{fc}_{kind}": (getattr(face, fc), kind) for fc in ("fc1", "fc2") for kind in ("weight", "bias")
+        }
         self._hide(name, face, mlp, "LayerNormMLP", arguments, parameters, gemms=(".fc1", ".fc2"))
 
     def _convert_norm(self, name: str, norm: Any) -> None:
@@ -357,7 +378,7 @@ class Converter:
         parameters = {"weight": (face, "weight"), "bias": (face, "bias")}
         self._hide(name, face, norm, "LayerNorm", arguments, parameters, gemms=())
 
-    def _fuse_away(self, name: str) -> nn.Module:
+    def _fuse_away(self, name: str) -> Any:
         norm = self.model.get_submodule(name)
         face = self._replace(norm, FusedAway)
         face._te_hidden = Hidden(self.region, norm, "", {}, {}, ())
