@@ -178,6 +178,8 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
             "--naflex-loader is not supported: its batches of varying length hold padding tokens, which statistics of "
             "outliers would count. Train NaFlexViT at a fixed --img-size, or with timm's train.py"
         )
+    if options.fp8_health_interval and options.fp8 == "off":
+        raise ValueError("--fp8-health-interval reports on FP8 layers: give --fp8 auto too, or leave it out")
     if options.aug_splits and options.no_prefetcher:
         raise ValueError("--aug-splits needs timm's prefetcher, which puts the splits together: drop --no-prefetcher")
     if options.log_wandb and world.primary and importlib.util.find_spec("wandb") is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, AtomicSaver, restore, training_state
 from tweo_timm.train.exact import Cursor, capture_exact, restore_exact
-from tweo_timm.train.journal import Journal
+from tweo_timm.train.journal import Journal, append_rows
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
 from tweo_timm.train.progress import ProgressLine
 from tweo_timm.train.replay import Position, RandomState
@@ -256,7 +256,11 @@ class Trainer:
             self._log_line(num_batches, pace)
             if options.save_images and self.saver is not None:
                 self._save_images(images)
-        if cursor.batch % options.grad_accum_steps or cursor.batch == num_batches:
+        if cursor.batch % options.grad_accum_steps and cursor.batch < num_batches:
+            return
+        if self.journal is not None and self.step.fp8_rows:
+            append_rows(self.journal.health, self.step.fp8_rows)
+        if cursor.batch == num_batches:
             return
         interval = options.recovery_interval
         if interval and cursor.batch // options.grad_accum_steps % interval == 0:

@@ -9,6 +9,7 @@ import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
+from tweo_timm.fp8 import Fp8HealthMonitor, check_fp8_ran
 from tweo_timm.train.build import Session
 from tweo_timm.train.exact import Cursor
 from tweo_timm.train.meters import EpochMeters
@@ -17,6 +18,8 @@ from tweo_timm.train.watch import HealthWatch
 
 class TrainStep:
     """Trains on micro-batches and moves the cursor.
+
+    With --fp8-health-interval, `fp8_rows` holds the rows of the latest update; empty unless it was measured.
 
     A group holds `grad_accum_steps` micro-batches, the last group of an epoch what is left. Each is weighed by its
     group's size, so that the update is that of the one large batch.
@@ -36,6 +39,11 @@ class TrainStep:
         self._num_batches = len(session.data.train)
         self._num_updates = session.updates_per_epoch * session.num_epochs
         self._second_order = bool(getattr(session.optimizer, "is_second_order", False))
+        self.fp8_rows: list[dict[str, Any]] = []
+        interval = session.options.fp8_health_interval
+        watched = session.fp8 is not None and interval > 0 and session.world.primary
+        self._fp8_health = Fp8HealthMonitor(session.model) if watched else None
+        self._fp8_ran = session.fp8 is None
 
     def __call__(self, images: Tensor, targets: Tensor) -> None:
         """Train on one micro-batch; the last one of its group updates the weights.
@@ -49,17 +57,22 @@ class TrainStep:
         images, targets = session.place(images), targets.to(session.world.device)
         if session.tweo is not None:
             session.tweo.set_progress(min(cursor.updates / self._num_updates, 1.0))
+        if self._fp8_health is not None and completes and cursor.updates % session.options.fp8_health_interval == 0:
+            self._fp8_health.arm()
         with contextlib.nullcontext() if completes else session.task.no_sync():
             # Only the forward pass is recorded: activation checkpointing repeats it during the backward pass.
             with self._recording(), session.autocast():
                 result = session.task(images, targets)
+            peaks = session.tweo.block_peaks if session.tweo is not None else None
+            self.health.note(cursor.updates, result["loss"], peaks)
             self._backward(result["loss"] * session.data.loss_scale(len(targets)) / group_size, completes)
-        peaks = session.tweo.block_peaks if session.tweo is not None else None
         self.meters.update(result, peaks, len(targets))
-        self.health.note(cursor.updates, result["loss"], peaks)
         cursor.batch += 1
         if completes:
             self._after_update()
+        if not self._fp8_ran:
+            check_fp8_ran(session.model)
+            self._fp8_ran = True
 
     def _group(self) -> tuple[int, bool]:
         """How many micro-batches the present group holds, and whether this one is its last."""
@@ -99,6 +112,8 @@ class TrainStep:
     def _after_update(self) -> None:
         session, cursor = self.session, self.cursor
         session.optimizer.zero_grad()
+        if self._fp8_health is not None:
+            self.fp8_rows = list(self._fp8_health.rows(cursor.epoch, cursor.updates))
         cursor.updates += 1
         session.task.update_ema(step=cursor.updates)
         if session.scheduler is not None:

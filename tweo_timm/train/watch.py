@@ -141,16 +141,16 @@ class HealthWatch:
         )
 
     def _culprit(self) -> str:
-        norms = self._norms.tolist()
-        # The backward pass goes from the last parameter to the first: the last bad one was bad first.
-        broken = [name for name, norm in zip(self._parameters, norms, strict=False) if not math.isfinite(norm)]
-        if broken:
-            return f"gradients are not finite, first that of {broken[-1]}"
         loss, peaks = float(self._loss), self._peaks.tolist()
         limit = self.stop_on_peak if self.stop_on_peak is not None else math.inf
         high = [i for i, peak in enumerate(peaks) if not math.isfinite(peak) or peak > limit]
         if high and self.block_names:
             return f"loss {loss:g}, max |A| = {peaks[high[0]]:g} first at block {self.block_names[high[0]]}"
+        # The backward pass goes from the last parameter to the first: the last bad one was bad first.
+        norms = self._norms.tolist()
+        broken = [name for name, norm in zip(self._parameters, norms, strict=False) if not math.isfinite(norm)]
+        if math.isfinite(loss) and broken:
+            return f"gradients are not finite, first that of {broken[-1]}"
         return f"loss {loss:g}, while every block's output is finite: look at the head, the targets and the loss"
 
 

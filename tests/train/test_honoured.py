@@ -1,0 +1,231 @@
+"""No flag is silently ignored: each is read where it acts, read by timm, or refused with a reason."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from timm.data import resolve_data_config
+from timm.optim import optimizer_kwargs
+from timm.scheduler import scheduler_kwargs
+
+import tweo_timm.train
+from tests.train.runs import VIT, command, rows, train, write_images
+from tweo_timm.train.build import build_session
+from tweo_timm.train.cli import main
+from tweo_timm.train.options import TrainOptions, parse_train_options
+from tweo_timm.train.world import World
+
+# Files that define and check flags, but act on none.
+DECLARING = {"checks.py", "flags.py", "legacy.py"}
+REFUSED = {
+    "torchscript": ["--torchscript"],
+    "fuser": ["--fuser", "te"],
+    "tta": ["--tta", "2"],
+    "drop_connect": ["--drop-connect", "0.1"],
+    "naflex_loader": ["--naflex-loader"],
+}
+# Read before there are options: by the parser, and by timm from the environment that torchrun sets.
+OF_THE_PARSER = {"config", "config_unknown", "data", "local_rank"}
+
+
+class Listening(dict):
+    """A namespace and a mapping that remembers what was read."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.read = set()
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        self.read.add(name)
+        return self[name]
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.read.add(name)
+        return super().get(name, default)
+
+
+def read_by_timm():
+    values = Listening({field.name: getattr(TrainOptions(), field.name) for field in dataclasses.fields(TrainOptions)})
+    optimizer_kwargs(cfg=values)
+    scheduler_kwargs(values)
+    resolve_data_config(values, pretrained_cfg={"input_size": (3, 32, 32)})
+    return values.read
+
+
+def test_every_flag_is_read_or_refused():
+    folder = Path(tweo_timm.train.__file__).parent
+    source = "".join(path.read_text() for path in folder.glob("*.py") if path.name not in DECLARING)
+    read = set(re.findall(r"\b(?:options|self\._options)\.(\w+)", source)) | read_by_timm() | OF_THE_PARSER
+    of_naflex = {field.name for field in dataclasses.fields(TrainOptions) if field.name.startswith("naflex_")}
+    assert {field.name for field in dataclasses.fields(TrainOptions)} - read - of_naflex - REFUSED.keys() == set()
+
+
+@pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_honoured_is_refused_before_anything_is_written(words, images, tmp_path, capsys):
+    assert main(command(images, tmp_path, *words)) == 1
+    assert words[0] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def session_of(data, out, *words, **kwargs):
+    return build_session(parse_train_options(command(data, out, *words, **kwargs)), World(torch.device("cpu")))
+
+
+def test_outlier_statistics_of_training_count_the_armed_batches_only(images, tmp_path, monkeypatch):
+    from tweo_timm.stats import ActivationStats
+
+    counted = []
+    original = ActivationStats.update
+    monkeypatch.setattr(ActivationStats, "update", lambda self, x: (counted.append(x.requires_grad), original(self, x)))
+    folder = train(
+        images,
+        tmp_path,
+        *(
+            "--epochs",
+            "1",
+            "--outlier-interval",
+            "3",
+            "--grad-checkpointing",
+            "--tensorboard",
+            "--grad-accum-steps",
+            "2",
+        ),
+    )
+    assert sum(counted) == 3 * 2  # batches 0, 3 and 6 of 7, two blocks, none of them again in the backward pass
+    row = rows(folder)[0]
+    assert {"train_mean_abs", "train_kurtosis", "train_p999_abs", "eval_mean_abs", "eval_kurtosis"} <= row.keys()
+    assert row["train_peak_abs"] > row["train_mean_abs"] > 0
+
+
+def test_tensorboard_holds_scalars_by_update_and_histograms_of_blocks(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train(images, tmp_path, "--epochs", "1", "--tensorboard", "--log-interval", "2")
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"train_loss", "eval_top1", "step/loss", "step/lr", "train_peak_abs/blocks.0"} <= set(
+        board.Tags()["scalars"]
+    )
+    assert {"train_abs_activation/blocks.1", "eval_abs_activation/blocks.1"} <= set(board.Tags()["histograms"])
+    assert [event.step for event in board.Scalars("step/loss")] == [2, 4, 6, 7]
+
+
+def test_fp8_health_is_reported_every_so_many_updates(images, tmp_path):
+    settings = ("--epochs", "1", "--fp8", "emulated", "--fp8-health-interval", "3")
+    folder = train(images, tmp_path, *settings)
+    found = rows(folder, "fp8_health.jsonl")
+    assert {row["update"] for row in found} == {0, 3, 6}
+    assert {row["tensor"] for row in found} == {"x", "w", "dy"}
+
+
+def test_fp8_health_without_fp8_is_refused(images, tmp_path, capsys):
+    assert main(command(images, tmp_path, "--fp8-health-interval", "3")) == 1
+    assert "--fp8 auto" in capsys.readouterr().err
+
+
+def test_a_missing_wandb_is_a_clear_error(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tweo_timm.train.build.importlib.util.find_spec", lambda name: None)
+    assert main(command(images, tmp_path, "--log-wandb")) == 1
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+def test_wandb_gets_the_rows_of_the_summary(images, tmp_path, monkeypatch):
+    import sys
+    import types
+
+    calls = []
+    run = types.SimpleNamespace(log=calls.append, finish=lambda: calls.append("finish"))
+    module = types.SimpleNamespace(init=lambda **kwargs: (calls.append(kwargs), run)[1], __spec__=object())
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    words = ("--log-wandb", "--wandb-project", "tweo", "--wandb-tags", "a", "b", "--wandb-resume-id", "x1")
+    train(images, tmp_path, "--epochs", "1", *words)
+    started, row, end = calls
+    assert (started["project"], started["name"], started["tags"]) == ("tweo", "run", ["a", "b"])
+    assert (started["id"], started["resume"]) == ("x1", "must")
+    assert started["config"]["batch_size"] == 8
+    assert row["epoch"] == 0
+    assert "eval_top1" in row
+    assert end == "finish"
+
+
+def test_input_batches_are_saved_at_each_log_line(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "1", "--save-images", "--log-interval", "4")
+    assert sorted(path.name for path in folder.glob("*.jpg")) == ["train-batch-0-4.jpg", "train-batch-0-7.jpg"]
+
+
+def test_scheduled_image_sizes_change_the_batches(images, tmp_path):
+    sizes = ("--train-img-sizes", "16", "32", "--train-batch-sizes", "8", "4", "--train-batches-per-epoch", "9")
+    model = [*VIT[:-6], "dynamic_img_size=True", *VIT[-6:]]
+    words = (*sizes, "--variable-batch-loss-scale", "linear")
+    session = session_of(images, tmp_path, *words, model=model)
+    shapes = [tuple(batch[0].shape) for batch in session.data.train]
+    assert len(shapes) == 9
+    assert set(shapes) == {(8, 3, 16, 16), (4, 3, 32, 32)}
+    assert session.data.loss_scale(8) == pytest.approx(8 / 6)
+    train(images, tmp_path, *words, "--epochs", "1", model=model)
+
+
+def test_an_image_size_that_the_model_does_not_take_is_refused(images, tmp_path, capsys):
+    assert main(command(images, tmp_path, "--train-img-sizes", "16", "32")) == 1
+    assert "dynamic_img_size" in capsys.readouterr().err
+
+
+def test_augmentation_splits_feed_the_jsd_loss(images, tmp_path):
+    words = ("--aug-splits", "3", "--jsd-loss", "--aa", "augmix-m3-w2", "--resplit", "--reprob", "0.5")
+    session = session_of(images, tmp_path, *words)
+    batch, _ = next(iter(session.data.train))
+    assert tuple(batch.shape) == (24, 3, 32, 32)
+    assert type(session.task.criterion).__name__ == "JsdCrossEntropy"
+    train(images, tmp_path, *words, "--epochs", "1")
+
+
+def test_multi_label_targets_come_from_folders_too(images, tmp_path):
+    folder = train(images, tmp_path, "--task", "multilabel", "--epochs", "1", "--mixup", "0.3")
+    header = (folder / "summary.csv").read_text().splitlines()[0]
+    assert "eval_map" in header
+
+
+def test_a_class_map_names_the_classes_of_a_subset(tmp_path):
+    data = write_images(tmp_path / "data", train=24, val=6)
+    (tmp_path / "map.txt").write_text("class0\nclass1\n")
+    session = session_of(data, tmp_path, "--class-map", str(tmp_path / "map.txt"))
+    assert session.data.class_names == {"class0": 0, "class1": 1}
+    assert len(session.data.train.dataset) == 16
+
+
+def test_mixup_ends_at_its_epoch(images, tmp_path):
+    for extra in ([], ["--no-prefetcher"]):
+        session = session_of(images, tmp_path, "--mixup", "1.0", "--smoothing", "0", "--mixup-off-epoch", "1", *extra)
+        mixed = []
+        for epoch in (0, 1):
+            session.data.start_epoch(epoch, 1)
+            mixed.append(any(((t > 0) & (t < 1)).any() for _, t in session.data.batches()))
+        assert mixed == [True, False]
+
+
+def test_an_epoch_that_is_not_validated_is_kept_for_recovery_only(images, tmp_path):
+    settings = ("--epochs", "3", "--val-interval", "2", "--save-epochs", "3", "--checkpoint-hist", "1")
+    folder = train(images, tmp_path, *settings)
+    lines = (folder / "summary.csv").read_text().splitlines()
+    assert lines[0].startswith("epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,train_task_loss")
+    assert lines[1].split(",")[3] == ""
+    assert lines[2].split(",")[3] != ""
+    assert (folder / "recovery-0-7.pth.tar").exists()
+    assert (folder / "milestone-3.pth.tar").exists()
+    assert len(list(folder.glob("checkpoint-*"))) == 1
+
+
+def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tmp_path):
+    train(images, tmp_path, "--epochs", "1", "--opt", "lookahead_adamw")
+
+
+def test_a_metric_that_is_not_measured_is_refused(images, tmp_path, capsys):
+    assert main(command(images, tmp_path, "--eval-metric", "map")) == 1
+    assert "top1" in capsys.readouterr().err

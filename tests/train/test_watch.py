@@ -1,0 +1,197 @@
+"""What goes wrong ends the run with one message and a status, and loses nothing that was written."""
+
+import shutil
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.train.runs import command, last, load, same_tensors, train, write_images
+from tweo_timm.train.cli import main
+from tweo_timm.train.step import TrainStep
+from tweo_timm.train.watch import HealthWatch, SignalWatch, TrainingStopped
+from tweo_timm.train.world import World
+
+CPU = World(torch.device("cpu"))
+
+
+def failure(words, capsys):
+    """Run, expecting status 1 and one message without a traceback."""
+    capsys.readouterr()
+    assert main(words) == 1
+    message = capsys.readouterr().err
+    assert message.count("train.py: error:") == 1
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """A finished run of one epoch, never to be changed."""
+    return train(images, tmp_path_factory.mktemp("finished"), "--epochs", "1", "--grad-checkpointing")
+
+
+@pytest.fixture
+def earlier(finished, tmp_path):
+    """A copy of it, in tmp_path/run, and what its files held."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def bad_folder(images, tmp_path):
+    return ["--data-dir", str(tmp_path / "nowhere")], ["nowhere", "does not exist"]
+
+
+def bad_number_of_classes(images, tmp_path):
+    return ["--num-classes", "10"], ["3 classes", "--num-classes 3"]
+
+
+def bad_model(images, tmp_path):
+    return ["--model", "vit_of_nothing"], ["vit_of_nothing", "list_models"]
+
+
+def bad_model_kwargs(images, tmp_path):
+    return ["--model-kwargs", "depht=3"], ["depht"]
+
+
+def bad_yaml(images, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("tweo_wieght: 0.1\n")
+    return ["-c", str(tmp_path / "recipe.yaml")], ["tweo_wieght", "tweo_weight"]
+
+
+def bad_checkpoint(images, tmp_path):
+    torch.save({"state_dict": {"conv.weight": torch.ones(1)}, "arch": "resnet50"}, tmp_path / "other.pth.tar")
+    return ["--resume", str(tmp_path / "other.pth.tar")], ["other.pth.tar", "resnet50", "does not fit"]
+
+
+def bad_initial_checkpoint(images, tmp_path):
+    torch.save({"state_dict": {"conv.weight": torch.ones(1)}}, tmp_path / "other.pth.tar")
+    return ["--initial-checkpoint", str(tmp_path / "other.pth.tar")], ["other.pth.tar", "do not fit"]
+
+
+def bad_path_of_checkpoint(images, tmp_path):
+    return ["--resume", str(tmp_path / "none.pth.tar")], ["no checkpoint at"]
+
+
+def bad_device(images, tmp_path):
+    return ["--device", "abacus"], ["abacus"]
+
+
+def bad_batch(images, tmp_path):
+    return ["-b", "1000"], ["smaller --batch-size"]
+
+
+def bad_blocks(images, tmp_path):
+    return ["--tweo-blocks", "nothing_is_called_so"], ["nothing_is_called_so"]
+
+
+def bad_split(images, tmp_path):
+    data = write_images(tmp_path / "odd", train=9, val=9)
+    (data / "val" / "class2").rename(data / "val" / "classX")
+    return ["--data-dir", str(data)], ["classes", "differ", "class2"]
+
+
+def bad_fsdp(images, tmp_path):
+    return ["--fsdp"], ["single process", "torchrun"]
+
+
+BAD = [value for name, value in sorted(globals().items()) if name.startswith("bad_")]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.__name__)
+def test_bad_input_is_one_message_and_leaves_an_earlier_run_as_it_was(case, images, tmp_path, earlier, capsys):
+    folder, files = earlier
+    words, expected = case(images, tmp_path)
+    message = failure([*command(images, tmp_path), *words], capsys)
+    for word in expected:
+        assert word in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir() if "old" in path.name] == []
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_damaged_image_is_named(workers, tmp_path, capsys):
+    data = write_images(tmp_path / "data", train=16, val=6)
+    (data / "train" / "class1" / "4.png").write_bytes(b"no picture")
+    message = failure(command(data, tmp_path, "-j", workers), capsys)
+    assert "class1/4.png" in message
+    assert "damaged" in message
+
+
+def test_a_second_run_in_the_same_folder_sets_the_first_aside(images, tmp_path, earlier):
+    folder, files = earlier
+    train(images, tmp_path, "--epochs", "1", "--lr", "1e-4")
+    aside = tmp_path / "run.old1"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == files
+    assert not same_tensors(last(folder)["state_dict"], last(aside)["state_dict"])
+
+
+def poison(monkeypatch, what):
+    original = TrainStep.__call__
+
+    def call(self, images, targets):
+        if self.cursor.updates == 9:
+            what(self)
+        original(self, images, targets)
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+
+
+def test_a_loss_that_is_no_number_stops_with_update_block_and_last_good(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda step: step.session.model.blocks[1].mlp.fc1.weight.data.fill_(float("nan")))
+    message = failure(command(images, tmp_path, "--recovery-interval", "2"), capsys)
+    assert "update 9" in message
+    assert "blocks.1" in message
+    assert "recovery-1-2.pth.tar" in message
+    good = load(tmp_path / "run" / "recovery-1-2.pth.tar")
+    assert all(torch.isfinite(value).all() for value in good["state_dict"].values())
+
+
+def test_a_gradient_that_is_no_number_stops_and_names_where_it_came_first(images, tmp_path, monkeypatch, capsys):
+    def spoil(step):
+        step.session.model.blocks[0].mlp.fc2.bias.register_hook(lambda gradient: gradient * float("inf"))
+
+    poison(monkeypatch, spoil)
+    message = failure(command(images, tmp_path, "--outlier-interval", "0"), capsys)
+    assert "update 9" in message
+    assert "blocks.0.mlp.fc2.bias" in message
+    assert "last.pth.tar" in message
+
+
+def test_stop_on_peak_stops_and_names_the_block(images, tmp_path, capsys):
+    message = failure(command(images, tmp_path, "--stop-on-peak", "0.5"), capsys)
+    assert "update 0" in message
+    assert "max |A|" in message
+    assert "blocks.0" in message
+
+
+def test_the_first_bad_step_is_the_one_that_is_reported():
+    watch = HealthWatch(["a", "b"], torch.device("cpu"), stop_on_peak=10.0)
+    watch.note(3, torch.tensor(1.0), torch.tensor([1.0, 11.0]))
+    watch.note(4, torch.tensor(float("nan")), torch.tensor([float("nan"), 1.0]))
+    with pytest.raises(TrainingStopped, match=r"update 3: loss 1, max \|A\| = 11 first at block b"):
+        watch.check(CPU, "none")
+
+
+def test_a_bad_loss_with_healthy_blocks_points_at_the_head():
+    watch = HealthWatch(["a"], torch.device("cpu"))
+    watch.note(0, torch.tensor(float("inf")), torch.tensor([1.0]))
+    with pytest.raises(TrainingStopped, match="look at the head"):
+        watch.check(CPU, "none")
+
+
+def test_a_second_signal_acts_at_once():
+    with SignalWatch() as watch:
+        assert signal.getsignal(signal.SIGINT) == watch._note
+        signal.raise_signal(signal.SIGINT)
+        assert watch.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_no_process_waits_for_a_checkpoint_that_is_a_picture(images, tmp_path, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    message = failure(command(images, tmp_path, "--resume", str(tmp_path / "picture.png")), capsys)
+    assert "no checkpoint" in message
