@@ -13,13 +13,13 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["upstream", "train.cli", "evaluate.cli"],
+    ["upstream", "train.cli", "evaluate.cli", "quickstart"],
     ["train", "evaluate"],
-    ["task", "quant", "diagnose", "fp8.patch", "fp8"],
+    ["task", "quant", "diagnose", "fp8.patch", "fp8.health", "fp8"],
     ["outliers"],
     ["tap", "blocks", "stats", "loss", "fp8.*"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "version"],
+    ["fp8.cast", "fp8.recipe", "photos", "version"],
 ]
 # On one layer, and yet the first does not know the second. (evaluate shares the machinery of train's flags.)
 STRANGERS = [("train", "evaluate")]

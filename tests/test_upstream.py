@@ -157,6 +157,8 @@ def test_resuming_continues_schedule_and_rows(host, updates):
     checkpoint = whole / "checkpoint-1.pth.tar"
     before = peaks_by_epoch(whole)
     (whole / "steps-0.jsonl").rename(whole / "steps-whole.jsonl")
+    with open(whole / "outliers.jsonl", "a") as file:
+        file.write('{"epoch": 3, "blo')  # what a crash leaves
     timm_host.main(["--output", str(whole), "--resume", str(checkpoint), *flags])
     expected = [step for step in rows(whole / "steps-whole.jsonl") if step["epoch"] >= 2]
     assert [step["tweo_weight"] for step in steps(whole)] == [step["tweo_weight"] for step in expected]

@@ -25,8 +25,10 @@ images, FP8, TensorBoard, exact resume.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import json
 import logging
 import os
 import re
@@ -42,7 +44,7 @@ from torch import Tensor
 
 from tweo_timm.loss import TweoConfig
 from tweo_timm.task import TweoHandle, attach_tweo
-from tweo_timm.train.journal import _drop_epochs_from, append_rows
+from tweo_timm.train.journal import append_rows, write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -262,10 +264,20 @@ class TimmPlugin:
         worst = max(by_block, key=lambda name: (by_block[name] != by_block[name], by_block[name]))
         _logger.info("TWEO: largest |A| of epoch %d: %.4g in %s", epoch, by_block[worst], worst)
         path = self._folder / "outliers.jsonl"
-        if self._first_row:  # of epochs that a resumed run repeats, timm's summary.csv keeps no row either
-            _drop_epochs_from(path, epoch)
-            self._first_row = False
+        if self._first_row and path.exists():
+            _keep_epochs_before(path, epoch)
+        self._first_row = False
         append_rows(path, [{"epoch": epoch, "block": name, "train_peak_abs": v} for name, v in by_block.items()])
+
+
+def _keep_epochs_before(path: Path, epoch: int) -> None:
+    """Take out the rows that a resumed run repeats, as timm does with summary.csv, and what a crash left of a row."""
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(f"{line}\n")
+    write_atomically(path, "".join(kept))
 
 
 def _subclasses(cls: type) -> list[type]:
