@@ -128,6 +128,20 @@ def test_layer_used_in_two_places_stays_one_layer():
     assert model[0] is model[2][0] is shared
 
 
+def test_layer_under_two_names_of_one_parent_is_replaced_in_both():
+    model = nn.Module()
+    model.a = model.b = nn.Linear(16, 16)
+    patch_fp8(model)
+    assert model.a is model.b
+    assert isinstance(model.b, Fp8Linear)
+
+
+def test_attention_whose_qkv_is_excluded_keeps_its_flag():
+    model = timm.create_model("beit_base_patch16_224", num_classes=4, **TINY_VIT)
+    patch_fp8(model, Fp8Recipe(exclude=["qkv"]))
+    assert not any(block.attn.qkv_bias_separate for block in model.blocks)
+
+
 def test_include_and_exclude_leave_layers_alone_and_the_report_says_why():
     model = timm.create_model("vit_tiny_patch16_224", **TINY_VIT)
     report = patch_fp8(model, Fp8Recipe(include=[r"blocks", "head"], exclude=[r"head", r"\.1\.mlp"]))

@@ -20,7 +20,7 @@ from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tweo_timm.fp8 import te
+from tweo_timm.fp8 import te, te_convert
 from tweo_timm.fp8.backend import choose_backend
 from tweo_timm.fp8.linear import Fp8Linear
 from tweo_timm.fp8.recipe import Fp8Recipe
@@ -216,7 +216,7 @@ def _linear_places(model: nn.Module) -> dict[str, tuple[nn.Linear, list[tuple[nn
         n: (linear, []) for linear, n in linears.items()
     }
     for parent in model.modules():
-        for attribute, child in parent.named_children():
+        for attribute, child in parent._modules.items():
             if isinstance(child, nn.Linear):
                 places[linears[child]][1].append((parent, attribute))
     return places
@@ -232,7 +232,7 @@ def _reason_to_skip(name: str, linear: nn.Linear, recipe: Fp8Recipe) -> str | No
 
 
 def _convert_te(model: nn.Module, recipe: Fp8Recipe, report: Fp8Report) -> Fp8Patch:
-    converter = te.Converter(model, recipe)
+    converter = te_convert.Converter(model, recipe)
     converter.convert(report.converted)
     return Fp8Patch(converter.region, report, converter.originals)
 
@@ -257,7 +257,11 @@ def _call_qkv_modules(model: nn.Module) -> list[tuple[nn.Module, str, bool]]:
     """Make timm attention call its ``qkv`` where it would otherwise use the weight directly (BEiT, EVA, SwinV2)."""
     name = "qkv_bias_separate"
     bypassing = [
-        m for m in model.modules() if getattr(m, name, True) is False and getattr(m, "q_bias", None) is not None
+        module
+        for module in model.modules()
+        if getattr(module, name, True) is False
+        and getattr(module, "q_bias", None) is not None
+        and isinstance(getattr(module, "qkv", None), (Fp8Linear, te.TeLinear))
     ]
     for module in bypassing:
         setattr(module, name, True)

@@ -21,19 +21,17 @@ Refused: torch's activation checkpointing (it recomputes without te.autocast), u
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tweo_timm.fp8.fusion import is_plain_norm, mlp_names, norm_linear_pairs
 from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.region import check_same_layout
 
-_ALIGNMENT = 16
+ALIGNMENT = 16
 # Which quantizers of a module the saved state keeps: input and weight of each product, and the output gradient of
 # each product.
 _STATE_COLUMNS = {"fwd": (3, (0, 1)), "bwd": (2, (0,))}
@@ -91,8 +89,6 @@ class TeRegion:
 
     def attach(self, root: nn.Module) -> list[RemovableHandle]:
         """Hook the region to ``root``; the closing hook runs even if the forward raises, to leave te.autocast."""
-        if any(getattr(module, "grad_checkpointing", False) for module in root.modules()):
-            raise RuntimeError(_NO_CHECKPOINTING)
         return [root.register_forward_pre_hook(self._enter), root.register_forward_hook(self._exit, always_call=True)]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -148,7 +144,7 @@ class TeRegion:
         return columns_by_key
 
 
-_NO_CHECKPOINTING = (
+NO_CHECKPOINTING = (
     "the 'te' backend cannot train with timm's gradient checkpointing: torch recomputes the block without "
     "te.autocast, so the recomputed activations would not be those of the forward. Turn it off, or use "
     "backend='native', which replays its scales"
@@ -230,18 +226,18 @@ class Hidden:
         """Compute in FP8, with the token count and the last dimension padded to multiples of 16."""
         rows = x.reshape(-1, x.shape[-1])
         tokens = rows.shape[0]
-        missing = -tokens % _ALIGNMENT
+        missing = -tokens % ALIGNMENT
         if missing:
             rows = torch.cat([rows, rows[-1:].expand(missing, -1)])
-        rows = F.pad(rows, (0, -rows.shape[1] % _ALIGNMENT))
+        rows = F.pad(rows, (0, -rows.shape[1] % ALIGNMENT))
         out: Tensor = self.build()(rows)
         return out[:tokens, :out_features].reshape(*x.shape[:-1], out_features)
 
 
-class _Face(nn.Module):
+class Face(nn.Module):
     """A module of the timm model whose computation happens in a hidden Transformer Engine module."""
 
-    _te_hidden: Hidden
+    te_hidden: Hidden
 
     @classmethod
     def of(cls, original: nn.Module) -> Any:
@@ -251,27 +247,27 @@ class _Face(nn.Module):
         return face
 
     def _is_training_in_fp8(self) -> bool:
-        region = self._te_hidden.region
+        region = self.te_hidden.region
         if not region.is_open and self.training and torch.is_grad_enabled():
             raise RuntimeError(
-                f"a Transformer Engine layer was trained outside the forward of the patched model: {_NO_CHECKPOINTING}"
+                f"a Transformer Engine layer was trained outside the forward of the patched model: {NO_CHECKPOINTING}"
             )
         return region.is_open
 
     def _plain(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self._te_hidden.original.forward(x))
+        return cast(Tensor, self.te_hidden.original.forward(x))
 
 
-class TeLinear(_Face, nn.Linear):
+class TeLinear(Face, nn.Linear):
     """nn.Linear computed by te.Linear or, with its norm, by te.LayerNormLinear."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer; ``[..., in_features]`` to ``[..., out_features]``."""
-        return self._te_hidden.run(input, self.out_features) if self._is_training_in_fp8() else self._plain(input)
+        return self.te_hidden.run(input, self.out_features) if self._is_training_in_fp8() else self._plain(input)
 
 
-class TeLayerNorm(_Face, nn.LayerNorm):
+class TeLayerNorm(Face, nn.LayerNorm):
     """nn.LayerNorm computed by te.LayerNorm."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -279,10 +275,10 @@ class TeLayerNorm(_Face, nn.LayerNorm):
         """Normalise the last dimension."""
         if not self._is_training_in_fp8():
             return self._plain(input)
-        return cast(Tensor, self._te_hidden.build()(input))
+        return cast(Tensor, self.te_hidden.build()(input))
 
 
-class FusedAway(_Face, nn.LayerNorm):
+class FusedAway(Face, nn.LayerNorm):
     """nn.LayerNorm that the next layer's fused kernel computes: it passes its input on in training."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -290,7 +286,7 @@ class FusedAway(_Face, nn.LayerNorm):
         return input if self._is_training_in_fp8() else self._plain(input)
 
 
-class TeMlp(_Face):
+class TeMlp(Face):
     """A timm Mlp computed, with its norm, by te.LayerNormMLP."""
 
     drop2: nn.Dropout
@@ -300,110 +296,7 @@ class TeMlp(_Face):
         """Apply norm, both linear layers and the tanh GELU between them."""
         if not self._is_training_in_fp8():
             return self._plain(x)
-        return cast(Tensor, self.drop2(self._te_hidden.run(x, x.shape[-1])))
-
-
-class Converter:
-    """Replaces modules of one model by faces; what it replaced is in `originals`."""
-
-    _NORM: ClassVar = {"layer_norm_weight": "weight", "layer_norm_bias": "bias"}
-
-    def __init__(self, model: nn.Module, recipe: Fp8Recipe):
-        self.model = model
-        self.region = TeRegion(recipe)
-        self.originals: list[tuple[nn.Module, str, nn.Module]] = []
-        self._faces: dict[nn.Module, nn.Module] = {}
-
-    def convert(self, linears: tuple[str, ...]) -> None:
-        """Convert the named linear layers, and every norm that Transformer Engine can compute."""
-        remaining = dict.fromkeys(linears)
-        for norm, mlp in mlp_names(self.model):
-            layers = [f"{mlp}.fc1", f"{mlp}.fc2"]
-            if all(layer in remaining and self._is_aligned(layer) for layer in layers):
-                self._convert_mlp(norm, mlp)
-                for layer in layers:
-                    del remaining[layer]
-        for norm, linear in norm_linear_pairs(self.model):
-            if linear in remaining and self._is_aligned(linear):
-                self._convert_linear(linear, norm)
-                del remaining[linear]
-        for linear in remaining:
-            self._convert_linear(linear, None)
-        for name, module in list(self.model.named_modules()):
-            if is_plain_norm(module) and not isinstance(module, _Face):
-                self._convert_norm(name, module)
-
-    def _is_aligned(self, name: str) -> bool:
-        linear: Any = self.model.get_submodule(name)
-        return all(size % _ALIGNMENT == 0 for size in linear.weight.shape)
-
-    def _convert_linear(self, name: str, norm_name: str | None) -> None:
-        linear: Any = self.model.get_submodule(name)
-        arguments = {
-            "in_features": linear.in_features + -linear.in_features % _ALIGNMENT,
-            "out_features": linear.out_features + -linear.out_features % _ALIGNMENT,
-            "bias": linear.bias is not None,
-            "params_dtype": linear.weight.dtype,
-        }
-        face = self._replace(linear, TeLinear)
-        parameters = {"weight": (face, "weight"), "bias": (face, "bias")}
-        kind = "Linear"
-        if norm_name is not None:
-            norm: Any = self._fuse_away(norm_name)
-            kind, arguments["eps"] = "LayerNormLinear", norm.eps
-            parameters |= {theirs: (norm, ours) for theirs, ours in self._NORM.items()}
-        self._hide(name, face, linear, kind, arguments, parameters, gemms=("",))
-
-    def _convert_mlp(self, norm_name: str, name: str) -> None:
-        mlp: Any = self.model.get_submodule(name)
-        arguments = {
-            "hidden_size": mlp.fc1.in_features,
-            "ffn_hidden_size": mlp.fc1.out_features,
-            "bias": mlp.fc1.bias is not None,
-            "activation": "gelu",
-            "params_dtype": mlp.fc1.weight.dtype,
-        }
-        face = self._replace(mlp, TeMlp)
-        norm: Any = self._fuse_away(norm_name)
-        arguments["eps"] = norm.eps
-        parameters = {theirs: (norm, ours) for theirs, ours in self._NORM.items()}
-        parameters |= {
-            f"{fc}_{kind}": (getattr(face, fc), kind) for fc in ("fc1", "fc2") for kind in ("weight", "bias")
-        }
-        self._hide(name, face, mlp, "LayerNormMLP", arguments, parameters, gemms=(".fc1", ".fc2"))
-
-    def _convert_norm(self, name: str, norm: Any) -> None:
-        arguments = {"normalized_shape": norm.normalized_shape[0], "eps": norm.eps, "dtype": norm.weight.dtype}
-        face = self._replace(norm, TeLayerNorm)
-        parameters = {"weight": (face, "weight"), "bias": (face, "bias")}
-        self._hide(name, face, norm, "LayerNorm", arguments, parameters, gemms=())
-
-    def _fuse_away(self, name: str) -> Any:
-        norm = self.model.get_submodule(name)
-        face = self._replace(norm, FusedAway)
-        face._te_hidden = Hidden(self.region, norm, "", {}, {}, ())
-        return face
-
-    def _hide(
-        self,
-        name: str,
-        face: Any,
-        original: nn.Module,
-        kind: str,
-        arguments: dict[str, Any],
-        parameters: dict[str, tuple[nn.Module, str]],
-        gemms: tuple[str, ...],
-    ) -> None:
-        face._te_hidden = self.region.hidden[name] = Hidden(self.region, original, kind, arguments, parameters, gemms)
-
-    def _replace(self, original: nn.Module, kind: Callable[..., Any]) -> Any:
-        face = kind.of(original)  # type: ignore[attr-defined]
-        for parent in list(self.model.modules()):
-            for attribute, child in list(parent.named_children()):
-                if child is original:
-                    self.originals.append((parent, attribute, original))
-                    parent._modules[attribute] = face
-        return face
+        return cast(Tensor, self.drop2(self.te_hidden.run(x, x.shape[-1])))
 
 
 def _te() -> Any:
