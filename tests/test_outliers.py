@@ -163,3 +163,16 @@ def test_gather_without_processes_changes_nothing():
     before = record.summary()
     record.gather()
     assert record.summary() == before
+
+
+def test_gather_in_a_group_of_one_changes_nothing():
+    model = tiny_vit().eval()
+    with record_outliers(model) as record:
+        model(batch()[0])
+    before = record.summary()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        record.gather()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert record.summary() == before
