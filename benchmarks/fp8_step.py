@@ -5,7 +5,7 @@
 
 Contenders take turns within one process, so that a busy machine disturbs all of them; the time of each is its median
 step, a ratio is against plain bfloat16. Memory is the growth of the peak resident set over one step, each contender in
-a process of its own (`--memory`). Cores shared with other work make the emulation look worse than it is: it starts many
+a process of its own (`--memory`, Linux only). Cores shared with other work make the emulation look worse than it is: it starts many
 short parallel operators, and each waits for the slowest core.
 """
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import timm
@@ -69,9 +69,17 @@ def peak_memory_mib(contender: str, options: argparse.Namespace) -> float:
 def _peak_memory_here(contender: str, options: argparse.Namespace) -> float:
     torch.set_num_threads(options.threads)
     run = build(contender, options)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status_kib("VmRSS")
+    # Not getrusage: its maximum survives exec, so a child starts at the size of its parent.
+    Path("/proc/self/clear_refs").write_text("5")
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(field: str) -> int:
+    """Return a size from Linux's record of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def cast_times(options: argparse.Namespace) -> dict[str, float]:
