@@ -5,8 +5,8 @@
 
 Contenders take turns within one process, so that a busy machine disturbs all of them; the time of each is its median
 step, a ratio is against plain bfloat16. Memory is the growth of the peak resident set over one step, each contender in
-a process of its own (`--memory`, Linux only). Cores shared with other work make the emulation look worse than it is: it starts many
-short parallel operators, and each waits for the slowest core.
+a process of its own (`--memory`, Linux only). Cores shared with other work make the emulation look worse than it is: it
+starts many short parallel operators, and each waits for the slowest core.
 """
 
 from __future__ import annotations
