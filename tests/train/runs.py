@@ -1,6 +1,9 @@
 """Tiny runs of the training command, in this process."""
 
 import json
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +72,38 @@ def same_tensors(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same_tensors(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+def start(words: list[str], environment: dict[str, str] | None = None) -> multiprocessing.Process:
+    """Start a run in a forked process, which spares it the imports."""
+
+    def run() -> None:
+        os.environ.update(environment or {})
+        os._exit(main(words))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def start_together(words: list[str], size: int = 2, scheduler: str = "torchrun") -> list[multiprocessing.Process]:
+    """Start a run of several processes, announced as torchrun or SLURM announces them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    names = {
+        "torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+        "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    }[scheduler]
+    return [
+        start(words, shared | dict(zip(names, (str(rank), str(rank), str(size)), strict=True))) for rank in range(size)
+    ]
+
+
+def train_together(words: list[str], size: int = 2, scheduler: str = "torchrun") -> list[int]:
+    """Run several processes to their end; their exit codes."""
+    processes = start_together(words, size, scheduler)
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]

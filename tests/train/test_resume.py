@@ -1,7 +1,6 @@
 """A run that was interrupted and continued is, to the last bit, the run that was not."""
 
 import csv
-import multiprocessing
 import os
 import random
 import resource
@@ -11,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.train.runs import command, last, load, rows, same_tensors, train
+from tests.train.runs import command, last, load, rows, same_tensors, start, train
 from tweo_timm.train import validation
 from tweo_timm.train.cli import main
 from tweo_timm.train.progress import ProgressLine
@@ -139,12 +138,6 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(images, tmp_path, interrupt,
     assert not list((tmp_path / "run").glob("*tmp*"))
     assert main(words) == 0
     assert_same_run(tmp_path / "run", uninterrupted["prefetcher"])
-
-
-def start(words):
-    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(main(words)))
-    process.start()
-    return process
 
 
 def killed_at_random(words, duration, kills, seed):

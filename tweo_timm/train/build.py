@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, random_seed, unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tweo_timm.blocks import find_blocks
 from tweo_timm.fp8 import Fp8Recipe, patch_fp8
@@ -102,7 +104,7 @@ class Session:
             self.task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
         if world.distributed and not options.fsdp:
             device_ids = [world.device] if world.device.type == "cuda" else None
-            self.task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not options.no_ddp_bb)
+            self.task.prepare_distributed(device_ids=device_ids, **_buffer_settings(options))
 
 
 def build_session(options: TrainOptions, world: World) -> Session:
@@ -189,6 +191,14 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
             "--use-multi-epochs-loader keeps random states in loader processes, where no checkpoint reaches them: a "
             "resumed run draws other augmentations and another order than one that was not interrupted"
         )
+
+
+def _buffer_settings(options: TrainOptions) -> dict[str, bool]:
+    """DDP's argument for --no-ddp-bb; newer versions of torch have renamed it."""
+    if not options.no_ddp_bb:
+        return {}
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
 
 
 def _check_eval_metric(options: TrainOptions, task: TrainingTask) -> None:

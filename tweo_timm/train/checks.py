@@ -152,7 +152,11 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
         yield f"--sched plateau looks at every epoch's metric; give --val-interval 1, not {options.val_interval}"
     if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
         yield "--target-format multihot needs --task multilabel and a --dataset whose samples hold 0/1 vectors"
-    if options.aug_splits and (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None):
+    mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
+    odd = [size for size in options.train_batch_sizes or [options.batch_size] if size % 2]
+    if mixes and odd:
+        yield f"--mixup and --cutmix pair the images of a batch; give an even --batch-size, not {odd[0]}"
+    if options.aug_splits and mixes:
         yield "--aug-splits cannot be mixed: leave out --mixup and --cutmix, or --aug-splits"
     if options.mixup_off_epoch and options.use_multi_epochs_loader and options.workers and not options.no_prefetcher:
         yield "--mixup-off-epoch does not reach loader processes that --use-multi-epochs-loader keeps; leave out one"

@@ -62,7 +62,7 @@ class Trainer:
         optimizer = None if options.no_resume_opt else session.optimizer
         epoch = restore(content, path, session.task, optimizer, session.scaler)
         exact = content.get(EXACT_KEY)
-        if exact is not None and optimizer is not None and options.start_epoch in (None, exact["epoch"]):
+        if exact is not None and optimizer is not None and options.start_epoch is None:
             self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
             _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.cursor.epoch, self.cursor.batch)
             return

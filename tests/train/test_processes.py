@@ -1,0 +1,141 @@
+"""Two gloo processes, replicated or sharded, are one process that sees the whole batch."""
+
+import csv
+import os
+import random
+import signal
+import time
+
+import pytest
+import timm
+import torch
+
+from tests.train.runs import command, last, rows, same_tensors, start_together, train, train_together
+
+# The 56 training images are one update: the order in which processes see them does not matter.
+WHOLE = [
+    *("--no-aug", "--smoothing", "0.1", "--tweo-weight", "0.2", "--tweo-tau", "0.5", "--clip-grad", "1.0"),
+    *("--epochs", "3", "--outlier-interval", "1", "--weight-decay", "0.05"),
+]
+SETTINGS = {
+    "ddp": ["-b", "28", "--no-ddp-bb"],
+    "ddp accumulating": ["-b", "7", "--grad-accum-steps", "4"],
+    "slurm": ["-b", "28", "--model-ema"],
+    "fsdp": ["-b", "28", "--fsdp"],
+    "fsdp accumulating": ["-b", "14", "--grad-accum-steps", "2", "--fsdp"],
+}
+
+
+@pytest.fixture(scope="module")
+def reference(images, tmp_path_factory):
+    return train(images, tmp_path_factory.mktemp("single"), *WHOLE, "-b", "56")
+
+
+def summary(folder):
+    with open(folder / "summary.csv") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_two_processes_train_as_one_with_the_whole_batch(setting, images, tmp_path, reference):
+    scheduler = "slurm" if setting == "slurm" else "torchrun"
+    assert train_together(command(images, tmp_path, *WHOLE, *SETTINGS[setting]), scheduler=scheduler) == [0, 0]
+    folder = tmp_path / "run"
+    found, expected = last(folder)["state_dict"], last(reference)["state_dict"]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+    columns = [key for key in summary(reference)[0] if not (setting == "slurm" and key.startswith("eval"))]
+    for ours, theirs in zip(summary(folder), summary(reference), strict=True):
+        assert [ours[key] for key in columns] == pytest.approx([theirs[key] for key in columns], rel=1e-4, abs=1e-6)
+    for ours, theirs in zip(rows(folder), rows(reference), strict=True):
+        for key in ("train_peak_abs", "train_mean_abs", "train_kurtosis"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+
+
+def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(images, tmp_path):
+    settings = ("-b", "14", "--fsdp", "--tweo-weight", "0.2", "--mixup", "0.5", "--epochs", "3")
+    assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
+    assert train_together(command(images, tmp_path, *settings, "--stop-epoch", "1", name="cut")) == [0, 0]
+    assert train_together(command(images, tmp_path, *settings, "--resume", "auto", name="cut")) == [0, 0]
+    whole, cut = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert same_tensors(cut["state_dict"], whole["state_dict"])
+    assert same_tensors(cut["optimizer"], whole["optimizer"])
+    assert not any(isinstance(value, torch.distributed.tensor.DTensor) for value in whole["state_dict"].values())
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    path = str(tmp_path / "whole" / "last.pth.tar")
+    model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **sizes)
+    assert torch.equal(model.state_dict()["head.weight"], whole["state_dict"]["head.weight"])
+
+
+def test_a_sharded_checkpoint_continues_in_one_process(images, tmp_path):
+    settings = ("--epochs", "2", "--stop-epoch", "1", "--fsdp")
+    assert train_together(command(images, tmp_path, "-b", "7", *settings)) == [0, 0]
+    checkpoint = tmp_path / "run" / "last.pth.tar"
+    folder = train(images, tmp_path, "--resume", str(checkpoint), "--start-epoch", "1", name="alone")
+    assert {row["epoch"] for row in rows(folder)} == {1}
+
+
+def test_another_number_of_processes_is_refused_with_the_remedy(images, tmp_path, capfd):
+    assert train_together(command(images, tmp_path, "-b", "7", "--epochs", "1")) == [0, 0]
+    checkpoint = tmp_path / "run" / "last.pth.tar"
+    from tweo_timm.train.cli import main
+
+    assert main(command(images, tmp_path, "--resume", str(checkpoint), name="other")) == 1
+    assert "--start-epoch" in capfd.readouterr().err
+
+
+def test_batch_norm_statistics_are_shared_after_each_epoch(images, tmp_path):
+    model = ["--model", "resnet10t", "--num-classes", "3", "--input-size", "3", "32", "32"]
+    words = ("-b", "7", "--epochs", "1", "--model-ema", "--dist-bn", "reduce")
+    assert train_together(command(images, tmp_path, *words, model=model)) == [0, 0]
+    header = (tmp_path / "run" / "summary.csv").read_text().splitlines()[0]
+    assert header.endswith("eval_peak_abs")
+
+
+def test_synchronised_batch_norm_on_the_cpu_is_refused(images, tmp_path, capfd):
+    model = ["--model", "resnet10t", "--num-classes", "3", "--input-size", "3", "32", "32"]
+    assert train_together(command(images, tmp_path, "-b", "7", "--sync-bn", model=model)) == [1, 1]
+    assert "--dist-bn reduce" in capfd.readouterr().err
+
+
+RESUMED = ["-b", "4", "--model-ema", "--mixup", "0.5", "--reprob", "0.5", "--tweo-weight", "0.1", "-j", "1"]
+
+
+def test_two_processes_stopped_by_sigterm_continue_bit_for_bit(images, tmp_path):
+    settings = [*RESUMED, "--epochs", "3", "--recovery-interval", "1"]
+    assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
+    words = command(images, tmp_path, *settings, "--resume", "auto", name="cut")
+    processes = start_together(words)
+    while not list((tmp_path / "cut").glob("recovery-0-*")) and all(process.is_alive() for process in processes):
+        time.sleep(0.02)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
+    assert train_together(words) == [0, 0]
+    for key in ("state_dict", "state_dict_ema", "optimizer"):
+        assert same_tensors(last(tmp_path / "cut")[key], last(tmp_path / "whole")[key]), key
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_random_moments_continue_bit_for_bit(images, tmp_path):
+    settings = [*RESUMED, "--epochs", "12", "--recovery-interval", "1"]
+    begin = time.monotonic()
+    assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
+    duration = time.monotonic() - begin
+    words = command(images, tmp_path, *settings, "--resume", "auto", name="killed")
+    rng = random.Random(7)
+    hit = 0
+    for _ in range(20):
+        processes = start_together(words)
+        processes[0].join(rng.uniform(0.1, 0.25) * duration)
+        hit += processes[0].is_alive()
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    assert hit >= 5
+    assert train_together(words) == [0, 0]
+    for key in ("state_dict", "state_dict_ema", "optimizer"):
+        assert same_tensors(last(tmp_path / "killed")[key], last(tmp_path / "whole")[key]), key

@@ -1,0 +1,97 @@
+"""Input as ImageNet comes: tar archives, WebDataset shards, Hugging Face datasets."""
+
+import importlib.util
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.train.runs import RUN, VIT, last, same_tensors, write_images
+from tweo_timm.train.cli import main
+
+
+def run(tmp_path, *words, name="run"):
+    assert main([*VIT, *RUN, "--output", str(tmp_path), "--experiment", name, "--epochs", "2", *words]) == 0
+    return tmp_path / name
+
+
+def add(tar, name, data):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def write_shards(root, split, shards, each):
+    """Write WebDataset shards of noise and return their description for _info.json."""
+    rng = np.random.default_rng(len(split))
+    names = []
+    for shard in range(shards):
+        names.append(f"toy-{split}-{shard:04d}.tar")
+        with tarfile.open(root / names[-1], "w") as tar:
+            for index in range(each):
+                pixels = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(pixels, "PNG")
+                add(tar, f"{shard:02d}{index:04d}.png", pixels.getvalue())
+                add(tar, f"{shard:02d}{index:04d}.cls", str(index % 3).encode())
+    return {"name": split, "filenames": names, "shard_lengths": [each] * shards, "num_samples": shards * each}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    splits = {"train": write_shards(root, "train", 4, 14), "validation": write_shards(root, "validation", 2, 6)}
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    return root
+
+
+WDS = ("--dataset", "wds/toy", "--reprob", "0.3", "--mixup", "0.5", "--recovery-interval", "1")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_webdataset_shards_train_and_continue_bit_for_bit(workers, shards, tmp_path, interrupt):
+    words = (*WDS, "--data-dir", str(shards), "-j", workers)
+    whole = run(tmp_path, *words, name="whole")
+    assert last(whole)["exact"]["updates"] == 2 * (7 if workers == "0" else 8)  # whole batches of each worker
+    where = ["--output", str(tmp_path), "--experiment", "cut", "--epochs", "2", "--resume", "auto"]
+    interrupt(11)
+    assert main([*VIT, *RUN, *where, *words]) == 143
+    assert main([*VIT, *RUN, *where, *words]) == 0
+    assert same_tensors(last(tmp_path / "cut")["state_dict"], last(whole)["state_dict"])
+
+
+def test_shards_without_a_description_name_their_number_of_samples(shards, tmp_path):
+    run(
+        tmp_path,
+        *("--dataset", "wds/toy", "--data-dir", str(shards)),
+        *("--train-split", "toy-train-{0000..0003}.tar|56", "--val-split", "toy-validation-{0000..0001}.tar|12"),
+    )
+
+
+def test_a_split_that_the_shards_do_not_have_is_one_message(shards, tmp_path, capsys):
+    words = ["--dataset", "wds/toy", "--data-dir", str(shards), "--train-split", "nowhere"]
+    assert main([*VIT, *RUN, "--output", str(tmp_path), *words]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_tar_archives_train_as_the_folders_that_they_hold(workers, tmp_path):
+    data = write_images(tmp_path / "data", train=24, val=6)
+    (tmp_path / "tars").mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / "tars" / f"{split}.tar", "w") as tar:
+            for path in sorted((data / split).rglob("*.png")):
+                tar.add(path, arcname=str(path.relative_to(data / split)))
+    archives = ("--data-dir", str(tmp_path / "tars"), "--train-split", "train.tar", "--val-split", "val.tar")
+    from_tars = run(tmp_path, *archives, "-j", workers, name="tars")
+    from_folders = run(tmp_path, "--data-dir", str(data), "-j", workers, name="folders")
+    assert same_tensors(last(from_tars)["state_dict"], last(from_folders)["state_dict"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed")
+def test_a_hugging_face_dataset_on_disk_trains(tmp_path):
+    data = write_images(tmp_path / "data", train=24, val=6)
+    (data / "val").rename(data / "validation")
+    run(tmp_path, "--dataset", "hfds/imagefolder", "--data-dir", str(data))
