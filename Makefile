@@ -35,11 +35,12 @@ results: $(VENV)/.installed-quickstart
 	@$(BIN)/python -m tweo_timm.quickstart --output quickstart --seeds 0 1 2
 	@$(BIN)/python -m tweo_timm.quickstart --output quickstart --seeds 0 1 2 --fp8
 
+# Two processes of one thread each: the tests' models are too small to share.
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
