@@ -1,0 +1,152 @@
+"""From a quantized model to files, and the proof that the files compute the same: one record for a report.
+
+The files run in onnxruntime over the images that the PyTorch model was scored on. Two things are compared: Top-1, and
+the logits. Those cannot be equal bit by bit: a float operation that rounds differently (a fused softmax does) moves a
+value across the edge between two integers, and later layers amplify that. So the difference is measured against what
+quantization itself did: `error_ratio` is far below one when the file is the model, and one when it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tweo_timm.quant.export import TARGETS, export_onnx, require_export_extra
+from tweo_timm.quant.sidecar import write_scales
+
+_logger = logging.getLogger(__name__)
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a PyTorch module for evaluation, so that anything which scores a model scores the file.
+
+    Args:
+        path: an ONNX file with one input and one output.
+        threads: of one operator; None takes torch's number.
+
+    Raises:
+        RuntimeError: without the extra `export`.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        super().__init__()
+        require_export_extra()
+        from tweo_timm.quant.ort import open_session
+
+        self._session = open_session(path, threads)
+        self._input = self._session.get_inputs()[0].name
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of images (B, C, H, W), float32, on the images' device."""
+        logits = self._session.run(None, {self._input: images.detach().float().cpu().numpy()})[0]
+        return torch.from_numpy(logits).to(images.device)
+
+
+class Agreement:
+    """How far a file is from the model that it was exported from, over many batches."""
+
+    def __init__(self) -> None:
+        self._images = self._same = 0
+        self._powers = torch.zeros(3, dtype=torch.float64)
+        self._largest = 0.0
+
+    def update(self, model: Tensor, file: Tensor, original: Tensor) -> None:
+        """Count one batch of logits in: of the quantized model, of the file, and of the float model."""
+        model, file, original = (logits.detach().cpu().double() for logits in (model, file, original))
+        self._images += len(model)
+        self._same += int((model.argmax(-1) == file.argmax(-1)).sum())
+        self._powers += torch.stack(
+            [(file - model).square().sum(), (model - original).square().sum(), model.square().sum()]
+        )
+        self._largest = max(self._largest, float((file - model).abs().max()))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the measures as plain numbers.
+
+        Returns:
+            top1_agreement (share of images with the same first class), relative_error (norm of the difference of logits
+            over norm of the model's), max_abs_error, and error_ratio (norm of that difference over the norm of what
+            quantization changed; None for a float model).
+        """
+        error, quantization, signal = self._powers.sqrt().tolist()
+        return {
+            "top1_agreement": self._same / max(self._images, 1),
+            "relative_error": error / signal if signal else None,
+            "max_abs_error": self._largest,
+            "error_ratio": error / quantization if quantization else None,
+        }
+
+
+def export_record(
+    model: nn.Module,
+    quantized: nn.Module | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    path: str | Path,
+    targets: Iterable[str] = TARGETS,
+) -> dict[str, Any]:
+    """Export a model, run the files over images, and say how well they do and which nodes run in int8.
+
+    Args:
+        model: the float model, in evaluation mode.
+        quantized: what `quantize_static` made of it; None exports the float model.
+        batches: (images (B, C, H, W), targets (B,)), such as timm's loaders give, on the model's device.
+        path: of the first target's file, ending in .onnx; others are put beside it: name.onnxruntime.onnx, and
+            name.scales.json with the scales.
+        targets: see `export_onnx`; a float model has one file for all.
+
+    Returns:
+        scheme, images, top1 (of the PyTorch model that was exported, per cent), scales (path or None), and files: one
+        dict for each target with path, size_mb, top1, the measures of `Agreement`, nodes (see `node_census`), folded,
+        kept and fused.
+
+    Raises:
+        RuntimeError: without the extra, or if the model cannot be exported.
+        ValueError: without images, or for schemes that cannot be exported.
+    """
+    require_export_extra()
+    from tweo_timm.quant.ort import node_census
+
+    path, exported = Path(path), model if quantized is None else quantized
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("an export is checked on at least one image")
+    targets = list(targets) if quantized is not None else ["qdq"]
+    files: list[dict[str, Any]] = []
+    for index, target in enumerate(targets):
+        to = path if index == 0 else path.with_suffix(f".{target}.onnx")
+        files.append(export_onnx(exported, to, first[0], target=target))
+    scales = path.with_suffix(".scales.json") if quantized is not None else None
+    if quantized is not None and scales is not None:
+        write_scales(quantized, scales)
+    runs = [OnnxModel(file["path"]) for file in files]
+    agreements = [Agreement() for _ in files]
+    correct, images = torch.zeros(1 + len(files)), 0
+    with torch.inference_mode():
+        for x, y in _chain(first, batches):
+            original = model(x)
+            reference = original if quantized is None else quantized(x)
+            logits = [run(x) for run in runs]
+            for agreement, got in zip(agreements, logits, strict=True):
+                agreement.update(reference, got, original)
+            correct += torch.tensor([float((z.argmax(-1) == y).sum()) for z in (reference, *logits)])
+            images += len(x)
+    top1 = (100 * correct / images).tolist()
+    for file, agreement, percent in zip(files, agreements, top1[1:], strict=True):
+        size = Path(file["path"]).stat().st_size / 1e6
+        file |= {"size_mb": round(size, 3), "top1": percent, **agreement.summary(), "nodes": node_census(file["path"])}
+        _logger.info("%s: Top-1 %.2f (PyTorch %.2f), %s", file["path"], percent, top1[0], file["nodes"])
+    scheme = files[0]["scheme"]
+    return {"scheme": scheme, "images": images, "top1": top1[0], "scales": str(scales) if scales else None} | {
+        "files": files
+    }
+
+
+def _chain(first: tuple[Tensor, Tensor], rest: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
+    yield first
+    yield from rest

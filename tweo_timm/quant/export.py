@@ -1,0 +1,149 @@
+"""ONNX files of float and of statically quantized models, checked in onnxruntime.
+
+Fake quantization shows what int8 costs; a file that an engine runs in int8 is what a user deploys. Two targets:
+
+    qdq           standard ONNX operators only. Every quantized operand passes QuantizeLinear and DequantizeLinear with
+                  its frozen scale, int8 and zero point 0: what TensorRT, OpenVINO and onnxruntime look for.
+    onnxruntime   the same integers with the operators that onnxruntime's CPU provider computes them with, bias
+                  included: its own optimizer leaves the bias, and with it half of the speed, outside.
+
+Opset 20, the first with a Gelu operator. The batch is dynamic, height and width are those of the example.
+Needs the extra `export`. Refused: schemes with steps computed at run time, and models that torch.export cannot trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from tweo_timm.quant.compensate import fold_compensation
+from tweo_timm.quant.qdq import stand_in
+from tweo_timm.quant.quantizer import QuantizedLayer
+
+_logger = logging.getLogger(__name__)
+
+OPSET = 20
+TARGETS = ("qdq", "onnxruntime")
+INPUT, OUTPUT = "images", "logits"
+_EXTRA = ("onnx", "onnxruntime", "onnxscript")
+
+
+def require_export_extra() -> None:
+    """Check that the extra is installed; call it before a long run that ends in an export.
+
+    Raises:
+        RuntimeError: naming what is missing and the command that installs it.
+    """
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"ONNX export needs {', '.join(missing)}: pip install 'tweo-timm[export]'")
+
+
+def export_onnx(
+    model: nn.Module, path: str | Path, example: Tensor, *, target: str = "qdq", dynamic_batch: bool = True
+) -> dict[str, Any]:
+    """Write a model as an ONNX file with input `images` (batch, C, H, W) and output `logits` (batch, classes), float32.
+
+    Args:
+        model: a float model, or what `quantize_static` returned; it is not changed.
+        path: the file to write; one file holds all (2 GB at most).
+        example: images (B, C, H, W) of the size that the file is for; their values do not matter.
+        target: "qdq" or "onnxruntime", see the module's docstring; a float model is the same for both.
+        dynamic_batch: any number of images; False fixes it to the example's.
+
+    Returns:
+        path, target, opset, scheme (None for a float model), folded and kept (layers whose compensation went into
+        scales and bias, and blocks whose compensation stays a node), fused (operators that
+        "onnxruntime" brought in: name -> count).
+
+    Raises:
+        RuntimeError: without the extra, or if torch.export cannot trace the model, with its reason.
+        ValueError: for another target, or a scheme with steps computed at run time.
+
+    Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 19; the scheme is arXiv:2511.23225's.
+    """
+    require_export_extra()
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}; accepted are {', '.join(TARGETS)}")
+    working = _working_copy(model)
+    scheme = getattr(working, "quantization", {}).get("scheme")
+    folds = fold_compensation(working) if scheme else {"folded": [], "kept": []}
+    if any(isinstance(module, QuantizedLayer) for module in working.modules()):
+        stand_in(working, unsigned=target == "onnxruntime")
+    program = _traced(working, example.detach().float().cpu(), dynamic_batch)
+    fused: dict[str, int] = {}
+    if target == "onnxruntime":
+        from tweo_timm.quant.ort import fuse_for_onnxruntime
+
+        fused = fuse_for_onnxruntime(program.model)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    program.save(str(path))
+    _logger.info("wrote %s (%s, %s)", path, scheme or "float", target)
+    return {"path": str(path), "target": target, "opset": OPSET, "scheme": scheme, **folds, "fused": fused}
+
+
+def _working_copy(model: nn.Module) -> nn.Module:
+    """Copy a model to the CPU in float32, its attention written out so that engines see the products."""
+    working: nn.Module = copy.deepcopy(unwrap_model(model)).cpu().float().eval()
+    attention: Any
+    for attention in working.modules():
+        if hasattr(attention, "fused_attn"):
+            attention.fused_attn = False
+    return working
+
+
+def _traced(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
+    """Trace with torch.onnx; two images at least, because torch.export takes a batch of one for a constant."""
+    if dynamic_batch and len(example) < 2:
+        example = torch.cat([example, example])
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except Exception as error:  # torch.export raises many kinds; all of them mean the same to a user
+        reason = _root(error)
+        hint = "; a fixed batch may work: dynamic_batch=False" if dynamic_batch else ""
+        raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX: {reason}{hint}") from error
+
+
+def _root(error: BaseException) -> str:
+    """The first line that says something of the innermost error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what torch's exporter says about its own internals, which no user can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,137 @@
+"""What a quantized model's parts look like in an ONNX graph: QuantizeLinear, DequantizeLinear and a float operator.
+
+Engines recognise int8 computation by a pattern: operands of a MatMul or Conv come out of DequantizeLinear nodes. The
+modules here stand in for a model's own while it is traced and emit that pattern with the frozen scales, so the integers
+in the file are those of the PyTorch model. They trace, they do not compute: outside of an export they return zeros.
+
+Linear layers become MatMul and Add, with the weight stored (in, out): a Transpose between DequantizeLinear and MatMul
+would hide the pattern. Grids below 8 bits are clipped first and stored in 8 bits: no engine has 6-bit integers.
+A step that is computed at run time, one a token, is refused: ONNX has no operator for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, largest_integer
+
+UNSIGNED_ZERO_POINT = 128
+"""Added to a signed integer, it gives the unsigned one that stands for the same value."""
+
+
+def stand_in(model: nn.Module, *, unsigned: bool) -> nn.Module:
+    """Replace every quantized layer and static quantizer of a model by its stand-in, in place.
+
+    Args:
+        model: what `quantize_static` returned, a copy that may be changed, its compensations folded.
+        unsigned: activations are stored as uint8 with zero point 128, not int8 with zero point 0: the same values.
+
+    Raises:
+        ValueError: if a quantizer computes its step at run time.
+    """
+    for parent_name, parent in list(model.named_modules()):
+        for name, child in list(parent._modules.items()):
+            try:
+                if isinstance(child, QuantizedLayer):
+                    parent._modules[name] = QdqLayer(child, unsigned=unsigned)
+                elif isinstance(child, Quantizer) and not isinstance(parent, QuantizedLayer):
+                    parent._modules[name] = QdqPoint(child, unsigned=unsigned)
+            except ValueError as error:
+                raise ValueError(f"{parent_name}.{name}".lstrip(".") + f": {error}") from error
+    return model
+
+
+class QdqPoint(nn.Module):
+    """A static Quantizer in a graph: [Clip,] QuantizeLinear, DequantizeLinear.
+
+    Args:
+        quantizer: what it stands for.
+        unsigned: see `stand_in`.
+
+    Raises:
+        ValueError: if the quantizer computes its step at run time.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Quantizer, *, unsigned: bool) -> None:
+        super().__init__()
+        if quantizer.scale is None:
+            raise ValueError(
+                "its step is computed at run time, one a token, which ONNX cannot express: quantize with static "
+                "activation scales, such as w8a8-tt or w8a8-ct"
+            )
+        zero = torch.tensor(UNSIGNED_ZERO_POINT, dtype=torch.uint8) if unsigned else torch.tensor(0, dtype=torch.int8)
+        self.limit = None if quantizer.bits == 8 else float(quantizer.scale) * largest_integer(quantizer.bits)
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+        self.register_buffer("zero_point", zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Emit the nodes that round x."""
+        with torch._C.DisableTorchFunction():
+            if self.limit is not None:
+                x = x.clamp(-self.limit, self.limit)
+            integers = _node("QuantizeLinear", (x, self.scale, self.zero_point), x.shape, self.zero_point.dtype)
+            return _node("DequantizeLinear", (integers, self.scale, self.zero_point), x.shape)
+
+
+class QdqLayer(QuantizedLayer):
+    """A QuantizedLayer in a graph: both operands through DequantizeLinear into MatMul (and Add) or Conv.
+
+    Args:
+        layer: what it stands for; its compensation must be folded.
+        unsigned: see `stand_in`.
+
+    Raises:
+        ValueError: if the input's step is computed at run time.
+    """
+
+    def __init__(self, layer: QuantizedLayer, *, unsigned: bool) -> None:
+        nn.Module.__init__(self)
+        assert layer.compensation is None
+        self.bits, self.channel_axis, self.compensation = layer.bits, layer.channel_axis, None
+        self.input = QdqPoint(layer.input_quantizer, unsigned=unsigned)
+        is_linear = layer.geometry is None
+        self.register_buffer("weight_int", layer.weight_int)
+        self.register_buffer("weight_scale", layer.weight_scale)
+        self.register_buffer("stored", layer.weight_int.T.contiguous() if is_linear else layer.weight_int)
+        self.register_buffer("zero_point", torch.zeros_like(layer.weight_scale, dtype=torch.int8))
+        self.register_buffer("bias", layer.bias)
+        self.geometry = layer.geometry
+        self._attributes = {"axis": 1 if is_linear else 0} if layer.weight_scale.ndim else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Emit the layer's nodes; x is (..., in) for a Linear, (B, C, ...) for a convolution."""
+        stored: Any = self.stored
+        geometry: Any = self.geometry
+        with torch._C.DisableTorchFunction():  # a StreamQuantizer counts additions, and the bias is none of its own
+            if isinstance(geometry, Conv2dSame) or getattr(geometry, "same_pad", False):  # zeros are on every grid
+                x = pad_same(x, geometry.kernel_size, geometry.stride, geometry.dilation)
+            x = self.input(x)
+            weight = _node(
+                "DequantizeLinear",
+                (stored, self.weight_scale, self.zero_point),
+                stored.shape,
+                attributes=self._attributes,
+            )
+            if geometry is not None:
+                y: Tensor = geometry._conv_forward(x, weight, self.bias)
+                return y
+            y = _node("MatMul", (x, weight), (*x.shape[:-1], stored.shape[1]))
+            return y if self.bias is None else _node("Add", (y, self.bias), y.shape)
+
+
+def _node(
+    op: str,
+    inputs: Sequence[Any],
+    shape: Sequence[Any],
+    dtype: torch.dtype = torch.float32,
+    attributes: dict[str, Any] | None = None,
+) -> Tensor:
+    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape)
