@@ -180,7 +180,7 @@ class Trainer:
 
     def _epoch(self, epoch: int, last_epoch: int) -> dict[str, Any]:
         session = self.session
-        train = self._train(epoch)
+        train = self.train_epoch(epoch)
         rows = self.meters.rows(epoch, session.world.distributed)
         if rows:
             train["peak_abs"] = max(row["train_peak_abs"] for row in rows)
@@ -204,8 +204,12 @@ class Trainer:
         groups = self.session.optimizer.param_groups
         return float(sum(group["lr"] for group in groups) / len(groups))
 
-    def _train(self, epoch: int) -> dict[str, float]:
-        """Train one epoch, or what is left of it."""
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch, or what is left of it.
+
+        Returns:
+            loss, task_loss and tweo_loss: means over the samples of all processes.
+        """
         session, options, world = self.session, self.session.options, self.session.world
         cursor, data = self.cursor, self.session.data
         entry, self._entry = self._entry, None

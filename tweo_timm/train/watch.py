@@ -76,7 +76,8 @@ class HealthWatch:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
-        self._parameters: list[str] = []
+        self._named: list[tuple[str, nn.Parameter]] = []
+        self._graded: list[str] = []
         self._norms = torch.zeros(1, device=device)
 
     def note(self, update: int, loss: Tensor, peaks: Tensor | None) -> None:
@@ -104,15 +105,17 @@ class HealthWatch:
             update: number of the optimizer update.
             module: its parameters have their gradients.
         """
-        named = [(name, _local(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
-        if not named:
+        if not self._named:  # walking a model's modules at every update would cost more than the norms
+            self._named = list(module.named_parameters())
+        gradients = [_local(p.grad) for _, p in self._named if p.grad is not None]
+        if not gradients:
             return
         # One fused pass, as in torch.nn.utils.clip_grad_norm_: a norm is not finite if one element is not.
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named])).float()
+        norms = torch.stack(torch._foreach_norm(gradients)).float()
         first = self._note_first(update, ~torch.isfinite(norms).all())
-        if len(self._parameters) != len(named):
-            self._parameters = [name.replace("_orig_mod.", "").removeprefix("module.") for name, _ in named]
+        if len(self._norms) != len(norms):
             self._norms = torch.zeros_like(norms)
+            self._graded = [name for name, p in self._named if p.grad is not None]
         self._norms = torch.where(first, norms, self._norms)
 
     def _note_first(self, update: int, bad: Tensor) -> Tensor:
@@ -148,9 +151,10 @@ class HealthWatch:
             return f"loss {loss:g}, max |A| = {peaks[high[0]]:g} first at block {self.block_names[high[0]]}"
         # The backward pass goes from the last parameter to the first: the last bad one was bad first.
         norms = self._norms.tolist()
-        broken = [name for name, norm in zip(self._parameters, norms, strict=False) if not math.isfinite(norm)]
+        broken = [name for name, norm in zip(self._graded, norms, strict=False) if not math.isfinite(norm)]
         if math.isfinite(loss) and broken:
-            return f"gradients are not finite, first that of {broken[-1]}"
+            name = broken[-1].replace("_orig_mod.", "").removeprefix("module.")
+            return f"gradients are not finite, first that of {name}"
         return f"loss {loss:g}, while every block's output is finite: look at the head, the targets and the loss"
 
 
