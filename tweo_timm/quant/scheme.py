@@ -33,7 +33,7 @@ class Scheme:
         activation_bits: 8, 6 or 4; also those of the residual stream and the attention operands.
         per_channel: weights have a scale for each output channel, not one for the tensor.
         per_token: activations have a scale for each token, computed at run time, not one static scale for the tensor.
-        residual: the residual stream is quantized: where it enters the blocks, after each add, at block outputs.
+        residual: the residual stream is quantized: after each residual add, and at block outputs.
         attention: the operands of both attention products are quantized.
         smooth: SmoothQuant first moves activation peaks into the weights.
         compensation: "" for none, "qwt" (a gain and a shift for each channel after each layer, QwT-v2), "qwtblock" (the

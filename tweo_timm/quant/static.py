@@ -169,7 +169,6 @@ def observe(model: nn.Module, batches: Iterable[Tensor], blocks: Mapping[str, nn
     with watch, torch.no_grad():
         for images in batches:
             seen.num_images += len(images)
-            watch.outputs.clear()
             model(images.to(device))
     if seen.num_images == 0:
         raise ValueError("calibration needs at least one image: pass batches of the training split")
@@ -183,7 +182,6 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], seen: Observation) -> None:
         super().__init__()
         self.seen = seen
-        self.outputs: list[Tensor] = []
         self._layers = {name: layer for name, layer in model.named_modules() if is_quantizable(layer)}
         self._by_weight = {id(layer.weight): name for name, layer in self._layers.items()}
         self._blocks = blocks
@@ -241,9 +239,7 @@ class _Watch(TorchFunctionMode):
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
             tensors = {key: value for key, value in given if isinstance(value, Tensor)}
-            self._watchers.append(
-                SiteWatcher(block, tensors, self.seen.blocks[name], self._left_by_a_block).__enter__()
-            )
+            self._watchers.append(SiteWatcher(block, tensors, self.seen.blocks[name]).__enter__())
 
         return hook
 
@@ -253,13 +249,8 @@ class _Watch(TorchFunctionMode):
             watcher.__exit__(None, None, None)
             if output is not None:
                 watcher.finish(output)
-                self.outputs[:] = [*self.outputs[-1:], output]
 
         return hook
-
-    def _left_by_a_block(self, x: Tensor) -> bool:
-        storages = {output.untyped_storage().data_ptr() for output in self.outputs}
-        return x.untyped_storage().data_ptr() in storages
 
 
 def _replace_layers(model: nn.Module, observation: Observation, scheme: Scheme) -> None:
@@ -310,7 +301,6 @@ def _stream_quantizers(sites: BlockSites, scheme: Scheme) -> dict[str, Quantizer
     """The sites of one block, in the order of execution within each kind."""
     axes: dict[str, int] = {}  # site -> the axis that shares a step, where steps are computed at run time
     if scheme.residual:
-        axes |= dict.fromkeys(sites.inputs, sites.output_axis)
         axes |= {f"add{index}": axis for index, axis in sites.residual.items()}
         if sites.output:
             axes["output"] = sites.output_axis

@@ -80,18 +80,16 @@ class BlockSites:
         num_products: products of two activations.
         residual: number of a residual add -> the axis of its channels.
         stream: the argument (position or keyword) that brings the stream in.
-        inputs: site -> argument, for the arguments whose stream no earlier block has left on its grid.
         output: the block's output is not simply its last residual add.
         output_axis: axis of the channels of the block's output.
         hidden_products: functions that multiply activations where operands cannot be seen.
-        amax: site -> max|X|: "input0", "add3", "output", "product1_left", "product1_right".
+        amax: site -> max|X|: "add3", "output", "product1_left", "product1_right".
     """
 
     num_adds: int = 0
     num_products: int = 0
     residual: dict[int, int] = field(default_factory=dict)
     stream: int | str = 0
-    inputs: dict[str, int | str] = field(default_factory=dict)
     output: bool = False
     output_axis: int = -1
     hidden_products: list[str] = field(default_factory=list)
@@ -110,29 +108,20 @@ class SiteWatcher(_Ordinals):
         block: the block that runs.
         arguments: its tensor arguments by position ("0") or keyword.
         sites: what to fill in.
-        quantized: whether a tensor was left by an earlier block (then it is on that block's grid already).
     """
 
     _STREAM: ClassVar[str] = "stream"
 
-    def __init__(
-        self,
-        block: nn.Module,
-        arguments: dict[int | str, Tensor],
-        sites: BlockSites,
-        quantized: Callable[[Tensor], bool],
-    ) -> None:
+    def __init__(self, block: nn.Module, arguments: dict[int | str, Tensor], sites: BlockSites) -> None:
         super().__init__()
         self._block, self._sites = block, sites
         self._arguments = {key: x for key, x in arguments.items() if x.is_floating_point() and x.ndim > 2}
-        self._fresh = {key for key, x in self._arguments.items() if not quantized(x)}
         self._flow = Flow()
         self._adds: list[tuple[frozenset[str], int]] = []
         self._owners: list[nn.Module] = [block]
         self._handles: list[Any] = []
         for key, x in self._arguments.items():
             self._flow.label(x, {self._STREAM, f"input{key}"})
-            sites.raise_amax(f"input{key}", x)
 
     def __enter__(self) -> SiteWatcher:
         for module in self._block.modules():  # so as to know whose code an addition is
@@ -194,7 +183,6 @@ class SiteWatcher(_Ordinals):
         sites.num_adds, sites.num_products = self.num_adds, self.num_products
         sites.residual = {index: self._adds[index][1] for index in sorted(residual)}
         sites.stream = stream_inputs[0]
-        sites.inputs = {f"input{key}": key for key in stream_inputs if key in self._fresh}
         sites.output = not made_of
         sites.raise_amax("output", output)
         sites.output_axis = channel_axis(self._block, output)
@@ -243,8 +231,8 @@ class StreamQuantizer(nn.Module):
     Attributes:
         stream: the block's argument (position or keyword) that brings the stream in.
         channel_axis: axis of the channels of the block's output.
-        quantizers: site -> Quantizer; "input0" rounds the stream as it enters, "add3" a residual add, "output" the
-            block's output, "product0_left" and "product0_right" the operands of an attention product.
+        quantizers: site -> Quantizer; "add3" rounds a residual add, "output" the block's output,
+            "product0_left" and "product0_right" the operands of an attention product.
         compensation: None or a module applied to the block's (rounded) output, and its input if it takes two.
     """
 
@@ -254,7 +242,6 @@ class StreamQuantizer(nn.Module):
         super().__init__()
         self.block_name = name
         self.stream, self.channel_axis = sites.stream, sites.output_axis
-        self.inputs = {site: key for site, key in sites.inputs.items() if site in quantizers}
         self.num_adds, self.num_products = sites.num_adds, sites.num_products
         self.quantizers = nn.ModuleDict(quantizers)
         self.compensation = None
@@ -265,15 +252,10 @@ class StreamQuantizer(nn.Module):
         block.register_forward_pre_hook(self._enter, with_kwargs=True)
         block.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
 
-    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        values: dict[int | str, Any] = dict(enumerate(args))
-        values.update(kwargs)
-        for site, key in self.inputs.items():
-            values[key] = self.quantizers[site](values[key])
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mode = _Rounding(self.quantizers)
         mode.__enter__()  # type: ignore[no-untyped-call]
-        self._running.append((mode, values[self.stream]))
-        return tuple(values[index] for index in range(len(args))), {key: values[key] for key in kwargs}
+        self._running.append((mode, kwargs[self.stream] if isinstance(self.stream, str) else args[self.stream]))
 
     def _leave(self, block: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
         mode, entered = self._running.pop()
