@@ -56,7 +56,7 @@ def capture_exact(
         "epoch": cursor.epoch,
         "batch": cursor.batch,
         "updates": cursor.updates,
-        "plateau": session.scheduler.state_dict() if session.options.sched == "plateau" else None,
+        "plateau": _plateau(session).state_dict() if session.options.sched == "plateau" else None,
         "processes": session.world.gather(mine),
     }
 
@@ -88,7 +88,7 @@ def restore_exact(
     mine = exact["processes"][world.rank]
     cursor.epoch, cursor.batch, cursor.updates = exact["epoch"], exact["batch"], exact["updates"]
     if exact["plateau"] is not None and session.options.sched == "plateau":
-        session.scheduler.load_state_dict(exact["plateau"])
+        _plateau(session).load_state_dict(exact["plateau"])
     if session.fp8 is not None and mine["fp8"] is not None:
         load_fp8_state(session.model, mine["fp8"])
     generator = _ema_generator(session)
@@ -98,6 +98,11 @@ def restore_exact(
         return RandomState.from_state_dict(mine["random"])
     meters.load_state_dict(mine["meters"])
     return Position.from_state_dict(mine["position"])
+
+
+def _plateau(session: Session) -> Any:
+    """torch's scheduler inside timm's: timm's own state leaves out how many epochs were bad."""
+    return session.scheduler.lr_scheduler
 
 
 def _ema_generator(session: Session) -> Any:
