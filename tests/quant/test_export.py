@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tests.quant.families import make_images, make_model
 from tweo_timm.quant import export
 from tweo_timm.quant.deploy import Agreement, OnnxModel, export_record
 from tweo_timm.quant.export import export_onnx, require_export_extra
+from tweo_timm.quant.qdq import _patch_size, _patches
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantization_scales, quantize_static
 
@@ -92,13 +95,32 @@ def test_every_frozen_scale_is_in_the_file(vit: Exported) -> None:
 
 
 def test_every_linear_layer_with_its_bias_becomes_one_int8_node_in_onnxruntime(vit: Exported) -> None:
-    linear = sum(entry["kind"] == "linear" for entry in quantization_scales(vit.quantized).values())
+    layers = len(quantization_scales(vit.quantized))  # the patch embedding included
     packed = 2  # query, key and value of each block are three nodes
     nodes = vit.record["files"][1]["nodes"]
-    assert nodes["int8"] == {"MatMulIntegerToFloat": linear + 2 * packed}
-    assert nodes["float_products"]["Conv"] == 1
+    assert nodes["int8"] == {"MatMulIntegerToFloat": layers + 2 * packed}
+    assert "Conv" not in nodes["float_products"]
     assert nodes["float_other"]["Gelu"] == 2  # BiasGelu would mean that a bias was left over
     assert nodes["float_other"].get("Add", 0) + nodes["float_other"].get("SkipLayerNormalization", 0) <= 5
+
+
+@pytest.mark.parametrize("name", ["fast_with_rest", "conv1x1", "dilated", "grouped", "overlapping", "same"])
+def test_patches_are_cut_where_a_convolution_is_a_product_and_nowhere_else(name: str) -> None:
+    conv = {
+        "fast_with_rest": nn.Conv2d(3, 5, (2, 3), stride=(2, 3)),
+        "conv1x1": nn.Conv2d(3, 5, 1),
+        "dilated": nn.Conv2d(3, 5, 2, stride=2, dilation=2),
+        "grouped": nn.Conv2d(4, 4, 2, stride=2, groups=2),
+        "overlapping": nn.Conv2d(3, 5, 3, stride=2),
+        "same": nn.Conv2d(3, 5, 1, padding="same"),
+    }[name]
+    size = _patch_size(conv)
+    assert (size is not None) == (name in ("fast_with_rest", "conv1x1"))
+    if size is not None:
+        x = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0))
+        tokens, grid = _patches(x, size)
+        y = nn.functional.linear(tokens, conv.weight.flatten(1), conv.bias).transpose(1, 2).unflatten(2, grid)
+        torch.testing.assert_close(y, conv(x))
 
 
 def test_the_record_says_what_a_report_needs(vit: Exported) -> None:
@@ -184,7 +206,7 @@ def test_every_family_exports_and_agrees(family: str, tmp_path: Path) -> None:
 
 def check_family(family: str, overrides: dict[str, Any], folder: Path) -> None:
     model, images = make_model(family, **overrides), make_images(family, 4)
-    quantized = quantize_static(model, [images], "w8a8-tt")
+    quantized = quantize_static(model, [images], "w8a8-tt+res")
     export_onnx(quantized, folder / "model.onnx", images[:1], target="onnxruntime")
     with torch.no_grad():
         wanted, original = quantized(images), model(images)
@@ -220,6 +242,19 @@ def test_without_the_extra_one_message_names_the_command(monkeypatch: pytest.Mon
         OnnxModel("x.onnx")
     monkeypatch.undo()
     require_export_extra()
+
+
+def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.onnx, "ops")
+    with pytest.raises(RuntimeError, match=r"needs torch 2\.8 or newer"):
+        require_export_extra()
+
+
+def test_the_module_of_onnxruntime_names_the_command_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tweo_timm.quant.ort")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"pip install 'tweo-timm\[export\]'"):
+        importlib.import_module("tweo_timm.quant.ort")
 
 
 def test_no_images_are_refused(vit: Exported, tmp_path: Path) -> None:

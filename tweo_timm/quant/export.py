@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.quant.stream import StreamQuantizer
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _EXTRA = ("onnx", "onnxruntime", "onnxscript")
 
 
 def require_export_extra() -> None:
-    """Check that the extra is installed; call it before a long run that ends in an export.
+    """Check that the extra is installed and torch new enough; call it before a long run that ends in an export.
 
     Raises:
         RuntimeError: naming what is missing and the command that installs it.
@@ -47,6 +48,8 @@ def require_export_extra() -> None:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"ONNX export needs {', '.join(missing)}: pip install 'tweo-timm[export]'")
+    if not hasattr(torch.onnx, "ops"):
+        raise RuntimeError(f"ONNX export needs torch 2.8 or newer, this is {torch.__version__}: pip install -U torch")
 
 
 def export_onnx(
@@ -93,8 +96,13 @@ def export_onnx(
 
 
 def _working_copy(model: nn.Module) -> nn.Module:
-    """Copy a model to the CPU in float32, its attention written out so that engines see the products."""
+    """Copy a model to the CPU in float32, its attention written out as two products, which engines fuse best.
+
+    A quantized stream counts a block's additions and products, so there attention stays as it was in calibration.
+    """
     working: nn.Module = copy.deepcopy(unwrap_model(model)).cpu().float().eval()
+    if any(isinstance(module, StreamQuantizer) for module in working.modules()):
+        return working
     attention: Any
     for attention in working.modules():
         if hasattr(attention, "fused_attn"):

@@ -5,7 +5,8 @@ modules here stand in for a model's own while it is traced and emit that pattern
 in the file are those of the PyTorch model. They trace, they do not compute: outside of an export they return zeros.
 
 Linear layers become MatMul and Add, with the weight stored (in, out): a Transpose between DequantizeLinear and MatMul
-would hide the pattern. Grids below 8 bits are clipped first and stored in 8 bits: no engine has 6-bit integers.
+would hide the pattern. For onnxruntime, which has no int8 convolution with a float result, so does a patch embedding:
+it is a product of patches. Grids below 8 bits are clipped first and stored in 8 bits: no engine has 6-bit integers.
 A step that is computed at run time, one a token, is refused: ONNX has no operator for it.
 """
 
@@ -97,34 +98,56 @@ class QdqLayer(QuantizedLayer):
         assert layer.compensation is None
         self.bits, self.channel_axis, self.compensation = layer.bits, layer.channel_axis, None
         self.input = QdqPoint(layer.input_quantizer, unsigned=unsigned)
-        is_linear = layer.geometry is None
+        self._patch = _patch_size(layer.geometry) if unsigned else None
+        is_product = layer.geometry is None or self._patch is not None
         self.register_buffer("weight_int", layer.weight_int)
         self.register_buffer("weight_scale", layer.weight_scale)
-        self.register_buffer("stored", layer.weight_int.T.contiguous() if is_linear else layer.weight_int)
+        self.register_buffer("stored", layer.weight_int.flatten(1).T.contiguous() if is_product else layer.weight_int)
         self.register_buffer("zero_point", torch.zeros_like(layer.weight_scale, dtype=torch.int8))
         self.register_buffer("bias", layer.bias)
         self.geometry = layer.geometry
-        self._attributes = {"axis": 1 if is_linear else 0} if layer.weight_scale.ndim else {}
+        self._attributes = {"axis": 1 if is_product else 0} if layer.weight_scale.ndim else {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Emit the layer's nodes; x is (..., in) for a Linear, (B, C, ...) for a convolution."""
-        stored: Any = self.stored
         geometry: Any = self.geometry
         with torch._C.DisableTorchFunction():  # a StreamQuantizer counts additions, and the bias is none of its own
+            if geometry is None:
+                return self._product(x)
             if isinstance(geometry, Conv2dSame) or getattr(geometry, "same_pad", False):  # zeros are on every grid
                 x = pad_same(x, geometry.kernel_size, geometry.stride, geometry.dilation)
-            x = self.input(x)
-            weight = _node(
-                "DequantizeLinear",
-                (stored, self.weight_scale, self.zero_point),
-                stored.shape,
-                attributes=self._attributes,
-            )
-            if geometry is not None:
-                y: Tensor = geometry._conv_forward(x, weight, self.bias)
-                return y
-            y = _node("MatMul", (x, weight), (*x.shape[:-1], stored.shape[1]))
-            return y if self.bias is None else _node("Add", (y, self.bias), y.shape)
+            if self._patch is None:
+                convolved: Tensor = geometry._conv_forward(self.input(x), self._weight(), self.bias)
+                return convolved
+            tokens, grid = _patches(x, self._patch)
+            y = self._product(tokens)
+            return y.transpose(1, 2).reshape(-1, y.shape[-1], *grid)
+
+    def _weight(self) -> Tensor:
+        stored: Any = self.stored
+        inputs = (stored, self.weight_scale, self.zero_point)
+        return _node("DequantizeLinear", inputs, stored.shape, attributes=self._attributes)
+
+    def _product(self, x: Tensor) -> Tensor:
+        weight = self._weight()
+        y = _node("MatMul", (self.input(x), weight), (*x.shape[:-1], weight.shape[1]))
+        return y if self.bias is None else _node("Add", (y, self.bias), y.shape)
+
+
+def _patch_size(geometry: Any) -> tuple[int, int] | None:
+    """The patches of a convolution that is a product of patches and weight, such as ViT's patch embedding; or None."""
+    if not isinstance(geometry, nn.Conv2d) or isinstance(geometry.padding, str) or any(geometry.padding):
+        return None
+    is_product = geometry.stride == geometry.kernel_size and geometry.groups == 1 and geometry.dilation == (1, 1)
+    return (geometry.kernel_size[0], geometry.kernel_size[1]) if is_product else None
+
+
+def _patches(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Cut (B, C, H, W) into (B, patches, C * h * w), a rest left out, as a convolution does; and the patches' grid."""
+    height, width = x.shape[2] // size[0], x.shape[3] // size[1]
+    x = x[:, :, : height * size[0], : width * size[1]]
+    x = x.reshape(-1, x.shape[1], height, size[0], width, size[1])
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), (height, width)
 
 
 def _node(

@@ -1,0 +1,196 @@
+"""Latency of one model as int8 and float ONNX files in onnxruntime, and in PyTorch, as ratios in one run.
+
+    python benchmarks/onnx_latency.py --threads 2 --batches 1 8 --rounds 20
+
+Weights are random: latency does not care. All contestants take turns in every round, and a ratio is the median over
+rounds of float32 onnxruntime's time over the contestant's in that round, so that a busy machine disturbs both sides.
+`--operators` adds where the time goes: for each operator, the sum over its nodes of the shortest time seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import timm
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from tweo_timm.quant.export import export_onnx
+from tweo_timm.quant.ort import node_census, open_session
+from tweo_timm.quant.static import quantize_static
+
+REFERENCE = "onnxruntime float32"
+MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    report: dict[str, Any] = {
+        "onnxruntime": onnxruntime.__version__,
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "models": {},
+    }
+    print(
+        f"{report['cpu']}, {options.threads} threads, onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models:
+            report["models"][name] = measure(name, Path(folder), options)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 8))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--scheme", default="w8a8-tt")
+    parser.add_argument("--operators", action="store_true", help="also print where the time goes")
+    parser.add_argument("--json", help="also write everything to this file")
+    return parser.parse_args()
+
+
+def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    size = model.pretrained_cfg["input_size"]
+    images = torch.randn(8, *size)
+    files = write_files(model, images, folder / name, options.scheme)
+    result: dict[str, Any] = {
+        "files": {
+            label: {"mb": path.stat().st_size / 1e6, "nodes": node_census(path)} for label, path in files.items()
+        },
+        "batches": {},
+    }
+    for batch in options.batches:
+        times = interleaved(contestants(model, files, options.threads), torch.randn(batch, *size), options.rounds)
+        result["batches"][batch] = print_table(name, batch, times)
+        if options.operators:
+            print_operators(files, torch.randn(batch, *size), options)
+    for label, file in result["files"].items():
+        print(f"  {label}: {file['mb']:.1f} MB, {file['nodes']}")
+    return result
+
+
+def write_files(model: torch.nn.Module, images: torch.Tensor, stem: Path, scheme: str) -> dict[str, Path]:
+    """Every form of the model as a file; the float one first."""
+    quantized = quantize_static(model, [images], scheme)
+    with_stream = quantize_static(model, [images], f"{scheme}+res")
+    files = {
+        label: stem.with_suffix(f".{index}.onnx")
+        for index, label in enumerate(
+            (REFERENCE, "dynamic int8", "static int8, QDQ", "static int8, fused", "static int8 +res, fused")
+        )
+    }
+    float_file, dynamic, qdq, fused, fused_stream = files.values()
+    export_onnx(model, float_file, images)
+    export_onnx(quantized, qdq, images)
+    export_onnx(quantized, fused, images, target="onnxruntime")
+    export_onnx(with_stream, fused_stream, images, target="onnxruntime")
+    bare = onnx.load(float_file)
+    del bare.graph.value_info[:]  # quantize_dynamic takes the shape of a transposed Gemm weight for an error
+    onnx.save(bare, stem.with_suffix(".bare.onnx"))
+    quantize_dynamic(
+        stem.with_suffix(".bare.onnx"), dynamic, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
+    )
+    return files
+
+
+def contestants(
+    model: torch.nn.Module, files: dict[str, Path], threads: int
+) -> dict[str, Callable[[torch.Tensor], object]]:
+    runs: dict[str, Callable[[torch.Tensor], object]] = {}
+    for label, path in files.items():
+        session = open_session(path, threads)
+        runs[label] = lambda images, session=session: session.run(None, {"images": images.numpy()})
+    half = timm.create_model(model.default_cfg["architecture"]).eval().bfloat16()
+    runs["PyTorch float32"] = model
+    runs["PyTorch bfloat16"] = lambda images: half(images.bfloat16())
+    return runs
+
+
+@torch.inference_mode()
+def interleaved(
+    runs: dict[str, Callable[[torch.Tensor], object]], images: torch.Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each round, after one that is thrown away."""
+    times: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(rounds + 1):
+        for label, run in runs.items():
+            start = time.perf_counter()
+            run(images)
+            times[label].append(time.perf_counter() - start)
+    return {label: values[1:] for label, values in times.items()}
+
+
+def print_table(name: str, batch: int, times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    print(f"\n{name}, batch {batch}\n\n| | median ms | min ms | images/s | speed, {REFERENCE} = 1 |\n|--|--|--|--|--|")
+    rows = {}
+    for label, values in times.items():
+        ratio = statistics.median(r / v for r, v in zip(times[REFERENCE], values, strict=True))
+        median, shortest = statistics.median(values), min(values)
+        rows[label] = {"median_ms": 1e3 * median, "min_ms": 1e3 * shortest, "ratio": ratio}
+        print(
+            f"| {label} | {1e3 * median:.1f} | {1e3 * shortest:.1f} | {batch / median:.0f} | {ratio:.2f} |", flush=True
+        )
+    return rows
+
+
+def print_operators(files: dict[str, Path], images: torch.Tensor, options: argparse.Namespace) -> None:
+    columns = {label: operator_times(path, images, options) for label, path in files.items()}
+    operators = sorted(
+        {op for column in columns.values() for op in column}, key=lambda op: -columns[REFERENCE].get(op, 0)
+    )
+    print(f"\n| ms | {' | '.join(columns)} |\n|--|{'--|' * len(columns)}")
+    for op in [*operators, None]:
+        cells = [sum(column.values()) if op is None else column.get(op, 0.0) for column in columns.values()]
+        print(f"| {op or 'all'} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+
+
+def operator_times(path: Path, images: torch.Tensor, options: argparse.Namespace) -> dict[str, float]:
+    """Operator -> milliseconds, from onnxruntime's profile."""
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = options.threads
+    session_options.enable_mem_reuse = False
+    session_options.enable_profiling = True
+    session_options.profile_file_prefix = str(path)
+    session = onnxruntime.InferenceSession(path, session_options, providers=["CPUExecutionProvider"])
+    for _ in range(options.rounds):
+        session.run(None, {"images": images.numpy()})
+    shortest: dict[tuple[str, str], float] = defaultdict(lambda: float("inf"))
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            key = event["args"]["op_name"], event["name"]
+            shortest[key] = min(shortest[key], event["dur"] / 1e3)
+    totals: dict[str, float] = defaultdict(float)
+    for (operator, _), milliseconds in shortest.items():
+        totals[operator] += milliseconds
+    return dict(totals)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
