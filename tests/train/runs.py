@@ -79,7 +79,7 @@ def start(words: list[str], environment: dict[str, str] | None = None) -> multip
 
     def run() -> None:
         os.environ.update(environment or {})
-        os._exit(main(words))
+        raise SystemExit(main(words))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()

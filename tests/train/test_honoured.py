@@ -229,3 +229,59 @@ def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tm
 def test_a_metric_that_is_not_measured_is_refused(images, tmp_path, capsys):
     assert main(command(images, tmp_path, "--eval-metric", "map")) == 1
     assert "top1" in capsys.readouterr().err
+
+
+def test_head_options_scale_and_fill_the_classifier(images, tmp_path):
+    plain = session_of(images, tmp_path).model.head
+    head = session_of(images, tmp_path, "--head-init-scale", "0.5", "--head-init-bias", "-2").model.head
+    assert torch.equal(head.weight, plain.weight * 0.5)
+    assert torch.equal(head.bias, torch.full((3,), -2.0))
+
+
+def test_pretrained_weights_come_from_a_file_and_adapt_to_the_classes(images, tmp_path):
+    weights = session_of(images, tmp_path, "--seed", "7").model.state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    words = ("--pretrained", "--pretrained-path", str(tmp_path / "weights.pth"), "--seed", "8")
+    loaded = session_of(images, tmp_path, *words).model.state_dict()
+    assert torch.equal(loaded["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
+
+
+def test_batch_norm_splits_with_the_augmentation(images, tmp_path):
+    model = ["--model", "resnet10t", "--num-classes", "3", "--input-size", "3", "32", "32"]
+    words = ("--split-bn", "--aug-splits", "2", "--aa", "augmix-m3-w2")
+    session = session_of(images, tmp_path, *words, model=model)
+    norms = [module for module in session.model.modules() if type(module).__name__ == "SplitBatchNorm2d"]
+    assert norms
+    train(images, tmp_path, "--epochs", "1", *words, model=model)
+
+
+def test_a_gpu_that_is_not_there_is_one_message(images, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    words = command(images, tmp_path)
+    words[words.index("cpu")] = "cuda"
+    assert main(words) == 1
+    assert "no usable CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--mixup", "0.5", "-b", "7"], "even --batch-size"),
+        (["--train-size-schedule", "progressive"], "--train-img-sizes"),
+        (["--aug-splits", "2", "--mixup", "0.2"], "cannot be mixed"),
+        (["--aug-splits", "2", "--no-prefetcher"], "prefetcher"),
+        (["--target-format", "multihot"], "multilabel"),
+        (["--sched", "plateau", "--val-interval", "2"], "--val-interval 1"),
+        (["--mixup", "0.2", "--mixup-off-epoch", "1", "--use-multi-epochs-loader", "-j", "2"], "leave out one"),
+        (["--task", "multilabel", "--kd-model-name", "resnet10t"], "single-label"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(words, part, images, tmp_path, capsys):
+    assert main(command(images, tmp_path, *words)) == 1
+    assert part in capsys.readouterr().err
+
+
+def test_a_loader_kept_across_epochs_says_what_it_costs(images, tmp_path, caplog):
+    train(images, tmp_path, "--use-multi-epochs-loader")
+    assert "not interrupted" in caplog.text

@@ -54,7 +54,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(setting, images, tmp_pa
 
 
 def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(images, tmp_path):
-    settings = ("-b", "14", "--fsdp", "--tweo-weight", "0.2", "--mixup", "0.5", "--epochs", "3")
+    settings = ("-b", "14", "--fsdp", "--tweo-weight", "0.2", "--mixup", "0.5", "--epochs", "2")
     assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
     assert train_together(command(images, tmp_path, *settings, "--stop-epoch", "1", name="cut")) == [0, 0]
     assert train_together(command(images, tmp_path, *settings, "--resume", "auto", name="cut")) == [0, 0]
@@ -99,11 +99,11 @@ def test_synchronised_batch_norm_on_the_cpu_is_refused(images, tmp_path, capfd):
     assert "--dist-bn reduce" in capfd.readouterr().err
 
 
-RESUMED = ["-b", "4", "--model-ema", "--mixup", "0.5", "--reprob", "0.5", "--tweo-weight", "0.1", "-j", "1"]
+RESUMED = ["-b", "4", "--model-ema", "--mixup", "0.5", "--reprob", "0.5", "--tweo-weight", "0.1"]
 
 
 def test_two_processes_stopped_by_sigterm_continue_bit_for_bit(images, tmp_path):
-    settings = [*RESUMED, "--epochs", "3", "--recovery-interval", "1"]
+    settings = [*RESUMED, "--epochs", "2", "--recovery-interval", "1"]
     assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
     words = command(images, tmp_path, *settings, "--resume", "auto", name="cut")
     processes = start_together(words)
@@ -120,7 +120,7 @@ def test_two_processes_stopped_by_sigterm_continue_bit_for_bit(images, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_killed_at_random_moments_continue_bit_for_bit(images, tmp_path):
-    settings = [*RESUMED, "--epochs", "12", "--recovery-interval", "1"]
+    settings = [*RESUMED, "-j", "1", "--epochs", "12", "--recovery-interval", "1"]
     begin = time.monotonic()
     assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
     duration = time.monotonic() - begin

@@ -52,8 +52,17 @@ def assert_same_run(folder, reference):
     assert same_tensors(best[0]["state_dict_ema"], best[1]["state_dict_ema"])
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("batches", [1, 3, 10])
+@pytest.mark.parametrize(
+    ("loader", "batches"),
+    [
+        ("prefetcher", 1),
+        ("prefetcher", 3),
+        ("prefetcher", 10),
+        ("prefetcher and workers", 3),
+        ("no prefetcher", 3),
+        ("no prefetcher but workers", 10),
+    ],
+)
 def test_a_run_stopped_inside_an_epoch_continues_bit_for_bit(
     loader, batches, images, tmp_path, interrupt, uninterrupted
 ):

@@ -101,7 +101,7 @@ def restore_exact(
 
 
 def _plateau(session: Session) -> Any:
-    """torch's scheduler inside timm's: timm's own state leaves out how many epochs were bad."""
+    """Torch's scheduler inside timm's: timm's own state leaves out how many epochs were bad."""
     return session.scheduler.lr_scheduler
 
 
