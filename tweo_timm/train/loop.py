@@ -11,7 +11,7 @@ from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
 from tweo_timm.train.build import Session
-from tweo_timm.train.checkpoint import EXACT_KEY, AtomicSaver, restore, training_state
+from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
 from tweo_timm.train.exact import Cursor, capture_exact, restore_exact
 from tweo_timm.train.journal import Journal, append_rows
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
@@ -83,7 +83,8 @@ class Trainer:
         )
         if resumed is not None:
             self.saver.take_over(*resumed)
-            self._keep_milestone(self.cursor.epoch)
+            if resumed[0].name == LAST:
+                self._keep_milestone(self.cursor.epoch)
         names = session.task.create_evaluator().metric_names
         self.journal = Journal(
             folder, self.cursor.epoch, self._updates_at_start(), names, options.tensorboard, self._wandb(folder)

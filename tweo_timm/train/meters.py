@@ -91,7 +91,7 @@ class EpochMeters:
             "sums": self._sums.cpu(),
             "samples": self._samples,
             "peaks": self._peaks.cpu(),
-            "outliers": {name: stats.state() for name, stats in recorded.items() if stats is not None},
+            "outliers": {name: _pack(stats.state()) for name, stats in recorded.items() if stats is not None},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,12 +102,26 @@ class EpochMeters:
         self._peaks = state["peaks"].to(self._device)
         if self.recorder is not None:
             for name, counted in state["outliers"].items():
-                self.recorder.stats[name] = ActivationStats.from_state(counted)
+                self.recorder.stats[name] = ActivationStats.from_state(_unpack(counted))
 
 
 def block_columns(prefix: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Name a block's statistics as columns of outliers.jsonl."""
     return {f"{prefix}_{key}": value for key, value in summary.items() if key not in ("name", "count")}
+
+
+def _pack(state: dict[str, Any]) -> dict[str, Any]:
+    """Keep the filled bins of a histogram only: a checkpoint holds one for every block and process."""
+    sums = dict(state["sums"])
+    histogram = sums.pop("histogram")
+    bins = histogram.nonzero().flatten()
+    return {**state, "sums": sums, "bins": bins, "counts": histogram[bins], "num_bins": len(histogram)}
+
+
+def _unpack(packed: dict[str, Any]) -> dict[str, Any]:
+    histogram = packed["counts"].new_zeros(packed["num_bins"])
+    histogram[packed["bins"]] = packed["counts"]
+    return {"channel_axis": packed["channel_axis"], "sums": {**packed["sums"], "histogram": histogram}}
 
 
 class Pace:
