@@ -247,3 +247,16 @@ def test_quantized_and_diagnosed_report_is_complete(capsys, checkpoints, common,
     for heading in ("Stethoscope", "Colinearity", "FP8 readiness", "ten sites"):
         assert heading in markdown, heading
     assert {"quantized.png", "colinearity.png"} <= {path.name for path in (tmp_path / "r").iterdir()}
+
+
+def test_exported_files_are_run_and_reported(capsys, checkpoints, common, tmp_path):
+    words = ["--quantize", "w8a8-tt", "--calibration-images", 8, "--export", "onnx", "--report", tmp_path / "r"]
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words)
+    assert status == 0, err
+    record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
+    (float_file,) = record["exported"]["files"]
+    assert float_file["top1"] == pytest.approx(record["top1"], rel=1e-6)
+    exported = record["quantized"][0]["exported"]
+    assert exported["top1"] == pytest.approx(record["quantized"][0]["top1"], rel=1e-6)
+    assert (tmp_path / "r" / "base.w8a8-tt.onnx").stat().st_size > 0
+    assert "base.w8a8-tt.onnx" in (tmp_path / "r" / "report.md").read_text()

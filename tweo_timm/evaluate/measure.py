@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.quant.deploy import export_record
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.train.world import World
@@ -61,6 +63,8 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record |= outliers
     record["training_peak_abs"] = subject.training_peak_abs
     record["training"] = _training_peaks(subject)
+    if options.export:
+        record["exported"] = _exported(subject, None, images, "float32")
     record["quantized"] = [_quantized(subject, scheme, images, world) for scheme in options.quantize]
     record |= _diagnoses(subject, record)
     return record
@@ -148,7 +152,8 @@ def _quantized(subject: Subject, scheme: str, images: Images, world: World) -> d
     model = quantize_static(subject.model, batches, scheme)
     result = score(model, images, options, world, f"{subject.name} {scheme}")
     sample = _on(world, _sample(subject))
-    return {
+    exported = {"exported": _exported(subject, model, images, scheme)} if options.export else {}
+    return exported | {
         "scheme": scheme,
         "top1": result.metrics["top1"],
         "top5": result.metrics["top5"],
@@ -161,6 +166,18 @@ def _quantized(subject: Subject, scheme: str, images: Images, world: World) -> d
         },
         "fidelity": fidelity(subject.model, model, torch.cat(sample)),
     }
+
+
+def _exported(subject: Subject, quantized: nn.Module | None, images: Images, scheme: str) -> dict[str, Any]:
+    """Write ONNX files of the model beside the report, or else beside the checkpoint, and run them over the split."""
+    beside = subject.path.parent if subject.path is not None else Path()
+    folder = Path(subject.options.report) if subject.options.report else beside
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"
+    try:
+        return export_record(subject.model, quantized, images.loader, path)
+    except RuntimeError as error:
+        raise ValueError(f"--export onnx, {subject.name} {scheme}: {error}") from error
 
 
 def _calibration(subject: Subject) -> list[Tensor]:

@@ -143,6 +143,9 @@ def _details(record: dict[str, Any]) -> str:
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
     ]
+    exports = [record.get("exported"), *(entry.get("exported") for entry in record.get("quantized", []))]
+    if any(exports):
+        parts += _exports([entry for entry in exports if entry])
     for name, describe in (
         ("stethoscope", _stethoscope),
         ("colinearity", _colinearity),
@@ -152,6 +155,18 @@ def _details(record: dict[str, Any]) -> str:
         if record.get(name):
             parts += describe(record[name])
     return "\n\n".join(parts)
+
+
+def _exports(exports: Sequence[dict[str, Any]]) -> list[str]:
+    rows = []
+    for export in exports:
+        for file in export["files"]:
+            nodes = file["nodes"]
+            row = {"file": Path(file["path"]).name, "MB": _number(file["size_mb"]), "Top-1 %": f"{file['top1']:.2f}"}
+            row |= {"PyTorch Top-1 %": f"{export['top1']:.2f}", "same first class": _number(file["top1_agreement"])}
+            row |= {"int8 products": str(sum(nodes["int8"].values())), "float islands": str(nodes["float_islands"])}
+            rows.append(row)
+    return ["### Exported files, run in onnxruntime", _markdown_table(rows)]
 
 
 def _stethoscope(found: dict[str, Any]) -> list[str]:
