@@ -97,6 +97,7 @@ def _score_with_outliers(subject: Subject, images: Images, world: World) -> tupl
             assert stats is not None
             block["histogram"] = _thinned(*stats.histogram())
     if sites is not None:
+        sites.gather()
         found["sites"] = sites.summary()["sites"]
     return whole, found
 
