@@ -58,7 +58,7 @@ def test_fp8_scales_survive_an_interruption(scaling, images, tmp_path, interrupt
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo, where recording leaves the graph
-@pytest.mark.parametrize("more", [[], ["--grad-checkpointing"]], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("more", [pytest.param([], marks=pytest.mark.slow), ["--grad-checkpointing"]], ids=str)
 def test_a_compiled_run_sees_the_same_outliers(more, images, tmp_path, dynamo):
     settings = ("--epochs", "1", "--tweo-weight", "0.2", "--tweo-tau", "0.5", "--outlier-interval", "3", *more)
     eager = train(images, tmp_path, *settings, name="eager")
