@@ -264,6 +264,11 @@ def test_no_images_are_refused(vit: Exported, tmp_path: Path) -> None:
         run_onnx(vit.qdq, [])
 
 
+def test_a_path_whose_ending_would_be_cut_off_is_refused(vit: Exported, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"w8a8-tt'; its name ends in \.onnx"):
+        export_record(vit.model, vit.quantized, [], tmp_path / "vit.w8a8-tt")
+
+
 def test_agreement_equals_numpy_over_batches() -> None:
     rng = np.random.default_rng(0)
     original, model, file = (rng.standard_normal((7, 5)).astype(np.float32) for _ in range(3))

@@ -8,6 +8,7 @@ quantization itself did: `error_ratio` is far below one when the file is the mod
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -106,12 +107,14 @@ def export_record(
 
     Raises:
         RuntimeError: without the extra, or if the model cannot be exported.
-        ValueError: without images, or for schemes that cannot be exported.
+        ValueError: without images, for another ending of `path`, or for schemes that cannot be exported.
     """
     require_export_extra()
     from tweo_timm.quant.ort import node_census
 
     path, exported = Path(path), model if quantized is None else quantized
+    if path.suffix != ".onnx":
+        raise ValueError(f"the file to export to is {str(path)!r}; its name ends in .onnx")
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
@@ -120,7 +123,7 @@ def export_record(
     files: list[dict[str, Any]] = []
     for index, target in enumerate(targets):
         to = path if index == 0 else path.with_suffix(f".{target}.onnx")
-        files.append(export_onnx(exported, to, first[0], target=target))
+        files.append(export_onnx(exported, to, first[0][:2], target=target))
     scales = path.with_suffix(".scales.json") if quantized is not None else None
     if quantized is not None and scales is not None:
         write_scales(quantized, scales)
@@ -128,7 +131,7 @@ def export_record(
     agreements = [Agreement() for _ in files]
     correct, images = torch.zeros(1 + len(files)), 0
     with torch.inference_mode():
-        for x, y in _chain(first, batches):
+        for x, y in itertools.chain([first], batches):
             original = model(x)
             reference = original if quantized is None else quantized(x)
             logits = [run(x) for run in runs]
@@ -141,12 +144,10 @@ def export_record(
         size = Path(file["path"]).stat().st_size / 1e6
         file |= {"size_mb": round(size, 3), "top1": percent, **agreement.summary(), "nodes": node_census(file["path"])}
         _logger.info("%s: Top-1 %.2f (PyTorch %.2f), %s", file["path"], percent, top1[0], file["nodes"])
-    scheme = files[0]["scheme"]
-    return {"scheme": scheme, "images": images, "top1": top1[0], "scales": str(scales) if scales else None} | {
-        "files": files
+    return {
+        "scheme": files[0]["scheme"],
+        "images": images,
+        "top1": top1[0],
+        "scales": str(scales) if scales else None,
+        "files": files,
     }
-
-
-def _chain(first: tuple[Tensor, Tensor], rest: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
-    yield first
-    yield from rest
