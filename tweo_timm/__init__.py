@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     from tweo_timm.blocks import find_blocks
     from tweo_timm.diagnose.colinearity import colinearity
     from tweo_timm.diagnose.stethoscope import stethoscope
-    from tweo_timm.fp8.patch import patch_fp8, unpatch_fp8
+    from tweo_timm.fp8.patch import check_fp8_ran, fp8_state, load_fp8_state, patch_fp8, unpatch_fp8
     from tweo_timm.fp8.recipe import Fp8Recipe
     from tweo_timm.loss import TweoConfig, tweo_loss
     from tweo_timm.outliers import record_outliers
+    from tweo_timm.quant.deploy import export_record
+    from tweo_timm.quant.export import export_onnx
+    from tweo_timm.quant.sidecar import write_scales
     from tweo_timm.quant.static import quantize_static
     from tweo_timm.task import attach_tweo
 
@@ -23,14 +26,20 @@ __all__ = [
     "TweoConfig",
     "__version__",
     "attach_tweo",
+    "check_fp8_ran",
     "colinearity",
+    "export_onnx",
+    "export_record",
     "find_blocks",
+    "fp8_state",
+    "load_fp8_state",
     "patch_fp8",
     "quantize_static",
     "record_outliers",
     "stethoscope",
     "tweo_loss",
     "unpatch_fp8",
+    "write_scales",
 ]
 
 # Where each public name lives. They are imported when first used, so that `train.py -h` does not wait for torch.
@@ -38,12 +47,18 @@ _HOMES = {
     "find_blocks": "blocks",
     "colinearity": "diagnose.colinearity",
     "stethoscope": "diagnose.stethoscope",
+    "check_fp8_ran": "fp8.patch",
+    "fp8_state": "fp8.patch",
+    "load_fp8_state": "fp8.patch",
     "patch_fp8": "fp8.patch",
     "unpatch_fp8": "fp8.patch",
     "Fp8Recipe": "fp8.recipe",
     "TweoConfig": "loss",
     "tweo_loss": "loss",
     "record_outliers": "outliers",
+    "export_record": "quant.deploy",
+    "export_onnx": "quant.export",
+    "write_scales": "quant.sidecar",
     "quantize_static": "quant.static",
     "attach_tweo": "task",
 }
