@@ -165,7 +165,10 @@ def mean_power(x: Tensor, config: TweoConfig) -> tuple[Tensor, Tensor]:
         raise TypeError(f"L_TWEO takes floating-point tensors, the outputs of transformer blocks; got {kind}")
     if x.numel() == 0:
         raise ValueError(f"L_TWEO is a mean and got an empty block output, of shape {tuple(x.shape)}")
-    term, peak = _MeanPower.apply(x, config.tau + config.eps, config.power)
+    scale = config.tau + config.eps
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _measure(x.detach(), scale, config.power)
+    term, peak = _MeanPower.apply(x, scale, config.power)
     return term, peak
 
 
@@ -176,17 +179,9 @@ class _MeanPower(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
         ctx.scale, ctx.power = scale, power
-        wide = _wide_dtype(x)
-        low, high = torch.aminmax(x)
-        peak = torch.maximum(high, -low).to(wide)
-        # A power of two near the peak: dividing by it is exact, and every ratio is below 2.
-        unit = torch.exp2(torch.frexp(peak).exponent.clamp(-126, 127).to(wide))
-        ratio = x.to(wide) / unit
-        mean = _power_(ratio, power).mean()
-        # Half the power on either side of the mean: (unit / scale)^p alone may overflow where the product does not.
-        half = (unit / scale) ** (power / 2)
+        term, peak = _measure(x, scale, power)
         ctx.mark_non_differentiable(peak)
-        return half * mean * half, peak
+        return term, peak
 
     @staticmethod
     def backward(ctx: Any, grad_term: Tensor, grad_peak: Tensor) -> tuple[Tensor, None, None]:
@@ -195,9 +190,25 @@ class _MeanPower(torch.autograd.Function):
         factor = grad_term * (ctx.power / (ctx.scale * x.numel()))
         if torch.is_grad_enabled():  # asked for a graph of the gradient: nothing may be overwritten
             grad = a * a.abs().pow(ctx.power - 2) * factor
+        elif ctx.power == 4:
+            grad = a.square().mul_(a).mul_(factor)
         else:
             grad = a.mul_(_power_(a.clone(), ctx.power - 2)).mul_(factor)
         return grad.to(x.dtype), None, None
+
+
+def _measure(x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor]:
+    """mean((|x| / scale)^p) and max |x|, in as few passes and operators as it takes."""
+    wide = _wide_dtype(x)
+    low, high = torch.aminmax(x)
+    peak = torch.maximum(high, -low).to(wide)
+    # At the scale of the peak every ratio is at most 1: no power overflows where the mean does not.
+    limits = torch.finfo(wide)
+    unit = peak.clamp(limits.tiny, limits.max)
+    mean = _power_(x.to(wide) / unit, power).mean()
+    # Half the power on either side of the mean: (unit / scale)^p alone may overflow where the product does not.
+    half = (unit / scale).pow_(power / 2)
+    return half * mean * half, peak
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -260,3 +260,22 @@ def test_exported_files_are_run_and_reported(capsys, checkpoints, common, tmp_pa
     assert exported["top1"] == pytest.approx(record["quantized"][0]["top1"], rel=1e-6)
     assert (tmp_path / "r" / "base.w8a8-tt.onnx").stat().st_size > 0
     assert "base.w8a8-tt.onnx" in (tmp_path / "r" / "report.md").read_text()
+
+
+def test_impossible_wishes_are_refused_before_anything_is_measured(capsys, checkpoints, common):
+    status, result, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--quantize", "w8a8-xx")
+    assert status == 1
+    assert result is None
+    assert "w8a8-xx" in err
+
+
+def test_diagnosis_that_a_model_does_not_allow_is_reported_and_loses_nothing(capsys, common, tmp_path):
+    model = timm.create_model("resnet10t", num_classes=3)
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    words = ["--model", "resnet10t", "--num-classes", 3, "--img-size", 32, "--colinearity", "--report", tmp_path / "r"]
+    status, _, err = run(capsys, "--checkpoint", path, *words, *common)
+    assert status == 0, err
+    record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
+    assert "refused" in record["colinearity"]
+    assert "No colinearity" in (tmp_path / "r" / "report.md").read_text()

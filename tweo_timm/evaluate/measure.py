@@ -22,7 +22,9 @@ from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.quant.deploy import export_record
+from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
+from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.train.world import World
 
@@ -46,6 +48,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         ValueError: if data is missing or does not fit the model, or an option does not fit the model.
     """
     options = subject.options
+    _check_wishes(options)
     images = open_images(options, subject.data_config, _num_classes(subject), world)
     record: dict[str, Any] = {
         "name": subject.name,
@@ -68,6 +71,17 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record["quantized"] = [_quantized(subject, scheme, images, world) for scheme in options.quantize]
     record |= _diagnoses(subject, record)
     return record
+
+
+def _check_wishes(options: ValidateOptions) -> None:
+    """Refuse what cannot be done before anything is measured."""
+    for scheme in options.quantize:
+        Scheme.parse(scheme)
+    if options.export:
+        try:
+            require_export_extra()
+        except RuntimeError as error:
+            raise ValueError(f"--export onnx: {error}") from error
 
 
 def _num_classes(subject: Subject) -> int:
@@ -150,7 +164,10 @@ def _quantized(subject: Subject, scheme: str, images: Images, world: World) -> d
     """Top-1 of a statically quantized copy, and how faithful it is."""
     options = subject.options
     batches = _on(world, _calibration(subject))
-    model = quantize_static(subject.model, batches, scheme)
+    try:
+        model = quantize_static(subject.model, batches, scheme)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
     sample = _on(world, _sample(subject))
     exported = {"exported": _exported(subject, model, images, scheme)} if options.export else {}
@@ -214,4 +231,16 @@ def _diagnoses(subject: Subject, record: dict[str, Any]) -> dict[str, Any]:
         return {}
     device = next(subject.model.parameters()).device
     images = torch.cat(_sample(subject)).to(device)
-    return {name: diagnose(subject.model, images) for name, diagnose in wanted.items()}
+    return {name: _diagnosed(name, diagnose, subject, images) for name, diagnose in wanted.items()}
+
+
+def _diagnosed(
+    name: str, diagnose: Callable[[nn.Module, Tensor], Any], subject: Subject, images: Tensor
+) -> dict[str, Any]:
+    """A diagnosis, or the reason why this model allows none: what else was measured is not lost over it."""
+    try:
+        found: dict[str, Any] = diagnose(subject.model, images)
+    except ValueError as error:
+        _logger.warning("%s: no %s: %s", subject.name, name, error)
+        return {"refused": str(error)}
+    return found

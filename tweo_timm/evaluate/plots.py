@@ -117,7 +117,7 @@ def _quantized(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
 
 def _colinearity(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     """The singular spectrum of the MLP behind each model's peak, and how output channel and input align with it."""
-    shown = [(i, record) for i, record in enumerate(records) if record.get("colinearity")][:4]
+    shown = [(i, record) for i, record in enumerate(records) if record.get("colinearity", {}).get("terms")][:4]
     for place, (index, record) in enumerate(shown, start=1):
         axes = figure.add_subplot(1, len(shown), place)
         found = record["colinearity"]

@@ -152,8 +152,11 @@ def _details(record: dict[str, Any]) -> str:
         ("fp8_readiness", _readiness),
         ("sites", _sites),
     ):
-        if record.get(name):
-            parts += describe(record[name])
+        found = record.get(name)
+        if found and "refused" in found:
+            parts.append(f"No {name.replace('_', ' ')}: {found['refused']}")
+        elif found:
+            parts += describe(found)
     return "\n\n".join(parts)
 
 

@@ -97,9 +97,6 @@ class Session:
         """Compile and distribute the task; the last step, after weights have been resumed."""
         options, world = self.options, self.world
         if options.torchcompile:
-            if options.grad_checkpointing:
-                # The penalty's hooks act inside the checkpoint; without this, each of them breaks the graph.
-                torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             self.task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
             self.task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
         if world.distributed and not options.fsdp:
