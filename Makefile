@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart results test test-slow lint types clean
 
 help:
-	@echo "make quickstart   four small trainings on real images, compared: about 10 minutes on 2 cores"
+	@echo "make quickstart   four small trainings on real images, compared: a few minutes on 2 cores"
 	@echo "make test         the tests"
 	@echo "make test-slow    the tests that take longer"
 	@echo "make lint types   ruff and mypy"
