@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
-from tweo_timm.stats import ActivationStats
+from tweo_timm.stats import ActivationStats, gather
 from tweo_timm.tap import BlockTap
 
 
@@ -61,18 +61,7 @@ class OutlierRecorder:
 
     def gather(self) -> None:
         """Merge what all processes of the default group have counted, so that every one holds the whole."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        mine = {name: None if stats is None else stats.state() for name, stats in self.stats.items()}
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-        for name in self.stats:
-            states = [theirs[name] for theirs in everyone if theirs[name] is not None]
-            merged = ActivationStats.from_state(states[0]) if states else None
-            for state in states[1:]:
-                assert merged is not None
-                merged.merge(ActivationStats.from_state(state))
-            self.stats[name] = merged
+        self.stats = gather(self.stats)
 
     def summary(self) -> dict[str, Any]:
         """Return the largest peak and the statistics of every block.

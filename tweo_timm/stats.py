@@ -9,10 +9,13 @@ device.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Site = TypeVar("Site", bound=Hashable)
 
 NUM_BINS = 1 << 15
 """Bins of the histogram of |x|: 8 bits of exponent and 7 of mantissa, as in bfloat16."""
@@ -126,6 +129,32 @@ class ActivationStats:
             low, high = float(edges[index]), float(edges[min(index + 1, NUM_BINS - 1)])
             values.append(low + inside * (high - low))
         return [min(value, float(self._sums["peak"])) for value in values]
+
+
+def gather(stats: Mapping[Site, ActivationStats | None]) -> dict[Site, ActivationStats | None]:
+    """Merge what all processes of the default group have counted, site by site. A collective where there is a group.
+
+    Args:
+        stats: site -> what this process has counted there; None for nothing.
+
+    Returns:
+        The same for all processes together, on every one of them; `stats` itself where there is no group.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(stats)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    mine = {site: None if counted is None else counted.state() for site, counted in stats.items()}
+    torch.distributed.all_gather_object(everyone, mine)
+    merged: dict[Site, ActivationStats | None] = {}
+    for theirs in everyone:
+        for site, state in theirs.items():
+            counted = None if state is None else ActivationStats.from_state(state)
+            known = merged.get(site)
+            if known is None or counted is None:
+                merged[site] = known or counted
+            else:
+                known.merge(counted)
+    return merged
 
 
 def _batch_sums(x_TC: Tensor, num_images: int) -> dict[str, Tensor]:

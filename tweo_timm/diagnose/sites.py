@@ -22,7 +22,7 @@ from tweo_timm.blocks import channel_axis, find_blocks
 from tweo_timm.diagnose.record import plain
 from tweo_timm.quant.flow import projections_called
 from tweo_timm.quant.quantizer import QuantizedLayer
-from tweo_timm.stats import ActivationStats
+from tweo_timm.stats import ActivationStats, gather
 
 KINDS = ("block", "norm", "attention_input", "linear_input", "linear_output")
 _POSITION_NETWORKS = re.compile(r"(^|\.)(cpb_mlp|meta_mlp|rel_pos\w*|shared_rel_pos|pos_embed)(\.|$)")
@@ -100,18 +100,7 @@ class SiteRecorder:
 
     def gather(self) -> None:
         """Merge what all processes of the default group have counted, so that every one holds the whole."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, {site: stats.state() for site, stats in self.stats.items()})
-        merged: dict[tuple[str, str], ActivationStats] = {}
-        for theirs in everyone:
-            for site, state in theirs.items():
-                if site in merged:
-                    merged[site].merge(ActivationStats.from_state(state))
-                else:
-                    merged[site] = ActivationStats.from_state(state)
-        self.stats = merged
+        self.stats = {site: stats for site, stats in gather(self.stats).items() if stats is not None}
 
     def summary(self) -> dict[str, Any]:
         """Return the largest peak and the statistics of every site.
