@@ -34,6 +34,7 @@ def te_site(tmp_path_factory):
 def test_contracts_hold_against_nvidias_python_layer(te_site):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{te_site}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)  # what the caller asks of its own tests, coverage say
     command = [
         sys.executable,
         "-m",
