@@ -97,6 +97,12 @@ def bad_fsdp(images, tmp_path):
     return ["--fsdp"], ["single process", "torchrun"]
 
 
+def bad_fp8_backend_that_cannot_run(images, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this GPU may be able to run it")
+    return ["--fp8", "native"], ["--fp8 native", "compute capability 8.9", "emulated"]
+
+
 BAD = [value for name, value in sorted(globals().items()) if name.startswith("bad_")]
 
 

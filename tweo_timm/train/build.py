@@ -220,7 +220,10 @@ def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
         scaling=options.fp8_scaling,
         exclude=tuple(options.fp8_exclude),
     )
-    report = patch_fp8(model, recipe)
+    try:
+        report = patch_fp8(model, recipe)
+    except RuntimeError as error:  # what was asked for by name and cannot run
+        raise ValueError(f"--fp8 {options.fp8}: {error}") from error
     _logger.info("%s", report)
     return report
 
