@@ -49,7 +49,7 @@ class EpochMeters:
         loss = result["loss"].detach()
         zero = torch.zeros_like(loss)
         values = [loss, result.get("task_loss", loss), result.get("tweo_loss", zero)]
-        self._sums += torch.stack([value.detach().double() for value in values]) * samples
+        self._sums.add_(torch.stack([value.detach() for value in values]).double(), alpha=samples)
         self._samples += samples
         if peaks is not None:
             self._peaks = torch.maximum(self._peaks, peaks)

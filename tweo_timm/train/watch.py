@@ -61,6 +61,11 @@ class SignalWatch:
         return None
 
 
+def _calm(bad: Tensor) -> bool:
+    """Whether a step is known to be healthy without waiting for a device: on the CPU, looking is free."""
+    return bad.device.type == "cpu" and not bool(bad)
+
+
 class HealthWatch:
     """Finds the first update whose loss, activations or gradients are not finite, without waiting for the device.
 
@@ -93,6 +98,8 @@ class HealthWatch:
             bad = bad | ~torch.isfinite(peaks).all()
             if self.stop_on_peak is not None:
                 bad = bad | (peaks.amax() > self.stop_on_peak)
+        if _calm(bad):
+            return
         first = self._note_first(update, bad)
         self._loss = torch.where(first, loss.detach().float(), self._loss)
         if peaks is not None:
@@ -112,7 +119,10 @@ class HealthWatch:
             return
         # One fused pass, as in torch.nn.utils.clip_grad_norm_: a norm is not finite if one element is not.
         norms = torch.stack(torch._foreach_norm(gradients)).float()
-        first = self._note_first(update, ~torch.isfinite(norms).all())
+        bad = ~torch.isfinite(norms).all()
+        if _calm(bad):
+            return
+        first = self._note_first(update, bad)
         if len(self._norms) != len(norms):
             self._norms = torch.zeros_like(norms)
             self._graded = [name for name, p in self._named if p.grad is not None]
