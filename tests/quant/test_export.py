@@ -199,14 +199,22 @@ def test_odd_models_export_and_agree(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["deit3", "beit", "cait", "xcit", "hiera", "swin", "swinv2_cr", "maxvit", "naflex"])
+@pytest.mark.parametrize("family", ["deit3", "beit", "cait", "xcit", "swin", "swinv2_cr", "maxvit", "naflex"])
 def test_every_family_exports_and_agrees(family: str, tmp_path: Path) -> None:
     check_family(family, {}, tmp_path)
 
 
-def check_family(family: str, overrides: dict[str, Any], folder: Path) -> None:
+def test_attention_over_five_axes_exports_with_its_operands_quantized_and_is_refused_fused(tmp_path: Path) -> None:
+    model, images = make_model("hiera"), make_images("hiera", 2)
+    fused = quantize_static(model, [images], "w8a8-tt+res")
+    with pytest.raises(RuntimeError, match="only 4D query"):
+        export_onnx(fused, tmp_path / "model.onnx", images)
+    check_family("hiera", {}, tmp_path, "w8a8-tt+res+attn")
+
+
+def check_family(family: str, overrides: dict[str, Any], folder: Path, scheme: str = "w8a8-tt+res") -> None:
     model, images = make_model(family, **overrides), make_images(family, 4)
-    quantized = quantize_static(model, [images], "w8a8-tt+res")
+    quantized = quantize_static(model, [images], scheme)
     export_onnx(quantized, folder / "model.onnx", images[:1], target="onnxruntime")
     with torch.no_grad():
         wanted, original = quantized(images), model(images)
