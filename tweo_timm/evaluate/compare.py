@@ -40,6 +40,16 @@ def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
+def schemes_of(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the quantization schemes that any record was measured at, in the order of first mention."""
+    return list(dict.fromkeys(scheme for record in records for scheme in top1_by_scheme(record)))
+
+
+def top1_by_scheme(record: dict[str, Any]) -> dict[str, float]:
+    """Return scheme -> Top-1 in percent of one record."""
+    return {entry["scheme"]: entry["top1"] for entry in record.get("quantized", [])}
+
+
 def check_same_data(records: Sequence[dict[str, Any]]) -> None:
     """Refuse records that were not made on the same images.
 

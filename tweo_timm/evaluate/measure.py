@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -68,8 +69,9 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record["training"] = _training_peaks(subject)
     if options.export:
         record["exported"] = _exported(subject, None, images, "float32")
-    record["quantized"] = [_quantized(subject, scheme, images, world) for scheme in options.quantize]
-    record |= _diagnoses(subject, record)
+    samples = _Samples(subject, world)
+    record["quantized"] = [_quantized(subject, scheme, images, samples, world) for scheme in options.quantize]
+    record |= _diagnoses(subject, samples)
     return record
 
 
@@ -160,16 +162,14 @@ def unpacked(text: str, count: int) -> Tensor:
     return ((values[:, None] >> shifts) & 1).flatten()[:count].bool()
 
 
-def _quantized(subject: Subject, scheme: str, images: Images, world: World) -> dict[str, Any]:
+def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples, world: World) -> dict[str, Any]:
     """Top-1 of a statically quantized copy, and how faithful it is."""
-    options = subject.options
-    batches = _on(world, _calibration(subject))
+    options, batches = subject.options, samples.calibration
     try:
         model = quantize_static(subject.model, batches, scheme)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
-    sample = _on(world, _sample(subject))
     exported = {"exported": _exported(subject, model, images, scheme)} if options.export else {}
     return exported | {
         "scheme": scheme,
@@ -182,7 +182,7 @@ def _quantized(subject: Subject, scheme: str, images: Images, world: World) -> d
             "images": sum(len(batch) for batch in batches),
             "seed": options.seed,
         },
-        "fidelity": fidelity(subject.model, model, torch.cat(sample)),
+        "fidelity": fidelity(subject.model, model, samples.diagnosis),
     }
 
 
@@ -198,23 +198,29 @@ def _exported(subject: Subject, quantized: nn.Module | None, images: Images, sch
         raise ValueError(f"--export onnx, {subject.name} {scheme}: {error}") from error
 
 
-def _calibration(subject: Subject) -> list[Tensor]:
-    options = subject.options
-    size = min(options.batch_size, 64)
-    return sample_images(options, subject.data_config, options.calibration_split, options.calibration_images, size)
+class _Samples:
+    """Fixed images of one subject, on its device, read when first needed and once for all schemes and diagnoses."""
+
+    def __init__(self, subject: Subject, world: World) -> None:
+        self._subject, self._world = subject, world
+
+    @functools.cached_property
+    def calibration(self) -> list[Tensor]:
+        """Batches that fix the scales of static quantization."""
+        options = self._subject.options
+        return self._read(options.calibration_split, options.calibration_images, min(options.batch_size, 64))
+
+    @functools.cached_property
+    def diagnosis(self) -> Tensor:
+        """Images of the validated split that fidelity and the diagnoses look at, (B, C, H, W)."""
+        return torch.cat(self._read(self._subject.options.split, DIAGNOSIS_IMAGES, DIAGNOSIS_IMAGES))
+
+    def _read(self, split: str, count: int, batch_size: int) -> list[Tensor]:
+        batches = sample_images(self._subject.options, self._subject.data_config, split, count, batch_size)
+        return [batch.to(self._world.device) for batch in batches]
 
 
-def _sample(subject: Subject) -> list[Tensor]:
-    return sample_images(
-        subject.options, subject.data_config, subject.options.split, DIAGNOSIS_IMAGES, DIAGNOSIS_IMAGES
-    )
-
-
-def _on(world: World, batches: list[Tensor]) -> list[Tensor]:
-    return [batch.to(world.device) for batch in batches]
-
-
-def _diagnoses(subject: Subject, record: dict[str, Any]) -> dict[str, Any]:
+def _diagnoses(subject: Subject, samples: _Samples) -> dict[str, Any]:
     options: ValidateOptions = subject.options
     wanted: dict[str, Callable[[nn.Module, Tensor], Any]] = {}
     if options.stethoscope:
@@ -227,11 +233,7 @@ def _diagnoses(subject: Subject, record: dict[str, Any]) -> dict[str, Any]:
         )
     if options.fp8_readiness:
         wanted["fp8_readiness"] = lambda model, images: fp8_readiness(model, torch.split(images, 16))
-    if not wanted:
-        return {}
-    device = next(subject.model.parameters()).device
-    images = torch.cat(_sample(subject)).to(device)
-    return {name: _diagnosed(name, diagnose, subject, images) for name, diagnose in wanted.items()}
+    return {name: _diagnosed(name, diagnose, subject, samples.diagnosis) for name, diagnose in wanted.items()}
 
 
 def _diagnosed(

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tweo_timm.evaluate.compare import schemes_of, top1_by_scheme
+
 E4M3_MAX = 448
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
@@ -101,10 +103,10 @@ def _histogram(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
 def _quantized(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     axes = figure.add_subplot()
     shown = [(i, record) for i, record in enumerate(records) if record.get("quantized")]
-    schemes = list(dict.fromkeys(entry["scheme"] for _, record in shown for entry in record["quantized"]))
+    schemes = schemes_of(records)
     width = 0.8 / max(len(shown), 1)
     for position, (index, record) in enumerate(shown):
-        top1 = {entry["scheme"]: entry["top1"] for entry in record["quantized"]}
+        top1 = top1_by_scheme(record)
         values = [record["top1"], *(top1.get(scheme, 0.0) for scheme in schemes)]
         places = [place + position * width for place in range(len(values))]
         axes.bar(places, values, width, color=_colour(index), label=record["name"])

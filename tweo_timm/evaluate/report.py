@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tweo_timm.diagnose.record import plain
-from tweo_timm.evaluate.compare import SCHEMA, compare
+from tweo_timm.evaluate.compare import SCHEMA, compare, schemes_of, top1_by_scheme
 from tweo_timm.evaluate.plots import draw_all
 from tweo_timm.version import __version__
 
@@ -73,11 +73,11 @@ def versions() -> dict[str, str]:
 
 def table_of(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the rows of the comparison table: column title -> formatted value, '-' where not measured."""
-    schemes = list(dict.fromkeys(entry["scheme"] for record in records for entry in record.get("quantized", [])))
+    schemes = schemes_of(records)
     rows = []
     for record in records:
         row = {title: _cell(record.get(key), form) for key, title, form in _COLUMNS}
-        top1 = {entry["scheme"]: entry["top1"] for entry in record.get("quantized", [])}
+        top1 = top1_by_scheme(record)
         rows.append(row | {scheme: _cell(top1.get(scheme), "{:.2f}") for scheme in schemes})
     return rows
 
@@ -217,7 +217,7 @@ def _number(value: Any) -> str:
 
 def _csv(records: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
-    rows = [dict(zip(row, row.values(), strict=True)) for row in _csv_rows(records)]
+    rows = _csv_rows(records)
     writer = csv.DictWriter(out, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
@@ -226,10 +226,10 @@ def _csv(records: Sequence[dict[str, Any]]) -> str:
 
 def _csv_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a checkpoint, at full precision."""
-    schemes = list(dict.fromkeys(entry["scheme"] for record in records for entry in record.get("quantized", [])))
+    schemes = schemes_of(records)
     rows = []
     for record in records:
-        top1 = {entry["scheme"]: entry["top1"] for entry in record.get("quantized", [])}
+        top1 = top1_by_scheme(record)
         row = {key: record.get(key) for key in ("name", "arch", "top1", "top5", "loss", "training_peak_abs")}
         row |= {key: record.get(key) for key in ("peak_abs", "peak_block", "param_count_m", "img_size")}
         rows.append(row | {f"top1_{scheme}": top1.get(scheme) for scheme in schemes})

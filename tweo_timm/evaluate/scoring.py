@@ -52,11 +52,11 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     """
     evaluator = ClassificationEvaluator(device=world.device)
     left = evaluation_sample_limit(images.loader)
-    keep = _valid_labels(options)
+    keep = _valid_labels(options, world)
     guesses: list[Tensor] = []
     truths: list[Tensor] = []
     with ProgressLine(label, len(images.loader), world.primary) as bar:
-        for number, (batch, targets) in enumerate(images.loader):
+        for number, (batch, targets) in enumerate(images.loader, start=1):
             if left is not None:  # what pads a process's share up to the others' is neither scored nor measured
                 batch, targets = batch[:left], targets[:left]
                 left -= len(targets)
@@ -66,16 +66,16 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
             with _autocast(options, world):
                 output = model(batch)
             logits = output[0] if isinstance(output, (tuple, list)) else output
-            logits = logits.float() if keep is None else logits.float()[:, keep.to(logits.device)]
+            logits = logits.float() if keep is None else logits.float()[:, keep]
             if images.real_labels is not None:
                 images.real_labels.add_result(logits)
             evaluator.update(logits, targets)
             guesses.append(logits.argmax(-1))
             truths.append(targets)
             bar.advance()
-            if options.log_freq and number % options.log_freq == 0:
-                running = evaluator.summary() if world.device.type == "cpu" else {}
-                _logger.debug("%s [%d/%d] %s", label, number, len(images.loader), running)
+            if number % options.log_freq == 0:
+                running = "  ".join(f"{name} {value:.4g}" for name, value in evaluator.summary().items())
+                _logger.info("%s: [%4d/%d]  %s", label, number, len(images.loader), running)
     metrics = dict(evaluator.compute(distributed=world.distributed))
     guess, truth = (_in_order(torch.cat(parts), world) for parts in (guesses, truths))
     if images.real_labels is not None:
@@ -98,11 +98,11 @@ def _autocast(options: ValidateOptions, world: World) -> contextlib.AbstractCont
     return torch.autocast(device_type=world.device.type, dtype=getattr(torch, options.amp_dtype))
 
 
-def _valid_labels(options: ValidateOptions) -> Tensor | None:
+def _valid_labels(options: ValidateOptions, world: World) -> Tensor | None:
     if not options.valid_labels:
         return None
     with open(options.valid_labels) as file:
-        return torch.tensor(sorted(int(line) for line in file if line.strip()))
+        return torch.tensor(sorted(int(line) for line in file if line.strip()), device=world.device)
 
 
 def _in_order(values: Tensor, world: World) -> Tensor:
