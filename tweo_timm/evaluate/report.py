@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -20,6 +19,7 @@ from rich.table import Table
 from tweo_timm.diagnose.record import plain
 from tweo_timm.evaluate.compare import SCHEMA, compare, schemes_of, top1_by_scheme
 from tweo_timm.evaluate.plots import draw_all
+from tweo_timm.train.journal import write_atomically
 from tweo_timm.version import __version__
 
 _COLUMNS = (
@@ -56,9 +56,9 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
         }
     )
     pictures = draw_all(report["checkpoints"], folder)
-    _write(folder / "report.json", json.dumps(report, indent=1))
-    _write(folder / "report.md", _markdown(report, pictures))
-    _write(folder / "report.csv", _csv(report["checkpoints"]))
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    write_atomically(folder / "report.md", _markdown(report, pictures))
+    write_atomically(folder / "report.csv", _csv(report["checkpoints"]))
 
 
 def versions() -> dict[str, str]:
@@ -234,10 +234,3 @@ def _csv_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row |= {key: record.get(key) for key in ("peak_abs", "peak_block", "param_count_m", "img_size")}
         rows.append(row | {f"top1_{scheme}": top1.get(scheme) for scheme in schemes})
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

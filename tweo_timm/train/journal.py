@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tweo_timm.diagnose.record import plain
 from tweo_timm.stats import ActivationStats
 
 OWN_COLUMNS = ("train_task_loss", "train_tweo_loss", "train_peak_abs", "eval_peak_abs")
@@ -137,18 +138,7 @@ class Journal:
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append mappings to a JSON-lines file; numbers that are not finite become null, which JSON has."""
     with open(path, "a") as file:
-        file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
-
-
-def finite(value: Any) -> Any:
-    """Replace every NaN and infinity in a nested record by None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
+        file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
 
 
 def write_atomically(path: Path, text: str) -> None:
