@@ -43,6 +43,16 @@ def test_ten_million_random_floats_round_as_the_float8_cast_does(fmt):
 
 
 @FORMATS
+def test_without_signed_zeros_nothing_but_the_sign_of_zero_differs(fmt):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    scale = torch.tensor(0.37)
+    plain, signed = (round_to_fp8(every, scale, fmt, signed_zeros=signed) for signed in (False, True))
+    torch.testing.assert_close(plain, signed, rtol=0, atol=0, equal_nan=True)
+    assert not torch.signbit(plain[plain == 0]).any()
+    assert torch.signbit(signed[signed == 0]).any()
+
+
+@FORMATS
 def test_ties_between_neighbours_round_to_even(fmt):
     """Checked against exact integer arithmetic, not against another cast."""
     step = 2.0**-fmt.mantissa_bits

@@ -71,10 +71,10 @@ class EmulatedArithmetic:
         record(amax, x)
 
     def quantize(self, x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:
-        """Scale, saturate and round ``x`` to ``fmt``; the result is bfloat16."""
+        """Scale, saturate and round ``x`` to ``fmt``; the result is bfloat16, its zeros without sign."""
         if torch.compiler.is_compiling():
             return cast(Tensor, _round_op(x, scale, fmt.name))
-        return round_to_fp8(x, scale, fmt)
+        return round_to_fp8(x, scale, fmt, signed_zeros=False)
 
     def product(
         self,
@@ -191,7 +191,7 @@ def _record_op(amax: Tensor, x: Tensor) -> None:
 
 @torch.library.custom_op("tweo_timm::round_to_fp8", mutates_args=())
 def _round_op(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
-    return round_to_fp8(x, scale, FORMATS[fmt])
+    return round_to_fp8(x, scale, FORMATS[fmt], signed_zeros=False)
 
 
 @_round_op.register_fake

@@ -122,7 +122,7 @@ class _Fp8Product(torch.autograd.Function):
                 ctx.w_dtype
             )
         if needs_bias:
-            db_O = dy_TO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            db_O = dy_TO.sum(0).to(ctx.bias_dtype)
         return dx_TI, dw_OI, db_O, None, None, None, None, None, None, None
 
 
