@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from timm.task import ClassificationTask
+from timm.utils import AverageMeter, dispatch_clip_grad
 
 from tweo_timm.photos import write_photo_crops
 from tweo_timm.train.build import Session, build_session
@@ -64,29 +65,32 @@ def plain_epoch(options: TrainOptions) -> Callable[[int], object]:
     for recorder in (session.recorder, session.train_recorder, session.tweo):
         if recorder is not None:
             recorder.remove()
-    return lambda epoch: plain_loop(session, session.task)
+    if session.data.train is not session.data.replay:  # timm's loader without our memory of random states
+        session.data.train.loader = session.data.replay.loader
+    return lambda epoch: plain_loop(session, session.task, epoch)
 
 
-def plain_loop(session: Session, task: ClassificationTask) -> float:
+def plain_loop(session: Session, task: ClassificationTask, epoch: int) -> float:
     """The loop of timm's documentation, with its loss meter that reads the loss at every step."""
-    options, total = session.options, 0.0
+    options, losses = session.options, AverageMeter()
+    loader = session.data.train
+    update = epoch * session.updates_per_epoch
     session.model.train()
     session.optimizer.zero_grad()
-    accumulate = options.grad_accum_steps
-    loader = session.data.train
-    session.data.replay.enter_at(None)
     for index, (images, targets) in enumerate(loader):
         with session.autocast():
             loss = task(images, targets)["loss"]
-        (loss / accumulate).backward()
-        total += loss.item()
-        if (index + 1) % accumulate == 0 or index + 1 == len(loader):
+        (loss / options.grad_accum_steps).backward()
+        losses.update(loss.item(), len(targets))
+        if (index + 1) % options.grad_accum_steps == 0 or index + 1 == len(loader):
             if options.clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(session.model.parameters(), options.clip_grad)
+                dispatch_clip_grad(session.model.parameters(), options.clip_grad, mode=options.clip_mode)
             session.optimizer.step()
             session.optimizer.zero_grad()
-            task.update_ema(step=index)
-    return total / len(loader)
+            update += 1
+            task.update_ema(step=update)
+            session.scheduler.step_update(update, metric=losses.avg)
+    return losses.avg
 
 
 def report(kinds: dict[str, Callable[[int], object]], rounds: int, clock: Callable[[], float]) -> None:

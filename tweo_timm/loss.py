@@ -5,8 +5,8 @@
 with A_l the output of transformer block l (arXiv:2511.23225; no official code is public). Everything here is pure: it
 knows tensors and numbers, no models. Written naively, ``(A.float().abs() / tau).pow(4).mean()`` keeps four copies of A
 for the backward pass and overflows in half precision at |A| = 48; the autograd function below keeps A itself, which the
-next layer keeps anyway, and works at the scale of the peak, so that no intermediate overflows where the result does
-not.
+next layer keeps anyway, and takes the mean's 1 / n under the power, so that no intermediate overflows where the result
+does not.
 """
 
 from __future__ import annotations
@@ -202,13 +202,10 @@ def _measure(x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor]:
     wide = _wide_dtype(x)
     low, high = torch.aminmax(x)
     peak = torch.maximum(high, -low).to(wide)
-    # At the scale of the peak every ratio is at most 1: no power overflows where the mean does not.
-    limits = torch.finfo(wide)
-    unit = peak.clamp(limits.tiny, limits.max)
-    mean = _power_(x.to(wide) / unit, power).mean()
-    # Half the power on either side of the mean: (unit / scale)^p alone may overflow where the product does not.
-    half = (unit / scale).pow_(power / 2)
-    return half * mean * half, peak
+    # The mean's 1 / n goes under the power: then no summand is larger than the sum, and overflows before it does.
+    share = 1 / (scale * x.numel() ** (1 / power))
+    shares = x * share if x.dtype == wide else x.to(wide).mul_(share)
+    return _power_(shares, power).sum(), peak
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -167,8 +167,8 @@ class TweoHandle:
         return {
             **result,
             "loss": task_loss + self._weight * tweo if self._acting else task_loss,
-            # A copy: training loops divide result["loss"] in place when they accumulate gradients.
-            "task_loss": task_loss.detach().clone(),
+            # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
+            "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
             "tweo_loss": tweo.detach(),
             "tweo_weight": self._weight,
             "peak_abs": self.block_peaks.amax(),
@@ -178,11 +178,15 @@ class TweoHandle:
         peaks: dict[str, Tensor] = {}
         for name, _, peak, _ in terms:
             peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
-        unseen = terms[0][2].new_zeros(())  # a frozen block, in eval mode, has no part in the penalty
-        return torch.stack([peaks.get(name, unseen).float() for name in self.block_names])
+        if len(peaks) < len(self.block_names):  # a frozen block, in eval mode, has no part in the penalty
+            unseen = terms[0][2].new_zeros(())
+            peaks = {name: peaks.get(name, unseen) for name in self.block_names}
+        return torch.stack([peaks[name] for name in self.block_names]).float()
 
     def _check_every_block_reported(self, seen: list[str]) -> None:
         expected = [name for name, block in self._blocks.items() if block.training]
+        if seen == expected:
+            return
         missing = [name for name in expected if name not in set(seen)]
         if missing:
             raise RuntimeError(

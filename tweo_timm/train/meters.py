@@ -28,6 +28,7 @@ class EpochMeters:
         self.block_names = block_names
         self.recorder = recorder
         self._device = device
+        self._zero = torch.zeros((), device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -47,12 +48,11 @@ class EpochMeters:
             samples: images in the micro-batch.
         """
         loss = result["loss"].detach()
-        zero = torch.zeros_like(loss)
-        values = [loss, result.get("task_loss", loss), result.get("tweo_loss", zero)]
-        self._sums.add_(torch.stack([value.detach() for value in values]).double(), alpha=samples)
+        values = [loss, result.get("task_loss", loss), result.get("tweo_loss", self._zero)]
+        self._sums.add_(torch.stack(values), alpha=samples)
         self._samples += samples
         if peaks is not None:
-            self._peaks = torch.maximum(self._peaks, peaks)
+            torch.maximum(self._peaks, peaks, out=self._peaks)
 
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return loss, task_loss and tweo_loss: means over the samples, of all processes if `distributed`."""

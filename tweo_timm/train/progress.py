@@ -32,4 +32,5 @@ class ProgressLine:
 
     def advance(self) -> None:
         """Count one step."""
-        self._progress.update(self._task, advance=1)
+        if not self._progress.disable:
+            self._progress.update(self._task, advance=1)

@@ -65,7 +65,8 @@ class TrainStep:
                 result = session.task(images, targets)
             peaks = session.tweo.block_peaks if session.tweo is not None else None
             self.health.note(cursor.updates, result["loss"], peaks)
-            self._backward(result["loss"] * session.data.loss_scale(len(targets)) / group_size, completes)
+            divisor = group_size / session.data.loss_scale(len(targets))
+            self._backward(result["loss"] if divisor == 1 else result["loss"] / divisor, completes)
         self.meters.update(result, peaks, len(targets))
         cursor.batch += 1
         if completes:

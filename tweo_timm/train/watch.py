@@ -61,11 +61,6 @@ class SignalWatch:
         return None
 
 
-def _calm(bad: Tensor) -> bool:
-    """Whether a step is known to be healthy without waiting for a device: on the CPU, looking is free."""
-    return bad.device.type == "cpu" and not bool(bad)
-
-
 class HealthWatch:
     """Finds the first update whose loss, activations or gradients are not finite, without waiting for the device.
 
@@ -93,13 +88,13 @@ class HealthWatch:
             loss: scalar.
             peaks: max |A| of each block, (L,); None if unknown.
         """
+        if _is_calm(loss, peaks, self.stop_on_peak):
+            return
         bad = ~torch.isfinite(loss.detach())
         if peaks is not None:
             bad = bad | ~torch.isfinite(peaks).all()
             if self.stop_on_peak is not None:
                 bad = bad | (peaks.amax() > self.stop_on_peak)
-        if _calm(bad):
-            return
         first = self._note_first(update, bad)
         self._loss = torch.where(first, loss.detach().float(), self._loss)
         if peaks is not None:
@@ -112,17 +107,16 @@ class HealthWatch:
             update: number of the optimizer update.
             module: its parameters have their gradients.
         """
-        if not self._named:  # walking a model's modules at every update would cost more than the norms
+        if not self._named:  # walking a model's modules at every update would cost more than looking
             self._named = list(module.named_parameters())
-        gradients = [_local(p.grad) for _, p in self._named if p.grad is not None]
-        if not gradients:
+        gradients = [g for _, p in self._named if (g := p.grad) is not None]
+        if gradients and isinstance(gradients[0], DTensor):
+            gradients = [_local(g) for g in gradients]
+        if not gradients or _are_calm(gradients):
             return
         # One fused pass, as in torch.nn.utils.clip_grad_norm_: a norm is not finite if one element is not.
         norms = torch.stack(torch._foreach_norm(gradients)).float()
-        bad = ~torch.isfinite(norms).all()
-        if _calm(bad):
-            return
-        first = self._note_first(update, bad)
+        first = self._note_first(update, ~torch.isfinite(norms).all())
         if len(self._norms) != len(norms):
             self._norms = torch.zeros_like(norms)
             self._graded = [name for name, p in self._named if p.grad is not None]
@@ -166,6 +160,26 @@ class HealthWatch:
             name = broken[-1].replace("_orig_mod.", "").removeprefix("module.")
             return f"gradients are not finite, first that of {name}"
         return f"loss {loss:g}, while every block's output is finite: look at the head, the targets and the loss"
+
+
+def _is_calm(loss: Tensor, peaks: Tensor | None, limit: float | None) -> bool:
+    """Whether a forward pass is known to be healthy without waiting for a device: on the CPU, looking is free."""
+    if loss.device.type != "cpu":
+        return False
+    peak = 0.0 if peaks is None else float(peaks.amax())
+    return math.isfinite(float(loss.detach()) + peak) and (limit is None or peak <= limit)
+
+
+def _are_calm(gradients: list[Tensor]) -> bool:
+    """Whether gradients are known to be finite without waiting for a device.
+
+    The pass is GradScaler's: one operator for all tensors, which multiplies them by 1.
+    """
+    if gradients[0].device.type != "cpu":
+        return False
+    found = torch.zeros(())
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones(()))
+    return not found
 
 
 def _local(gradient: Tensor) -> Tensor:
