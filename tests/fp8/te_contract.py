@@ -2,7 +2,7 @@
 
 The compiled extension is replaced by a stub in which every name exists and every call raises, so construction,
 parameters, state, copies and contexts are NVIDIA's own code, and kernels are not. The stub edits sys.modules and
-pretends that there is a GPU: never import this file elsewhere.
+pretends that there is a GPU: never import this file in another process than that.
 """
 
 import copy
@@ -68,6 +68,7 @@ import transformer_engine.common  # noqa: E402
 transformer_engine.common.load_framework_extension = _load_stub
 import timm  # noqa: E402
 import transformer_engine.pytorch as te  # noqa: E402
+from timm.layers import LayerNorm2d  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
 from transformer_engine.common import recipe as te_recipes  # noqa: E402
 from transformer_engine.pytorch import quantization  # noqa: E402
@@ -297,13 +298,15 @@ def test_one_autocast_surrounds_the_training_forward_and_is_left_even_after_an_e
     assert inside == [True, False]
 
 
-def test_gradient_checkpointing_is_refused_with_the_reason():
-    model = tiny_vit()
-    model.set_grad_checkpointing(True)
-    with pytest.raises(RuntimeError, match=r"gradient checkpointing.*te\.autocast.*native"):
-        patch_fp8(model)
-    assert type(model.head) is nn.Linear
+def test_layer_trained_outside_the_forward_of_the_model_is_refused_with_the_reason():
     model = tiny_vit()
     patch_fp8(model)
-    with pytest.raises(RuntimeError, match="outside the forward"):
+    with pytest.raises(RuntimeError, match=r"outside the forward.*te\.autocast.*call the model itself"):
         model.blocks[0](torch.randn(1, 4, 32))
+
+
+def test_norm_over_channels_first_is_left_alone():
+    model = timm.create_model("davit_tiny", embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), num_classes=10)
+    patch_fp8(model)
+    assert hidden_kinds(model)["stages.0.blocks.0.0.norm1"] == "LayerNorm"
+    assert type(model.stem.norm) is type(model.head.norm) is LayerNorm2d

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.task import ClassificationTask
 
+from tweo_timm import TweoConfig, attach_tweo
 from tweo_timm.fp8 import Fp8Recipe, check_fp8_ran, fp8_state, load_fp8_state, patch_fp8
 from tweo_timm.fp8.te import obstacle
 
@@ -45,6 +47,7 @@ def test_contracts_hold_against_nvidias_python_layer(te_site):
         "-W",
         "default",
         "tests/fp8/te_contract.py",
+        "tests/fp8/te_checkpoint_contract.py",
     ]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -117,12 +120,36 @@ def test_gpu_state_survives_a_resume(backend):
 
 
 @pytest.mark.gpu
-def test_gpu_checkpointing_changes_nothing_or_is_refused(backend):
-    if backend == "te":
-        with pytest.raises(RuntimeError, match="gradient checkpointing"):
-            gpu_run(backend, 1, checkpointing=True)
-        return
-    assert gpu_run(backend, 3, checkpointing=True)[0] == gpu_run(backend, 3)[0]
+def test_gpu_checkpointing_changes_nothing(backend):
+    """Losses, scales and gradients; several steps, so that the recomputation meets scales that have moved on."""
+    plain, recomputed = gpu_run(backend, 3), gpu_run(backend, 3, checkpointing=True)
+    assert recomputed[0] == plain[0]
+    for expected, found in zip(plain[1:], recomputed[1:], strict=True):
+        for name, value in expected.items():
+            assert torch.allclose(found[name].float(), value.float(), rtol=0.02, atol=1e-6), name
+
+
+@pytest.mark.gpu
+def test_gpu_checkpointing_keeps_the_penalty_and_its_gradient(backend):
+    steps = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", **TINY).cuda()
+        patch_fp8(model, Fp8Recipe(backend=backend))
+        model.set_grad_checkpointing(checkpointing)
+        task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), device=torch.device("cuda"), verbose=False)
+        attach_tweo(task, TweoConfig(weight=0.3, tau=0.8))
+        task.train()
+        images, targets = torch.randn(16, 3, 32, 32).cuda(), torch.randint(0, 10, (16,)).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            result = task(images, targets)
+        result["loss"].backward()
+        steps.append((result["tweo_loss"].item(), {name: p.grad for name, p in model.named_parameters()}))
+    (penalty, gradients), (found_penalty, found_gradients) = steps
+    assert found_penalty == pytest.approx(penalty, rel=1e-3)
+    for name, expected in gradients.items():
+        error = (found_gradients[name] - expected).norm() / expected.norm().clamp_min(1e-6)
+        assert error < 0.02, name
 
 
 @pytest.mark.gpu

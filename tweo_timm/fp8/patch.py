@@ -116,6 +116,8 @@ def unpatch_fp8(model: nn.Module) -> None:
     root, patch = _find(model)
     for handle in patch.handles:
         handle.remove()
+    if isinstance(patch.region, te.TeRegion):
+        patch.region.close()
     for parent, name, original in patch.originals:
         original.training = parent._modules[name].training  # type: ignore[union-attr]
         parent._modules[name] = original

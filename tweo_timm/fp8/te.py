@@ -14,13 +14,16 @@ Tokens, inputs and outputs that are not multiples of 16 are padded here; padding
 changes no maximum, and their gradient is zero. First step: all scales are 1, so E5M2 flushes gradients below 7.6e-6;
 run `warm_up_fp8` or warm the learning rate up.
 
-Refused: torch's activation checkpointing (it recomputes without te.autocast), unit scaling (no such recipe), a CPU.
-    Facts: Transformer Engine 2.20.
+Activation checkpointing goes through te.checkpoint (te_checkpoint.py). Refused: training a layer outside the forward
+of the patched root, unit scaling (no such recipe), a CPU. Facts: Transformer Engine 2.20.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.region import check_same_layout
+from tweo_timm.fp8.te_checkpoint import checkpoint, replaced_checkpoint
 
 ALIGNMENT = 16
 # Which quantizers of a module the saved state keeps: input and weight of each product, and the output gradient of
@@ -85,7 +89,7 @@ class TeRegion:
         self.is_delayed = recipe.scaling == "delayed"
         self.is_open = False
         self.hidden: dict[str, Hidden] = {}
-        self._context: Any = None
+        self._contexts: ExitStack | None = None
 
     def attach(self, root: nn.Module) -> list[RemovableHandle]:
         """Hook the region to ``root``; the closing hook runs even if the forward raises, to leave te.autocast."""
@@ -93,16 +97,47 @@ class TeRegion:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, root: nn.Module, args: Any) -> None:
-        self.is_open = root.training and torch.is_grad_enabled()
-        if self.is_open:
-            self._context = _te().autocast(enabled=True, recipe=build_recipe(self.recipe))
-            self._context.__enter__()
+        self.close()
+        if root.training and torch.is_grad_enabled():
+            with ExitStack() as contexts:
+                contexts.enter_context(_te().autocast(enabled=True, recipe=build_recipe(self.recipe)))
+                contexts.enter_context(replaced_checkpoint(self._checkpoint))
+                self._contexts = contexts.pop_all()
+            self.is_open = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exit(self, root: nn.Module, args: Any, output: Any) -> None:
-        context, self._context, self.is_open = self._context, None, False
-        if context is not None:
-            context.__exit__(None, None, None)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the forward, if one is running or was interrupted: torch's hooks miss a KeyboardInterrupt."""
+        contexts, self._contexts, self.is_open = self._contexts, None, False
+        if contexts is not None:
+            contexts.close()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(_te().checkpoint, self, *args, **kwargs)
+
+    @contextmanager
+    def reopened(self) -> Iterator[None]:
+        """Let layers compute as in the forward while te.checkpoint recomputes them, without moving any scale."""
+        # Scales move where the outermost autocast ends, if it is enabled: te.checkpoint's own is not the outermost.
+        with _te().autocast(enabled=False, recipe=build_recipe(self.recipe)):
+            self.is_open = True
+            try:
+                yield
+            finally:
+                self.is_open = False
+
+    def recompute_queues(self) -> list[deque[Any]]:
+        """Return Transformer Engine's queues of scales for the recomputation of each layer that has one."""
+        manager = _te().quantization.FP8GlobalStateManager
+        # Earlier releases, 2.9 say, keep this state on the class itself.
+        queues = getattr(manager, "quantization_state", manager).fp8_tensors_recompute_buffer
+        modules = [hidden.module for hidden in self._quantized().values() if hidden.module is not None]
+        positions = [module.fp8_meta.get("global_fp8_buffer_pos_fwd_recompute") for module in modules]
+        return [queues[position] for position in positions if position is not None]
 
     @property
     def all_layers_ran(self) -> bool:
@@ -142,13 +177,6 @@ class TeRegion:
                     columns_by_key[f"{layer}.scaling_{direction}.scale"] = buffers.scale[chosen]
                     columns_by_key[f"{layer}.scaling_{direction}.amax_history"] = buffers.amax_history[:, chosen]
         return columns_by_key
-
-
-NO_CHECKPOINTING = (
-    "the 'te' backend cannot train with timm's gradient checkpointing: torch recomputes the block without "
-    "te.autocast, so the recomputed activations would not be those of the forward. Turn it off, or use "
-    "backend='native', which replays its scales"
-)
 
 
 class Hidden:
@@ -250,7 +278,10 @@ class Face(nn.Module):
         region = self.te_hidden.region
         if not region.is_open and self.training and torch.is_grad_enabled():
             raise RuntimeError(
-                f"a Transformer Engine layer was trained outside the forward of the patched model: {NO_CHECKPOINTING}"
+                "a Transformer Engine layer was trained outside the forward of the patched model, without te.autocast: "
+                "call the model itself, or patch the module that is called. To checkpoint activations, call timm's "
+                "functions or torch.utils.checkpoint.checkpoint under that full name, which te.checkpoint replaces; a "
+                "function imported by name recomputes on its own"
             )
         return region.is_open
 

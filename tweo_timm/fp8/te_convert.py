@@ -1,7 +1,6 @@
 """Give a timm model its Transformer Engine faces: which module is replaced by which, and which parameters it shares.
 
-Fuses only what `fusion` says may be fused and whose dimensions the matrix unit takes as they are. Refuses models
-with activation checkpointing before anything is changed.
+Fuses only what `fusion` says may be fused and whose dimensions the matrix unit takes as they are.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from timm.layers import LayerNorm as TimmLayerNorm
 from torch import nn
 
 from tweo_timm.fp8.fusion import is_plain_norm, mlp_names, norm_linear_pairs
 from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.te import (
     ALIGNMENT,
-    NO_CHECKPOINTING,
-    Face,
     FusedAway,
     Hidden,
     TeLayerNorm,
@@ -25,6 +23,9 @@ from tweo_timm.fp8.te import (
     TeRegion,
 )
 
+# Not their subclasses, such as timm's LayerNorm2d, which normalises another dimension than the last.
+_NORMS = (nn.LayerNorm, TimmLayerNorm)
+
 
 class Converter:
     """Replaces modules of one model by faces; what it replaced is in `originals`."""
@@ -32,8 +33,6 @@ class Converter:
     _NORM: ClassVar = {"layer_norm_weight": "weight", "layer_norm_bias": "bias"}
 
     def __init__(self, model: nn.Module, recipe: Fp8Recipe):
-        if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-            raise RuntimeError(NO_CHECKPOINTING)
         self.model = model
         self.region = TeRegion(recipe)
         self.originals: list[tuple[nn.Module, str, nn.Module]] = []
@@ -55,7 +54,7 @@ class Converter:
         for linear in remaining:
             self._convert_linear(linear, None)
         for name, module in list(self.model.named_modules()):
-            if is_plain_norm(module) and not isinstance(module, Face):
+            if is_plain_norm(module) and type(module) in _NORMS:
                 self._convert_norm(name, module)
 
     def _is_aligned(self, name: str) -> bool:
