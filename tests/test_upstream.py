@@ -4,9 +4,7 @@ import importlib
 import json
 import logging
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from torch import nn
 
 from tests import timm_host
 from tests.models import batch, tiny_vit
+from tests.processes import run_together
 from tweo_timm import TweoConfig
 
 NAME = "tweo_timm.upstream"
@@ -238,16 +237,16 @@ def test_a_model_without_blocks_is_an_error_when_its_task_is_built():
         ClassificationTask(model, verbose=False)
 
 
-def test_two_processes_record_the_largest_peak_of_both(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["tests.timm_host", "--device-modules", NAME, "--output", str(tmp_path), "--model-ema"]
-    environ = {**os.environ, "TWEO_WEIGHT": "0.2", "TWEO_TAU": "0.8", "OMP_NUM_THREADS": "1"}
-    root = Path(timm_host.__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_record_the_largest_peak_of_both(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TWEO_WEIGHT", "0.2")
+    monkeypatch.setenv("TWEO_TAU", "0.8")
+    flags = ["--device-modules", NAME, "--output", str(tmp_path), "--model-ema"]
+    codes = run_together(lambda: timm_host.main(flags))
+    out, err = capfd.readouterr()
+    assert codes == [0, 0], f"{codes}\n{out}\n{err}"
     ranks = [steps(tmp_path, rank) for rank in range(2)]
     for epoch, peaks in peaks_by_epoch(tmp_path).items():
         largest = [max(step["peak_abs"] for step in rank if step["epoch"] == epoch) for rank in ranks]
         assert largest[1] > largest[0]  # seen by the process that does not write
         assert max(peaks.values()) == pytest.approx(largest[1], rel=1e-6)
-    assert "TweoConfig(weight=0.2" in done.stderr
+    assert "TweoConfig(weight=0.2" in err

@@ -58,7 +58,7 @@ def build_scheduler(args, optimizer, updates_per_epoch):
     )
 
 
-def main(argv=None):
+def main(argv):
     utils.setup_default_logging()
     args = parse(argv)
     for module in args.device_modules:
@@ -155,7 +155,3 @@ def validate(task, args):
         model.eval()
         output = model(images * 100)  # nothing of this may be counted as training
     return {"loss": float(nn.functional.cross_entropy(output, targets))}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,14 @@
 """Tiny runs of the training command, in this process."""
 
 import json
-import multiprocessing
-import os
-import socket
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tests import processes
 from tweo_timm.train.cli import main
 
 TINY = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
@@ -74,36 +73,15 @@ def same_tensors(a, b) -> bool:
     return a == b
 
 
-def start(words: list[str], environment: dict[str, str] | None = None) -> multiprocessing.Process:
-    """Start a run in a forked process, which spares it the imports."""
-
-    def run() -> None:
-        os.environ.update(environment or {})
-        raise SystemExit(main(words))
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
+def start(words: list[str]) -> Process:
+    return processes.start(lambda: main(words))
 
 
-def start_together(words: list[str], size: int = 2, scheduler: str = "torchrun") -> list[multiprocessing.Process]:
-    """Start a run of several processes, announced as torchrun or SLURM announces them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    names = {
-        "torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-        "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-    }[scheduler]
-    return [
-        start(words, shared | dict(zip(names, (str(rank), str(rank), str(size)), strict=True))) for rank in range(size)
-    ]
+def start_together(words: list[str]) -> list[Process]:
+    """Start a run of two processes."""
+    return processes.start_together(lambda: main(words))
 
 
 def train_together(words: list[str], size: int = 2, scheduler: str = "torchrun") -> list[int]:
     """Run several processes to their end; their exit codes."""
-    processes = start_together(words, size, scheduler)
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
+    return processes.run_together(lambda: main(words), size, scheduler)

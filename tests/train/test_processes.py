@@ -1,6 +1,8 @@
 """Two gloo processes, replicated or sharded, are one process that sees the whole batch."""
 
 import csv
+import functools
+import json
 import os
 import random
 import signal
@@ -10,7 +12,19 @@ import pytest
 import timm
 import torch
 
-from tests.train.runs import command, last, rows, same_tensors, start_together, train, train_together
+from tests.train.runs import (
+    VIT,
+    command,
+    last,
+    load,
+    rows,
+    same_tensors,
+    start_together,
+    train,
+    train_together,
+    write_images,
+)
+from tweo_timm.evaluate.cli import main as validate
 
 # The 56 training images are one update: the order in which processes see them does not matter.
 WHOLE = [
@@ -51,6 +65,83 @@ def test_two_processes_train_as_one_with_the_whole_batch(setting, images, tmp_pa
     for ours, theirs in zip(rows(folder), rows(reference), strict=True):
         for key in ("train_peak_abs", "train_mean_abs", "train_kurtosis"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+
+
+SWIN = ["--model", "swin_tiny_patch4_window7_224", "--num-classes", "3", "--input-size", "3", "32", "32"]
+SWIN += ["--drop-path", "0"]
+SWIN += ["--model-kwargs", "img_size=32", "window_size=4", "embed_dim=16", "depths=(1,1)", "num_heads=(2,2)"]
+MODELS = {"vit": VIT, "swin": SWIN}
+# One update of SGD with momentum: the momentum it leaves in the checkpoint is the gradient, to the bit.
+ONE_UPDATE = [
+    *("--no-aug", "--smoothing", "0.1", "--tweo-weight", "0.2", "--tweo-tau", "0.5"),
+    *("--epochs", "1", "--opt", "momentum", "--weight-decay", "0", "--lr", "0.1", "--outlier-interval", "1"),
+]
+GRADIENT_SETTINGS = {"alone": ["-b", "56"], **{name: words for name, words in SETTINGS.items() if name != "slurm"}}
+swins_reshape = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """56 training images, 40 of them in one class: with equal classes biases have gradients that are mere rounding."""
+    root = write_images(tmp_path_factory.mktemp("uneven"), train=24, val=12)
+    return write_images(root, train=40, val=0, classes=1)
+
+
+@pytest.fixture(scope="module")
+def one_update(uneven, tmp_path_factory):
+    """A function to the checkpoint after one update with all images; each setting is run once."""
+
+    @functools.cache
+    def run(model, setting, *more):
+        out = tmp_path_factory.mktemp("update")
+        words = command(uneven, out, *ONE_UPDATE, *GRADIENT_SETTINGS[setting], *more, model=MODELS[model])
+        assert not any(train_together(words, size=1 if setting == "alone" else 2))
+        return out / "run" / "last.pth.tar"
+
+    return run
+
+
+def gradients(checkpoint):
+    optimizer = load(checkpoint)["optimizer"]
+    (group,) = optimizer["param_groups"]
+    assert (group["momentum"], group["dampening"], group["weight_decay"]) == (0.9, 0, 0)
+    return [optimizer["state"][index]["momentum_buffer"].double() for index in group["params"]]
+
+
+def farthest(ours, theirs):
+    """The largest ||ours - theirs|| / ||theirs|| of any parameter."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+
+
+@swins_reshape
+@pytest.mark.parametrize("setting", [name for name in GRADIENT_SETTINGS if name != "alone"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_gradient_of_two_processes_is_that_of_one(model, setting, one_update):
+    alone = gradients(one_update(model, "alone"))
+    assert farthest(gradients(one_update(model, setting)), alone) <= 1e-5
+    assert farthest(gradients(one_update(model, "alone", "--tweo-weight", "0")), alone) > 0.1
+
+
+def alike(ours, theirs):
+    """Whether two records hold the same, numbers to 1e-5."""
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(alike(ours[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(alike, ours, theirs))
+    return ours == (pytest.approx(theirs, rel=1e-5) if isinstance(theirs, float) else theirs)
+
+
+@swins_reshape
+@pytest.mark.parametrize("model", MODELS)
+def test_reports_of_two_processes_are_those_of_one(model, one_update, uneven, tmp_path, capsys):
+    checkpoints = [str(one_update(model, setting)) for setting in ("alone", "ddp", "fsdp")]
+    words = ["--data-dir", str(uneven), "--device", "cpu", "-j", "0", "--report", str(tmp_path)]
+    assert validate(["--checkpoint", *checkpoints, *words]) == 0
+    alone, *together = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
+    for record in together:
+        assert record.keys() == alone.keys()
+        for key in record.keys() - {"name", "checkpoint"}:
+            assert alike(record[key], alone[key]), (key, record[key], alone[key])
 
 
 def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(images, tmp_path):
