@@ -2,8 +2,9 @@
 
     python benchmarks/onnx_latency.py --threads 2 --batches 1 8 --rounds 20
 
-Weights are random: latency does not care. All contestants take turns in every round, and a ratio is the median over
-rounds of float32 onnxruntime's time over the contestant's in that round, so that a busy machine disturbs both sides.
+Weights are random: latency does not care. All contestants take turns in every round, each after a rest in which the
+threads of the one before fall asleep, and a ratio is the median over rounds of float32 onnxruntime's time over the
+contestant's in that round, so that a busy machine disturbs both sides. OpenVINO takes part where it is installed.
 `--operators` adds where the time goes: for each operator, the sum over its nodes of the shortest time seen.
 """
 
@@ -31,6 +32,8 @@ from tweo_timm.quant.ort import node_census, open_session
 from tweo_timm.quant.static import quantize_static
 
 REFERENCE = "onnxruntime float32"
+QDQ, QDQ_ALL = "static int8, QDQ", "static int8 +res+attn, QDQ"
+REST_S = 0.05
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 
 
@@ -80,7 +83,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         "batches": {},
     }
     for batch in options.batches:
-        times = interleaved(contestants(model, files, options.threads), torch.randn(batch, *size), options.rounds)
+        runs = contestants(model, files, options.threads) | openvino_contestants(files, batch, size, options.threads)
+        times = interleaved(runs, torch.randn(batch, *size), options.rounds)
         result["batches"][batch] = print_table(name, batch, times)
         if options.operators:
             print_operators(files, torch.randn(batch, *size), options)
@@ -93,15 +97,13 @@ def write_files(model: torch.nn.Module, images: torch.Tensor, stem: Path, scheme
     """Every form of the model as a file; the float one first."""
     quantized = quantize_static(model, [images], scheme)
     with_stream = quantize_static(model, [images], f"{scheme}+res")
-    files = {
-        label: stem.with_suffix(f".{index}.onnx")
-        for index, label in enumerate(
-            (REFERENCE, "dynamic int8", "static int8, QDQ", "static int8, fused", "static int8 +res, fused")
-        )
-    }
-    float_file, dynamic, qdq, fused, fused_stream = files.values()
+    with_all = quantize_static(model, [images], f"{scheme}+res+attn")
+    labels = (REFERENCE, "dynamic int8", QDQ, "static int8, fused", "static int8 +res, fused", QDQ_ALL)
+    files = {label: stem.with_suffix(f".{index}.onnx") for index, label in enumerate(labels)}
+    float_file, dynamic, qdq, fused, fused_stream, qdq_all = files.values()
     export_onnx(model, float_file, images)
     export_onnx(quantized, qdq, images)
+    export_onnx(with_all, qdq_all, images)
     export_onnx(quantized, fused, images, target="onnxruntime")
     export_onnx(with_stream, fused_stream, images, target="onnxruntime")
     bare = onnx.load(float_file)
@@ -126,6 +128,36 @@ def contestants(
     return runs
 
 
+def openvino_contestants(
+    files: dict[str, Path], batch: int, size: tuple[int, ...], threads: int
+) -> dict[str, Callable[[torch.Tensor], object]]:
+    """The float and the standard QDQ files in OpenVINO; nothing where it is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        return {}
+    chosen = {
+        "OpenVINO float32": (REFERENCE, "f32"),
+        "OpenVINO bfloat16": (REFERENCE, "bf16"),
+        "OpenVINO int8, QDQ": (QDQ, "f32"),
+        "OpenVINO int8, QDQ, rest bfloat16": (QDQ, "bf16"),
+        "OpenVINO int8 +res+attn, QDQ": (QDQ_ALL, "f32"),
+        "OpenVINO int8 +res+attn, QDQ, rest bfloat16": (QDQ_ALL, "bf16"),
+    }
+    runs: dict[str, Callable[[torch.Tensor], object]] = {}
+    for label, (file, precision) in chosen.items():
+        graph = openvino.Core().read_model(files[file])
+        graph.reshape([batch, *size])
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        request = openvino.compile_model(graph, "CPU", settings).create_infer_request()
+        runs[label] = lambda images, request=request: request.infer({0: images.numpy()})
+    return runs
+
+
 @torch.inference_mode()
 def interleaved(
     runs: dict[str, Callable[[torch.Tensor], object]], images: torch.Tensor, rounds: int
@@ -134,6 +166,7 @@ def interleaved(
     times: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(rounds + 1):
         for label, run in runs.items():
+            time.sleep(REST_S)
             start = time.perf_counter()
             run(images)
             times[label].append(time.perf_counter() - start)

@@ -4,8 +4,10 @@ What decides the speed on x86, as measured with benchmarks/onnx_latency.py. Sign
 multiplies uint8 by int8 with VNNI and takes ~90 times longer for int8 by int8, so activations have zero point 128 here
 (the int8 pairs of a QDQ file are rewritten so by onnxruntime when it loads it). onnxruntime's optimizer turns a QDQ
 MatMul into MatMulIntegerToFloat but leaves the bias outside, as an Add or a slow BiasGelu, although the operator takes
-one. A packed query-key-value projection is cut up by a copying Split, which three projections do not need. What was
-tried and gained nothing: QAttention, MultiHeadAttention, int8 attention products, rounding before window partition.
+one. A packed query-key-value projection is cut up by a copying Split, which three projections do not need, and their
+heads are moved in float32: with tokens before images, a move of int8 values, onnxruntime's products read the heads
+where they lie. What was tried and gained nothing: QAttention, MultiHeadAttention, int8 attention products, rounding
+before window partition.
 """
 
 from __future__ import annotations
@@ -95,7 +97,11 @@ class _Linear(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 class _Projections(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """A packed query-key-value projection that is sliced apart -> one projection for each part."""
+    """A packed query-key-value projection that is sliced apart -> one projection for each part, tokens first.
+
+    onnxruntime takes the transposition from (N, B, heads, width) into its attention products, as transBatchA and
+    transBatchB; that from (B, N, heads, width) it would carry out.
+    """
 
     def pattern(
         self, op: Any, x: Any, w: Any, x_scale: Any, w_scale: Any, x_zero: Any, w_zero: Any, bias: Any, shape: Any
@@ -123,7 +129,8 @@ class _Projections(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         bias: Any,
         shape: Any,
     ) -> Any:
-        sizes = np.delete(_constant(shape), 2)
+        sizes = np.delete(_constant(shape), 2)[[1, 0, 2, 3]]
+        x = op.Transpose(x, perm=[1, 0, 2])
         parts = []
         for index in range(3):
             name = f"{projected.name}_{index}"  # of the node: layers may share initializers
@@ -133,7 +140,7 @@ class _Projections(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             )
             y = op.MatMulIntegerToFloat(x, weight, x_scale, scale, x_zero, zero, shift, _domain=_MICROSOFT)
             split = op.Reshape(y, op.initializer(ir.tensor(sizes), f"{name}_shape"))
-            parts.append(op.Transpose(split, perm=[0, 2, 1, 3]))
+            parts.append(op.Transpose(split, perm=[1, 2, 0, 3]))
         return tuple(parts)
 
 
@@ -183,6 +190,8 @@ def open_session(path: str | Path, threads: int | None = None, optimized: str | 
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
+    # without it, waiting threads of one session keep the cores from the next: three times the time, now and then
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # planned reuse hands out cold buffers; the arena alone hands out the last freed: Swin-T at batch 8 takes 6 % less
     # time and 324 MB instead of 596
     options.enable_mem_reuse = False
