@@ -7,9 +7,9 @@ that normalises after the branch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from timm.layers import GELUTanh, Mlp
+from timm.layers import GELUTanh, LayerNorm, Mlp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from timm.models.vision_transformer import Block
@@ -48,8 +48,14 @@ def mlp_names(model: nn.Module) -> list[FusedPair]:
 
 
 def is_plain_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a LayerNorm over the last dimension with a weight and a bias."""
-    return isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and module.bias is not None
+    """Whether ``module`` is a LayerNorm over the last dimension with a weight and a bias.
+
+    Subclasses are not, such as timm's LayerNorm2d, which normalises another dimension.
+    """
+    if type(module) not in (nn.LayerNorm, LayerNorm):
+        return False
+    norm = cast(nn.LayerNorm, module)
+    return len(norm.normalized_shape) == 1 and norm.bias is not None
 
 
 def _pairs_of(module: Any) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from timm.layers import LayerNorm as TimmLayerNorm
 from torch import nn
 
 from tweo_timm.fp8.fusion import is_plain_norm, mlp_names, norm_linear_pairs
@@ -22,9 +21,6 @@ from tweo_timm.fp8.te import (
     TeMlp,
     TeRegion,
 )
-
-# Not their subclasses, such as timm's LayerNorm2d, which normalises another dimension than the last.
-_NORMS = (nn.LayerNorm, TimmLayerNorm)
 
 
 class Converter:
@@ -54,7 +50,7 @@ class Converter:
         for linear in remaining:
             self._convert_linear(linear, None)
         for name, module in list(self.model.named_modules()):
-            if is_plain_norm(module) and type(module) in _NORMS:
+            if is_plain_norm(module):
                 self._convert_norm(name, module)
 
     def _is_aligned(self, name: str) -> bool:
