@@ -7,11 +7,13 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+from tests.processes import run_together
 from tests.train.runs import (
     VIT,
     command,
@@ -25,6 +27,7 @@ from tests.train.runs import (
     write_images,
 )
 from tweo_timm.evaluate.cli import main as validate
+from tweo_timm.train.cli import main
 
 # The 56 training images are one update: the order in which processes see them does not matter.
 WHOLE = [
@@ -170,8 +173,6 @@ def test_a_sharded_checkpoint_continues_in_one_process(images, tmp_path):
 def test_another_number_of_processes_is_refused_with_the_remedy(images, tmp_path, capfd):
     assert train_together(command(images, tmp_path, "-b", "7", "--epochs", "1")) == [0, 0]
     checkpoint = tmp_path / "run" / "last.pth.tar"
-    from tweo_timm.train.cli import main
-
     assert main(command(images, tmp_path, "--resume", str(checkpoint), name="other")) == 1
     assert "--start-epoch" in capfd.readouterr().err
 
@@ -207,6 +208,17 @@ def test_two_processes_stopped_by_sigterm_continue_bit_for_bit(images, tmp_path)
     assert train_together(words) == [0, 0]
     for key in ("state_dict", "state_dict_ema", "optimizer"):
         assert same_tensors(last(tmp_path / "cut")[key], last(tmp_path / "whole")[key]), key
+
+
+def gloo_threads(words):
+    assert main(words) == 0
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+def test_threads_of_the_process_group_end_with_the_run(images, tmp_path):
+    words = command(images, tmp_path, "-b", "28", "--epochs", "1", "--model-ema", "--tweo-weight", "0.2")
+    assert run_together(lambda: gloo_threads(words)) == [0, 0]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,13 @@ class World:
         return values
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and end its threads.
+
+        What is left of a run refers to the group (DDP is part of cycles), whose gloo threads would then outlive it: one
+        that gives a tensor back while Python shuts down aborts the process, after a run that is complete.
+        """
         if self.distributed:
+            gc.collect()
             torch.distributed.destroy_process_group()
 
 
