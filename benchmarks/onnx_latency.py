@@ -12,28 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 import timm
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from tweo_timm.quant.export import export_onnx
-from tweo_timm.quant.ort import node_census, open_session
+from tweo_timm.quant.latency import Run, cpu_name, file_run, latency_rows, take_turns, write_dynamic
+from tweo_timm.quant.ort import node_census
 from tweo_timm.quant.static import quantize_static
 
 REFERENCE = "onnxruntime float32"
 QDQ, QDQ_ALL = "static int8, QDQ", "static int8 +res+attn, QDQ"
-REST_S = 0.05
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 
 
@@ -84,7 +78,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     }
     for batch in options.batches:
         runs = contestants(model, files, options.threads) | openvino_contestants(files, batch, size, options.threads)
-        times = interleaved(runs, torch.randn(batch, *size), options.rounds)
+        times = take_turns(runs, torch.randn(batch, *size), options.rounds)
         result["batches"][batch] = print_table(name, batch, times)
         if options.operators:
             print_operators(files, torch.randn(batch, *size), options)
@@ -106,31 +100,19 @@ def write_files(model: torch.nn.Module, images: torch.Tensor, stem: Path, scheme
     export_onnx(with_all, qdq_all, images)
     export_onnx(quantized, fused, images, target="onnxruntime")
     export_onnx(with_stream, fused_stream, images, target="onnxruntime")
-    bare = onnx.load(float_file)
-    del bare.graph.value_info[:]  # quantize_dynamic takes the shape of a transposed Gemm weight for an error
-    onnx.save(bare, stem.with_suffix(".bare.onnx"))
-    quantize_dynamic(
-        stem.with_suffix(".bare.onnx"), dynamic, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
-    )
+    write_dynamic(float_file, dynamic)
     return files
 
 
-def contestants(
-    model: torch.nn.Module, files: dict[str, Path], threads: int
-) -> dict[str, Callable[[torch.Tensor], object]]:
-    runs: dict[str, Callable[[torch.Tensor], object]] = {}
-    for label, path in files.items():
-        session = open_session(path, threads)
-        runs[label] = lambda images, session=session: session.run(None, {"images": images.numpy()})
+def contestants(model: torch.nn.Module, files: dict[str, Path], threads: int) -> dict[str, Run]:
+    runs = {label: file_run(path, threads) for label, path in files.items()}
     half = timm.create_model(model.default_cfg["architecture"]).eval().bfloat16()
     runs["PyTorch float32"] = model
     runs["PyTorch bfloat16"] = lambda images: half(images.bfloat16())
     return runs
 
 
-def openvino_contestants(
-    files: dict[str, Path], batch: int, size: tuple[int, ...], threads: int
-) -> dict[str, Callable[[torch.Tensor], object]]:
+def openvino_contestants(files: dict[str, Path], batch: int, size: tuple[int, ...], threads: int) -> dict[str, Run]:
     """The float and the standard QDQ files in OpenVINO; nothing where it is not installed."""
     try:
         import openvino
@@ -144,7 +126,7 @@ def openvino_contestants(
         "OpenVINO int8 +res+attn, QDQ": (QDQ_ALL, "f32"),
         "OpenVINO int8 +res+attn, QDQ, rest bfloat16": (QDQ_ALL, "bf16"),
     }
-    runs: dict[str, Callable[[torch.Tensor], object]] = {}
+    runs: dict[str, Run] = {}
     for label, (file, precision) in chosen.items():
         graph = openvino.Core().read_model(files[file])
         graph.reshape([batch, *size])
@@ -158,31 +140,12 @@ def openvino_contestants(
     return runs
 
 
-@torch.inference_mode()
-def interleaved(
-    runs: dict[str, Callable[[torch.Tensor], object]], images: torch.Tensor, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each round, after one that is thrown away."""
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    for _ in range(rounds + 1):
-        for label, run in runs.items():
-            time.sleep(REST_S)
-            start = time.perf_counter()
-            run(images)
-            times[label].append(time.perf_counter() - start)
-    return {label: values[1:] for label, values in times.items()}
-
-
 def print_table(name: str, batch: int, times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     print(f"\n{name}, batch {batch}\n\n| | median ms | min ms | images/s | speed, {REFERENCE} = 1 |\n|--|--|--|--|--|")
-    rows = {}
-    for label, values in times.items():
-        ratio = statistics.median(r / v for r, v in zip(times[REFERENCE], values, strict=True))
-        median, shortest = statistics.median(values), min(values)
-        rows[label] = {"median_ms": 1e3 * median, "min_ms": 1e3 * shortest, "ratio": ratio}
-        print(
-            f"| {label} | {1e3 * median:.1f} | {1e3 * shortest:.1f} | {batch / median:.0f} | {ratio:.2f} |", flush=True
-        )
+    rows = latency_rows(times, batch)
+    for label, row in rows.items():
+        speeds = f"{row['median_ms']:.1f} | {row['min_ms']:.1f} | {row['images_per_s']:.0f} | {row['ratio']:.2f}"
+        print(f"| {label} | {speeds} |", flush=True)
     return rows
 
 
@@ -216,13 +179,6 @@ def operator_times(path: Path, images: torch.Tensor, options: argparse.Namespace
     for (operator, _), milliseconds in shortest.items():
         totals[operator] += milliseconds
     return dict(totals)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

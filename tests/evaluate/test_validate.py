@@ -249,17 +249,38 @@ def test_quantized_and_diagnosed_report_is_complete(capsys, checkpoints, common,
     assert {"quantized.png", "colinearity.png"} <= {path.name for path in (tmp_path / "r").iterdir()}
 
 
-def test_exported_files_are_run_and_reported(capsys, checkpoints, common, tmp_path):
+def test_exported_files_are_run_timed_and_reported(capsys, checkpoints, common, tmp_path, monkeypatch):
+    monkeypatch.setattr("tweo_timm.quant.latency.ROUNDS", 1)
     words = ["--quantize", "w8a8-tt", "--calibration-images", 8, "--export", "onnx", "--report", tmp_path / "r"]
-    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words)
+    status = main([str(word) for word in ("--checkpoint", checkpoints[0], *common, *words)])
+    out, err = capsys.readouterr()
     assert status == 0, err
     record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
     (float_file,) = record["exported"]["files"]
     assert float_file["top1"] == pytest.approx(record["top1"], rel=1e-6)
+    assert record["exported"]["latency"] == []
     exported = record["quantized"][0]["exported"]
     assert exported["top1"] == pytest.approx(record["quantized"][0]["top1"], rel=1e-6)
     assert (tmp_path / "r" / "base.w8a8-tt.onnx").stat().st_size > 0
-    assert "base.w8a8-tt.onnx" in (tmp_path / "r" / "report.md").read_text()
+    assert [entry["batch"] for entry in exported["latency"]] == [1, 4]
+    row = exported["latency"][1]["rows"][1]
+    cells = ["w8a8-tt", "4", "1", "dynamic int8 ONNX", f"{row['median_ms']:.2f}", f"{row['min_ms']:.2f}"]
+    cells += [f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}"]
+    for text in (out.split("--result\n")[0], (tmp_path / "r" / "report.md").read_text()):
+        assert "base.w8a8-tt.onnx" in text
+        assert f"| {' | '.join(cells)} |" in text
+
+
+def test_reports_from_before_exports_were_timed_are_still_read(capsys, checkpoints, common, tmp_path):
+    assert run(capsys, "--checkpoint", checkpoints[0], *common, "--export", "onnx", "--report", tmp_path / "a")[0] == 0
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    del report["checkpoints"][0]["exported"]["latency"]
+    (tmp_path / "a" / "report.json").write_text(json.dumps(report))
+    words = ["--compare-reports", tmp_path / "a" / "report.json", "--report", tmp_path / "b"]
+    assert run(capsys, *words)[0] == 0
+    markdown = (tmp_path / "b" / "report.md").read_text()
+    assert "base.float32.onnx" in markdown
+    assert "Latency" not in markdown
 
 
 def test_impossible_wishes_are_refused_before_anything_is_measured(capsys, checkpoints, common):

@@ -83,8 +83,15 @@ def table_of(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def print_table(records: Sequence[dict[str, Any]]) -> None:
-    """Print the comparison table: drawn on a terminal, Markdown elsewhere."""
-    rows = table_of(records)
+    """Print the comparison table, then those of exported files: drawn on a terminal, Markdown elsewhere."""
+    _print_rows(table_of(records))
+    for record in records:
+        for heading, caption, rows in _export_tables(record):
+            print(f"\n{record['name']}: {heading}. {caption}".rstrip())
+            _print_rows(rows)
+
+
+def _print_rows(rows: Sequence[dict[str, str]]) -> None:
     console = Console()
     if not console.is_terminal:
         print(_markdown_table(rows))
@@ -143,9 +150,8 @@ def _details(record: dict[str, Any]) -> str:
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
     ]
-    exports = [record.get("exported"), *(entry.get("exported") for entry in record.get("quantized", []))]
-    if any(exports):
-        parts += _exports([entry for entry in exports if entry])
+    for heading, caption, rows in _export_tables(record):
+        parts += [f"### {heading}", *([caption] if caption else []), _markdown_table(rows)]
     for name, describe in (
         ("stethoscope", _stethoscope),
         ("colinearity", _colinearity),
@@ -160,7 +166,25 @@ def _details(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _exports(exports: Sequence[dict[str, Any]]) -> list[str]:
+def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str, str]]]]:
+    """Heading, caption and rows of what is known about the exported files of a checkpoint."""
+    found = [record.get("exported"), *(entry.get("exported") for entry in record.get("quantized", []))]
+    exports = [export for export in found if export]
+    tables = []
+    if exports:
+        tables.append(("Exported files, run in onnxruntime", "", _file_rows(exports)))
+    timed = [(export["scheme"], batch) for export in exports for batch in export.get("latency", [])]
+    if timed:
+        first = timed[0][1]
+        caption = (
+            f"{first['cpu']}, threads: {first['threads']}, onnxruntime {first['onnxruntime']}. The files of a "
+            "scheme and batch take turns in every round; speed is the median over rounds."
+        )
+        tables.append(("Latency of exported files in onnxruntime", caption, _latency_rows(timed)))
+    return tables
+
+
+def _file_rows(exports: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     rows = []
     for export in exports:
         for file in export["files"]:
@@ -169,7 +193,24 @@ def _exports(exports: Sequence[dict[str, Any]]) -> list[str]:
             row |= {"PyTorch Top-1 %": f"{export['top1']:.2f}", "same first class": _number(file["top1_agreement"])}
             row |= {"int8 products": str(sum(nodes["int8"].values())), "float islands": str(nodes["float_islands"])}
             rows.append(row)
-    return ["### Exported files, run in onnxruntime", _markdown_table(rows)]
+    return rows
+
+
+def _latency_rows(timed: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, str]]:
+    return [
+        {
+            "scheme": scheme,
+            "batch": str(batch["batch"]),
+            "rounds": str(batch["rounds"]),
+            "file": row["file"],
+            "median ms": f"{row['median_ms']:.2f}",
+            "min ms": f"{row['min_ms']:.2f}",
+            "images/s": f"{row['images_per_s']:.1f}",
+            "speed, float32 = 1": f"{row['ratio']:.2f}",
+        }
+        for scheme, batch in timed
+        for row in batch["rows"]
+    ]
 
 
 def _stethoscope(found: dict[str, Any]) -> list[str]:

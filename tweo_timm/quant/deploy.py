@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from tweo_timm.quant.export import TARGETS, export_onnx, require_export_extra
 from tweo_timm.quant.sidecar import write_scales
 
 _logger = logging.getLogger(__name__)
+
+LATENCY_BATCH = 8
+"""Images in the larger batch that latency is measured at, unless the loader's are smaller."""
 
 
 class OnnxModel(nn.Module):
@@ -90,7 +94,7 @@ def export_record(
     path: str | Path,
     targets: Iterable[str] = TARGETS,
 ) -> dict[str, Any]:
-    """Export a model, run the files over images, and say how well they do and which nodes run in int8.
+    """Export a model, run the files over images, and say how well they do, how fast, and which nodes run in int8.
 
     Args:
         model: the float model, in evaluation mode.
@@ -101,15 +105,17 @@ def export_record(
         targets: see `export_onnx`; a float model has one file for all.
 
     Returns:
-        scheme, images, top1 (of the PyTorch model that was exported, per cent), scales (path or None), and files: one
+        scheme, images, top1 (of the PyTorch model that was exported, per cent), scales (path or None), files: one
         dict for each target with path, size_mb, top1, the measures of `Agreement`, nodes (see `node_census`), folded,
-        kept and fused.
+        kept and fused, and latency: what `measure_latency` finds at batch 1 and at that of `batches`, at most 8, for
+        the float32 model, its dynamic int8 form, and each target; empty for a float model, which has no rival.
 
     Raises:
-        RuntimeError: without the extra, or if the model cannot be exported.
+        RuntimeError: without the extra, or if the model, or the float model it is compared with, cannot be exported.
         ValueError: without images, for another ending of `path`, or for schemes that cannot be exported.
     """
     require_export_extra()
+    from tweo_timm.quant.latency import measure_latency, write_rivals
     from tweo_timm.quant.ort import node_census
 
     path, exported = Path(path), model if quantized is None else quantized
@@ -119,19 +125,46 @@ def export_record(
     first = next(batches, None)
     if first is None:
         raise ValueError("an export is checked on at least one image")
-    targets = list(targets) if quantized is not None else ["qdq"]
+    example, targets = first[0][:2], list(targets) if quantized is not None else ["qdq"]
     files: list[dict[str, Any]] = []
     for index, target in enumerate(targets):
         to = path if index == 0 else path.with_suffix(f".{target}.onnx")
-        files.append(export_onnx(exported, to, first[0][:2], target=target))
+        files.append(export_onnx(exported, to, example, target=target))
     scales = path.with_suffix(".scales.json") if quantized is not None else None
     if quantized is not None and scales is not None:
         write_scales(quantized, scales)
+    with tempfile.TemporaryDirectory() as folder:
+        rivals = write_rivals(model, example, Path(folder)) if quantized is not None else {}
+        top1, images = _run_over(itertools.chain([first], batches), model, quantized, files)
+        # not earlier: until its last batch is taken, a loader's processes go on reading
+        contestants = rivals | {file["target"]: Path(file["path"]) for file in files}
+        latency = measure_latency(contestants, first[0][:LATENCY_BATCH]) if rivals else []
+    for file in files:
+        size = Path(file["path"]).stat().st_size / 1e6
+        file |= {"size_mb": round(size, 3), "nodes": node_census(file["path"])}
+        _logger.info("%s: Top-1 %.2f (PyTorch %.2f), %s", file["path"], file["top1"], top1, file["nodes"])
+    return {
+        "scheme": files[0]["scheme"],
+        "images": images,
+        "top1": top1,
+        "scales": str(scales) if scales else None,
+        "files": files,
+        "latency": latency,
+    }
+
+
+def _run_over(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    quantized: nn.Module | None,
+    files: list[dict[str, Any]],
+) -> tuple[float, int]:
+    """Put Top-1 and agreement over images into the files' dicts; return the Top-1 of the exported model and a count."""
     runs = [OnnxModel(file["path"]) for file in files]
     agreements = [Agreement() for _ in files]
     correct, images = torch.zeros(1 + len(files)), 0
     with torch.inference_mode():
-        for x, y in itertools.chain([first], batches):
+        for x, y in batches:
             original = model(x)
             reference = original if quantized is None else quantized(x)
             logits = [run(x) for run in runs]
@@ -141,13 +174,5 @@ def export_record(
             images += len(x)
     top1 = (100 * correct / images).tolist()
     for file, agreement, percent in zip(files, agreements, top1[1:], strict=True):
-        size = Path(file["path"]).stat().st_size / 1e6
-        file |= {"size_mb": round(size, 3), "top1": percent, **agreement.summary(), "nodes": node_census(file["path"])}
-        _logger.info("%s: Top-1 %.2f (PyTorch %.2f), %s", file["path"], percent, top1[0], file["nodes"])
-    return {
-        "scheme": files[0]["scheme"],
-        "images": images,
-        "top1": top1[0],
-        "scales": str(scales) if scales else None,
-        "files": files,
-    }
+        file |= {"top1": percent, **agreement.summary()}
+    return top1[0], images
