@@ -197,15 +197,19 @@ class _MeanPower(torch.autograd.Function):
         return grad.to(x.dtype), None, None
 
 
+def peak_magnitude(x: Tensor) -> Tensor:
+    """Return max |x| of a floating tensor with at least one element: a scalar, float64 for float64, else float32."""
+    low, high = torch.aminmax(x.detach())
+    return torch.maximum(high, -low).to(_wide_dtype(x))
+
+
 def _measure(x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor]:
     """mean((|x| / scale)^p) and max |x|, in as few passes and operators as it takes."""
     wide = _wide_dtype(x)
-    low, high = torch.aminmax(x)
-    peak = torch.maximum(high, -low).to(wide)
     # The mean's 1 / n goes under the power: then no summand is larger than the sum, and overflows before it does.
     share = 1 / (scale * x.numel() ** (1 / power))
     shares = x * share if x.dtype == wide else x.to(wide).mul_(share)
-    return _power_(shares, power).sum(), peak
+    return _power_(shares, power).sum(), peak_magnitude(x)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

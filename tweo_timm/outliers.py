@@ -15,7 +15,7 @@ from tweo_timm.tap import BlockTap
 
 
 class OutlierRecorder:
-    """Counts block outputs while it is armed; costs one comparison a block while it is not.
+    """Counts block outputs while it is recording.
 
     A recorder that is to see a compiled model must be made before the model's first compiled call, because
     torch.compile ignores hooks that come later. An EMA copy is another model: it needs a recorder of its own.
@@ -23,16 +23,18 @@ class OutlierRecorder:
     Args:
         model: a timm model, possibly wrapped by DistributedDataParallel or torch.compile.
         blocks: regular expression naming the blocks by hand; None finds them by structure.
+        standing: whether the hooks stay on the model between recordings, at the cost of a call a block; a model that
+            will not be compiled does not need that.
 
     Raises:
         ValueError: if the model has no transformer blocks, or `blocks` matches nothing.
     """
 
-    def __init__(self, model: nn.Module, blocks: str | None = None) -> None:
-        found = find_blocks(model, blocks)
+    def __init__(self, model: nn.Module, blocks: str | None = None, *, standing: bool = True) -> None:
+        self._blocks = find_blocks(model, blocks)
         self.armed = False
-        self.stats: dict[str, ActivationStats | None] = dict.fromkeys(found)
-        self._tap = BlockTap(found, self._observe)
+        self.stats: dict[str, ActivationStats | None] = dict.fromkeys(self._blocks)
+        self._tap = BlockTap(self._blocks, self._observe) if standing else None
 
     def _observe(self, name: str, block: nn.Module, output: Tensor) -> None:
         if self.armed:
@@ -49,11 +51,14 @@ class OutlierRecorder:
     @contextlib.contextmanager
     def recording(self) -> Iterator[OutlierRecorder]:
         """Arm the recorder inside the context. Leave it before a backward pass: checkpointing runs forwards again."""
+        passing = BlockTap(self._blocks, self._observe) if self._tap is None else None
         self.armed = True
         try:
             yield self
         finally:
             self.armed = False
+            if passing is not None:
+                passing.remove()
 
     def reset(self) -> None:
         """Forget what has been counted."""
@@ -85,7 +90,8 @@ class OutlierRecorder:
 
     def remove(self) -> None:
         """Take the hooks off the model; what has been counted stays."""
-        self._tap.remove()
+        if self._tap is not None:
+            self._tap.remove()
 
 
 @contextlib.contextmanager

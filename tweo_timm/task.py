@@ -21,7 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.loss import TweoConfig, mean_power, reduce_terms
+from tweo_timm.loss import TweoConfig, mean_power, peak_magnitude, reduce_terms
 from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class TweoHandle:
         block_names: names of the blocks, in forward order.
         block_peaks: max |A| of each block in the latest training step, float32 (L,), on the device; 0 for blocks in
             eval mode; None before the first step.
+        measuring: whether a step whose weight is 0 computes L_TWEO. Without, it finds the peaks alone, for half the
+            time, and the result has no `tweo_loss`.
     """
 
     def __init__(self, task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> None:
@@ -69,6 +71,7 @@ class TweoHandle:
             )
         self.config = config
         self.block_peaks: Tensor | None = None
+        self.measuring = True
         model = unwrap_model(task.get_eval_model())
         self._blocks = find_blocks(model, blocks)
         self.block_names = list(self._blocks)
@@ -78,7 +81,7 @@ class TweoHandle:
         self._weight = config.weight
         self._acting = config.weight > 0
         self._armed = False
-        self._terms: list[tuple[str, Tensor, Tensor, int]] = []
+        self._terms: list[tuple[str, Tensor | None, Tensor, int]] = []
         self._tap = BlockTap(self._blocks, self._observe)
         self._handles = self._hook_task(task)
         _logger.info(
@@ -147,11 +150,14 @@ class TweoHandle:
         """
         if not (block.training and torch.is_grad_enabled()):
             return
+        term: Tensor | None = None
         if self._acting:
             term, peak = mean_power(output, self.config)
-        else:
+        elif self.measuring:
             with torch.no_grad():
                 term, peak = mean_power(output, self.config)
+        else:
+            peak = peak_magnitude(output)
         if self._armed:
             self._terms.append((name, term, peak, output.numel()))
 
@@ -159,27 +165,31 @@ class TweoHandle:
         if not self._armed:
             return result
         self._armed = False
-        terms, self._terms = self._terms, []
-        self._check_every_block_reported([name for name, *_ in terms])
-        tweo = reduce_terms([term for _, term, _, _ in terms], [numel for *_, numel in terms], self.config)
-        self.block_peaks = self._peak_of_each_block(terms)
+        seen, self._terms = self._terms, []
+        self._check_every_block_reported([name for name, *_ in seen])
+        self.block_peaks = self._peak_of_each_block([(name, peak) for name, _, peak, _ in seen])
         task_loss = result["loss"]
-        return {
-            **result,
-            "loss": task_loss + self._weight * tweo if self._acting else task_loss,
+        values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
-            "tweo_loss": tweo.detach(),
             "tweo_weight": self._weight,
             "peak_abs": self.block_peaks.amax(),
         }
+        measured = [(term, numel) for _, term, _, numel in seen if term is not None]
+        if measured:
+            terms, numels = zip(*measured, strict=True)
+            tweo = reduce_terms(terms, numels, self.config)
+            values["tweo_loss"] = tweo.detach()
+            if self._acting:
+                values["loss"] = task_loss + self._weight * tweo
+        return {**result, **values}
 
-    def _peak_of_each_block(self, terms: list[tuple[str, Tensor, Tensor, int]]) -> Tensor:
+    def _peak_of_each_block(self, seen: list[tuple[str, Tensor]]) -> Tensor:
         peaks: dict[str, Tensor] = {}
-        for name, _, peak, _ in terms:
+        for name, peak in seen:
             peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
         if len(peaks) < len(self.block_names):  # a frozen block, in eval mode, has no part in the penalty
-            unseen = terms[0][2].new_zeros(())
+            unseen = seen[0][1].new_zeros(())
             peaks = {name: peaks.get(name, unseen) for name in self.block_names}
         return torch.stack([peaks[name] for name in self.block_names]).float()
 

@@ -8,6 +8,7 @@ compiled call are ignored.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import logging
@@ -135,6 +136,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         shard(model, blocks.values(), world)
     task = build_task(options, model, data.soft_targets, world)
     _check_eval_metric(options, task)
+    recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
     watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
     tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
     namespace.lr = resolved_lr(options, options.batch_size * world.size * options.grad_accum_steps)
@@ -157,9 +159,9 @@ def build_session(options: TrainOptions, world: World) -> Session:
         model=model,
         task=task,
         tweo=tweo,
-        train_recorder=OutlierRecorder(model, options.tweo_blocks) if blocks and options.outlier_interval else None,
-        recorder=OutlierRecorder(model, options.tweo_blocks) if blocks else None,
-        ema_recorder=OutlierRecorder(ema_model, options.tweo_blocks) if blocks and ema_model is not None else None,
+        train_recorder=recorder(model) if blocks and options.outlier_interval else None,
+        recorder=recorder(model) if blocks else None,
+        ema_recorder=recorder(ema_model) if blocks and ema_model is not None else None,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=_scaler(options, world),

@@ -43,6 +43,7 @@ class Trainer:
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
+        self._stopping = False
 
     # ------------------------------------------------------------------------------------- what was, and what is kept
 
@@ -222,6 +223,7 @@ class Trainer:
             _logger.info("Reading the %d batches of epoch %d that were used already", cursor.batch, epoch)
         data.start_epoch(epoch, options.mixup_off_epoch)
         data.replay.enter_at(entry)
+        data.replay.remembering = options.recovery_interval > 0
         session.task.get_trainable_module().train()
         session.optimizer.zero_grad()
         num_batches = len(data.train)
@@ -270,9 +272,11 @@ class Trainer:
         interval = options.recovery_interval
         if interval and cursor.batch // options.grad_accum_steps % interval == 0:
             self._save_recovery(cursor.epoch)
-        if self._stop_requested():
+        self._stopping = self._stopping or self._stop_requested()
+        if self._stopping and self.session.data.replay.knows(cursor.batch):
             self._save_recovery(cursor.epoch)
             self._raise_if_interrupted()
+        self.session.data.replay.remembering |= self._stopping
 
     def _stop_requested(self) -> bool:
         """Whether any process was told to stop; the others are asked at every tenth update only."""

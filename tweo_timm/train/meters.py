@@ -18,6 +18,8 @@ LOSSES = ("loss", "task_loss", "tweo_loss")
 class EpochMeters:
     """Sample-weighted means of the losses, the largest activation of every block, and their statistics.
 
+    The mean of `tweo_loss` is over the micro-batches in which it was measured.
+
     Args:
         block_names: the blocks whose peaks are followed.
         device: where the losses live.
@@ -28,13 +30,12 @@ class EpochMeters:
         self.block_names = block_names
         self.recorder = recorder
         self._device = device
-        self._zero = torch.zeros((), device=device)
         self.reset()
 
     def reset(self) -> None:
         """Begin an epoch."""
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self._device)
-        self._samples = 0
+        self._samples = self._measured = 0
         self._peaks = torch.zeros(len(self.block_names), device=self._device)
         if self.recorder is not None:
             self.recorder.reset()
@@ -43,24 +44,28 @@ class EpochMeters:
         """Count in one micro-batch.
 
         Args:
-            result: what the task returned: `loss`, and with TWEO `task_loss` and `tweo_loss`, all scalars.
+            result: what the task returned: `loss`, and with TWEO `task_loss` and, where measured, `tweo_loss`; scalars.
             peaks: max |A| of each block, (L,); None without blocks.
             samples: images in the micro-batch.
         """
         loss = result["loss"].detach()
-        values = [loss, result.get("task_loss", loss), result.get("tweo_loss", self._zero)]
-        self._sums.add_(torch.stack(values), alpha=samples)
+        values = [loss, result.get("task_loss", loss)]
         self._samples += samples
+        if "tweo_loss" in result:
+            values.append(result["tweo_loss"])
+            self._measured += samples
+        self._sums[: len(values)].add_(torch.stack(values), alpha=samples)
         if peaks is not None:
             torch.maximum(self._peaks, peaks, out=self._peaks)
 
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return loss, task_loss and tweo_loss: means over the samples, of all processes if `distributed`."""
-        sums = torch.cat([self._sums, self._sums.new_tensor([self._samples])])
+        sums = torch.cat([self._sums, self._sums.new_tensor([self._samples, self._measured])])
         if distributed:
             torch.distributed.all_reduce(sums)
-        *totals, samples = sums.tolist()
-        return {name: total / max(samples, 1) for name, total in zip(LOSSES, totals, strict=True)}
+        *totals, samples, measured = sums.tolist()
+        counts = (samples, samples, measured)
+        return {name: total / max(count, 1) for name, total, count in zip(LOSSES, totals, counts, strict=True)}
 
     def peaks(self, distributed: bool = False) -> list[float]:
         """Return the largest |A| of each block in all steps, over all processes if `distributed`."""
@@ -90,6 +95,7 @@ class EpochMeters:
         return {
             "sums": self._sums.cpu(),
             "samples": self._samples,
+            "measured": self._measured,
             "peaks": self._peaks.cpu(),
             "outliers": {name: _pack(stats.state()) for name, stats in recorded.items() if stats is not None},
         }
@@ -99,6 +105,7 @@ class EpochMeters:
         self.reset()
         self._sums = state["sums"].to(self._device)
         self._samples = int(state["samples"])
+        self._measured = int(state["measured"])
         self._peaks = state["peaks"].to(self._device)
         if self.recorder is not None:
             for name, counted in state["outliers"].items():

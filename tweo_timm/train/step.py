@@ -57,6 +57,7 @@ class TrainStep:
         images, targets = session.place(images), targets.to(session.world.device)
         if session.tweo is not None:
             session.tweo.set_progress(min(cursor.updates / self._num_updates, 1.0))
+            session.tweo.measuring = self._is_recorded() or bool(session.options.torchcompile)
         if self._fp8_health is not None and completes and cursor.updates % session.options.fp8_health_interval == 0:
             self._fp8_health.arm()
         with contextlib.nullcontext() if completes else session.task.no_sync():
@@ -84,9 +85,12 @@ class TrainStep:
 
     def _recording(self) -> contextlib.AbstractContextManager[Any]:
         recorder = self.meters.recorder
-        if recorder is None or self.cursor.batch % self.session.options.outlier_interval:
-            return contextlib.nullcontext()
-        return recorder.recording()
+        return recorder.recording() if recorder is not None and self._is_recorded() else contextlib.nullcontext()
+
+    def _is_recorded(self) -> bool:
+        """Whether this micro-batch is one of those of --outlier-interval."""
+        interval = self.session.options.outlier_interval
+        return interval > 0 and self.cursor.batch % interval == 0
 
     def _backward(self, loss: Tensor, completes: bool) -> None:
         session, options = self.session, self.session.options

@@ -76,7 +76,8 @@ class HealthWatch:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
-        self._named: list[tuple[str, nn.Parameter]] = []
+        self._names: list[str] = []
+        self._parameters: list[nn.Parameter] = []
         self._graded: list[str] = []
         self._norms = torch.zeros(1, device=device)
 
@@ -107,9 +108,9 @@ class HealthWatch:
             update: number of the optimizer update.
             module: its parameters have their gradients.
         """
-        if not self._named:  # walking a model's modules at every update would cost more than looking
-            self._named = list(module.named_parameters())
-        gradients = [g for _, p in self._named if (g := p.grad) is not None]
+        if not self._parameters:  # walking a model's modules at every update would cost more than looking
+            self._names, self._parameters = map(list, zip(*module.named_parameters(), strict=True))
+        gradients = [g for p in self._parameters if (g := p.grad) is not None]
         if gradients and isinstance(gradients[0], DTensor):
             gradients = [_local(g) for g in gradients]
         if not gradients or _are_calm(gradients):
@@ -119,7 +120,8 @@ class HealthWatch:
         first = self._note_first(update, ~torch.isfinite(norms).all())
         if len(self._norms) != len(norms):
             self._norms = torch.zeros_like(norms)
-            self._graded = [name for name, p in self._named if p.grad is not None]
+            pairs = zip(self._names, self._parameters, strict=True)
+            self._graded = [name for name, p in pairs if p.grad is not None]
         self._norms = torch.where(first, norms, self._norms)
 
     def _note_first(self, update: int, bad: Tensor) -> Tensor:
