@@ -72,30 +72,31 @@ def round_to_fp8(x: Tensor, scale: Tensor, fmt: Fp8Format, *, signed_zeros: bool
     out = torch.empty(flat.shape, dtype=torch.bfloat16, device=x.device)
     chunk = _chunk_size(flat)
     # The work buffers are made once: on a CPU they stay in the cache from one chunk to the next.
-    work = torch.empty(3, chunk, dtype=torch.float32, device=x.device)
+    work = torch.empty(3 if signed_zeros else 2, chunk, dtype=torch.float32, device=x.device)
     for start in range(0, flat.numel(), max(chunk, 1)):
         source = flat[start : start + chunk]
         size = source.numel()
-        _round_chunk(source, scale.reshape(()), fmt, work[:, :size], out[start : start + size], signed_zeros)
+        _round_chunk(source, scale.reshape(()), fmt, work[:, :size], out[start : start + size])
     return out.view(x.shape)
 
 
-def _round_chunk(x: Tensor, scale: Tensor, fmt: Fp8Format, work: Tensor, out: Tensor, signed_zeros: bool) -> None:
-    """Round ``x`` into ``out``; ``work`` is float32, three rows of the size of ``x``."""
-    y, unit, rounded = work.unbind()
+def _round_chunk(x: Tensor, scale: Tensor, fmt: Fp8Format, work: Tensor, out: Tensor) -> None:
+    """Round ``x`` into ``out``; ``work`` is float32, rows of the size of ``x``: a third one keeps signs of zero."""
+    y, unit, *kept = work.unbind()
+    rounded = kept[0] if kept else y
     if x.dtype == torch.float32:
         torch.mul(x, scale, out=y)
     else:
         y.copy_(x).mul_(scale)
+    y.clamp_(-fmt.max, fmt.max)
     torch.bitwise_and(y.view(torch.int32), _EXPONENT_BITS, out=unit.view(torch.int32))
-    unit.clamp_(fmt.min_normal, fmt.max)
+    unit.clamp_min_(fmt.min_normal)
     # `unit * shift` is exact, so whether the device fuses the product with the sum or not, each line rounds once.
     torch.add(y, unit, alpha=fmt.shift, out=rounded)
     rounded.sub_(unit, alpha=fmt.shift)
-    if signed_zeros:  # a sum that cancels is +0; the float8 cast keeps the sign of what it rounded to zero
+    if kept:  # a sum that cancels is +0; the float8 cast keeps the sign of what it rounded to zero
         rounded.copysign_(y)
-    # Saturation comes last, where an element is half as wide: the limit is on the grid, so the order does not matter.
-    out.copy_(rounded).clamp_(-fmt.max, fmt.max)
+    out.copy_(rounded)
 
 
 def _chunk_size(flat: Tensor) -> int:
