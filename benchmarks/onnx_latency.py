@@ -3,8 +3,9 @@
     python benchmarks/onnx_latency.py --threads 2 --batches 1 8 --rounds 20
 
 Weights are random: latency does not care. All contestants take turns in every round, each after a rest in which the
-threads of the one before fall asleep, and a ratio is the median over rounds of float32 onnxruntime's time over the
-contestant's in that round, so that a busy machine disturbs both sides. OpenVINO takes part where it is installed.
+threads of the one before fall asleep and a run in which its own wake up. A ratio is the median over rounds of float32
+onnxruntime's time over the contestant's in that round, so that a busy machine disturbs both sides. OpenVINO takes part
+where it is installed.
 `--operators` adds where the time goes: for each operator, the sum over its nodes of the shortest time seen.
 """
 

@@ -1,8 +1,8 @@
 """How fast ONNX files run in onnxruntime, side by side on this machine.
 
 A time alone says little: machines differ, and a busy one slows down whatever it runs. So the files take turns in every
-round, each after a rest in which the threads of the one before fall asleep, and what counts is the ratio to the first
-of them within a round. An int8 file is measured against the two forms that need no calibration: the float32 model, and
+round, each after a rest in which the threads of the one before fall asleep and a run in which its own wake up, and what
+counts is the ratio to the first of them within a round. An int8 file is measured against the two forms that need no calibration: the float32 model, and
 what onnxruntime makes of it when it finds the scales of activations at run time.
 """
 
@@ -38,8 +38,7 @@ Run = Callable[[Tensor], object]
 def measure_latency(files: Mapping[str, str | Path], images: Tensor) -> list[dict[str, Any]]:
     """Time files at batch 1 and at a batch of all images, with torch's number of threads.
 
-    There are `ROUNDS` rounds after one to warm up; a model so large that they take more than `BUDGET_S` gets fewer, one
-    at least. A batch size therefore takes `BUDGET_S` at most, or two rounds.
+    There are `ROUNDS` rounds; a model so large that they take more than `BUDGET_S` gets fewer, one at least.
 
     Args:
         files: label -> an ONNX file with a dynamic batch; the first is what the others are compared with.
@@ -128,12 +127,14 @@ def file_run(path: str | Path, threads: int | None = None) -> Run:
 def take_turns(
     runs: Mapping[str, Run], images: Tensor, rounds: int, budget_s: float = math.inf
 ) -> dict[str, list[float]]:
-    """Run everyone once in every round, each after a rest.
+    """Time everyone once in every round, each after a rest and an untimed run.
+
+    In the rest the threads of the one before fall asleep, in the untimed run one's own wake up.
 
     Args:
         runs: label -> what to time.
         images: (B, C, H, W), float32, on the CPU.
-        rounds: how many to measure, after one that is thrown away.
+        rounds: how many to measure.
         budget_s: no round but the first starts once this time is over.
 
     Returns:
@@ -141,15 +142,16 @@ def take_turns(
     """
     times: dict[str, list[float]] = {label: [] for label in runs}
     deadline = time.perf_counter() + budget_s
-    for number in range(rounds + 1):
-        if number > 1 and time.perf_counter() > deadline:
+    for number in range(rounds):
+        if number and time.perf_counter() > deadline:
             break
         for label, run in runs.items():
             time.sleep(REST_S)
+            run(images)
             start = time.perf_counter()
             run(images)
             times[label].append(time.perf_counter() - start)
-    return {label: values[1:] for label, values in times.items()}
+    return times
 
 
 def latency_rows(times: Mapping[str, list[float]], batch: int) -> dict[str, dict[str, float]]:
