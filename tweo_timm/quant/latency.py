@@ -2,8 +2,8 @@
 
 A time alone says little: machines differ, and a busy one slows down whatever it runs. So the files take turns in every
 round, each after a rest in which the threads of the one before fall asleep and a run in which its own wake up, and what
-counts is the ratio to the first of them within a round. An int8 file is measured against the two forms that need no calibration: the float32 model, and
-what onnxruntime makes of it when it finds the scales of activations at run time.
+counts is the ratio to the first of them within a round. An int8 file is measured against the two forms that need no
+calibration: the float32 model, and what onnxruntime makes of it when it finds the scales of activations at run time.
 """
 
 from __future__ import annotations
