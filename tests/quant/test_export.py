@@ -296,3 +296,16 @@ def test_agreement_equals_numpy_over_batches() -> None:
 
 def test_the_scheme_travels_with_the_report(vit: Exported) -> None:
     assert Scheme.parse(vit.record["files"][0]["scheme"]) == Scheme()
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_openvino_computes_the_standard_file_as_the_model_does(name: str, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="a second engine for the standard file: pip install openvino")
+    model, images = make_model(name), make_images(name, 6)
+    quantized = quantize_static(model, [images], "w8a8-tt")
+    export_onnx(quantized, tmp_path / "model.onnx", images)
+    compiled = openvino.compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    agreement = Agreement()
+    with torch.no_grad():
+        agreement.update(quantized(images), torch.from_numpy(compiled([images.numpy()])[0].copy()), model(images))
+    assert agreement.summary()["error_ratio"] < 0.5  # 2e-6 and 0.19 measured: a value on an edge falls either way
