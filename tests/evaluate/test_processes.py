@@ -22,3 +22,9 @@ def test_two_processes_report_what_one_does(checkpoints, photos, tmp_path):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-6), (mine["name"], key)
         assert mine["peak_abs"] == theirs["peak_abs"]
     assert two["quantized"][0]["correct"] == one["quantized"][0]["correct"]
+
+
+def test_an_export_by_two_processes_is_refused(checkpoints, photos, capfd):
+    words = ["--checkpoint", str(checkpoints[0]), "--data-dir", str(photos), "--device", "cpu", "--export", "onnx"]
+    assert run_together(lambda: main(words)) == [1, 1]
+    assert "without torchrun" in capfd.readouterr().err

@@ -49,7 +49,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         ValueError: if data is missing or does not fit the model, or an option does not fit the model.
     """
     options = subject.options
-    _check_wishes(options)
+    _check_wishes(options, world)
     images = open_images(options, subject.data_config, _num_classes(subject), world)
     record: dict[str, Any] = {
         "name": subject.name,
@@ -75,10 +75,14 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     return record
 
 
-def _check_wishes(options: ValidateOptions) -> None:
+def _check_wishes(options: ValidateOptions, world: World) -> None:
     """Refuse what cannot be done before anything is measured."""
     for scheme in options.quantize:
         Scheme.parse(scheme)
+    if options.export and world.distributed:
+        raise ValueError(
+            "--export runs in one process: all of them would write the same file; validate without torchrun"
+        )
     if options.export:
         try:
             require_export_extra()
