@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -219,6 +221,20 @@ def gloo_threads(words):
 def test_threads_of_the_process_group_end_with_the_run(images, tmp_path):
     words = command(images, tmp_path, "-b", "28", "--epochs", "1", "--model-ema", "--tweo-weight", "0.2")
     assert run_together(lambda: gloo_threads(words)) == [0, 0]
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_script(images, tmp_path):
+    """As in the README; the other tests fork their processes, which is ten times faster."""
+    script = Path(__file__).parents[2] / "train.py"
+    words = command(images, tmp_path, "-b", "28", "--epochs", "1", "--tweo-weight", "0.2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *words], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rows(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -93,20 +93,20 @@ class EpochMeters:
         """Return the sums as plain tensors and numbers."""
         recorded = self.recorder.stats if self.recorder is not None else {}
         return {
-            "sums": self._sums.cpu(),
+            "sums": self._sums.cpu().clone(),
             "samples": self._samples,
             "measured": self._measured,
-            "peaks": self._peaks.cpu(),
+            "peaks": self._peaks.cpu().clone(),
             "outliers": {name: _pack(stats.state()) for name, stats in recorded.items() if stats is not None},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.reset()
-        self._sums = state["sums"].to(self._device)
+        self._sums = state["sums"].to(self._device, copy=True)
         self._samples = int(state["samples"])
         self._measured = int(state["measured"])
-        self._peaks = state["peaks"].to(self._device)
+        self._peaks = state["peaks"].to(self._device, copy=True)
         if self.recorder is not None:
             for name, counted in state["outliers"].items():
                 self.recorder.stats[name] = ActivationStats.from_state(_unpack(counted))
