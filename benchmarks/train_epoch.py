@@ -4,9 +4,10 @@
     python benchmarks/train_epoch.py --recipe recipes/quickstart_stress.yaml
 
 An epoch of each kind takes turns, round by round: a plain loop (timm's loader, task, optimizer, scheduler), train.py
-without TWEO, and train.py with it. Printed: the median time of each, and the median over rounds of its ratio to the
-plain loop of that round. train.py does everything that it does between two validations: statistics of outliers,
-watching for values that are no numbers, random states for an exact continuation, log lines.
+without TWEO and without its statistics (`--outlier-interval 0`), without TWEO, and with it. Printed: the median time of
+each, and the median over rounds of its ratio to the plain loop of that round. train.py does everything that it does
+between two validations: statistics of outliers, watching for values that are no numbers, random states for an exact
+continuation, log lines.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def main() -> None:
         words = [*chosen, "--data-dir", str(photos), "--num-classes", "14", "--device", "cpu", "-j", "0", *more]
         kinds = {
             "plain timm loop": plain_epoch(parse_train_options([*words, "--tweo-weight", "0"])),
+            "train.py, TWEO off, unwatched": our_epoch(
+                parse_train_options([*words, "--tweo-weight", "0", "--outlier-interval", "0"])
+            ),
             "train.py, TWEO off": our_epoch(parse_train_options([*words, "--tweo-weight", "0"])),
             "train.py, TWEO on": our_epoch(parse_train_options([*words, "--tweo-weight", "0.01"])),
         }
@@ -104,7 +108,7 @@ def report(kinds: dict[str, Callable[[int], object]], rounds: int, clock: Callab
     reference = times[next(iter(kinds))]
     for name, seconds in times.items():
         ratio = statistics.median(one / other for one, other in zip(seconds, reference, strict=True))
-        print(f"{name:20s} {statistics.median(seconds):8.3f} s   {ratio:6.3f} of the plain loop", flush=True)
+        print(f"{name:30s} {statistics.median(seconds):8.3f} s   {ratio:6.3f} of the plain loop", flush=True)
 
 
 if __name__ == "__main__":
