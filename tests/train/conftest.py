@@ -1,5 +1,6 @@
 """Images and interruptions for tests of the training command."""
 
+import multiprocessing
 import os
 import signal
 
@@ -27,16 +28,18 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """A function that sends this process a signal after so many micro-batches."""
+    """A function that sends this process, or its loader's as well, a signal after so many micro-batches."""
     original = TrainStep.__call__
 
-    def after(batches, number=signal.SIGTERM):
+    def after(batches, number=signal.SIGTERM, workers_too=False):
         seen = []
 
         def call(self, images, targets):
             original(self, images, targets)
             seen.append(1)
             if len(seen) == batches:
+                for process in multiprocessing.active_children() if workers_too else ():
+                    os.kill(process.pid, number)
                 os.kill(os.getpid(), number)
 
         monkeypatch.setattr(TrainStep, "__call__", call)

@@ -74,6 +74,18 @@ def test_a_run_stopped_inside_an_epoch_continues_bit_for_bit(
     assert_same_run(tmp_path / "run", uninterrupted[loader])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_job_does_not_take_the_loaders_processes(
+    number, images, tmp_path, interrupt, uninterrupted
+):
+    loader = "prefetcher and workers"
+    words = command(images, tmp_path, *ALL_RANDOM, *LOADERS[loader], "--resume", "auto")
+    interrupt(3, number, workers_too=True)
+    assert main(words) == 128 + number
+    assert main(words) == 0
+    assert_same_run(tmp_path / "run", uninterrupted[loader])
+
+
 def test_a_run_stopped_between_epochs_continues_bit_for_bit(images, tmp_path, interrupt, uninterrupted):
     words = command(images, tmp_path, *ALL_RANDOM, "--resume", "auto")
     interrupt(7, signal.SIGINT)

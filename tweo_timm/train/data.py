@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
+from tweo_timm.train.watch import PatientWorker
 from tweo_timm.train.world import World
 
 
@@ -178,12 +179,15 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         raise ValueError(f"the training loader cannot be made: {error}") from error
     lookahead = isinstance(train, PrefetchLoader)
     replay = ReplayLoader(train.loader if lookahead else train, lookahead)
+    val = _val_loader(options, data_config, val_set, world)
+    for loader in (replay.loader, getattr(val, "loader", val)):
+        loader.worker_init_fn = PatientWorker(loader.worker_init_fn)
     if lookahead:
         train.loader = replay
     return Data(
         train=train if lookahead else replay,
         replay=replay,
-        val=_val_loader(options, data_config, val_set, world),
+        val=val,
         mixup=Mixup(**mixup_kwargs) if mixup_kwargs and options.no_prefetcher else None,
         soft_targets=bool(mixup_kwargs),
         class_names=class_names(train_set),

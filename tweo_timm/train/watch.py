@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from tweo_timm.train.world import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GRACE_S = 60
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - what happened, in the words of the log
@@ -59,6 +61,27 @@ class SignalWatch:
         if world.any(self.received is not None):
             return self.received or signal.SIGTERM
         return None
+
+
+class PatientWorker:
+    """A loader's worker_init_fn: its processes outlive a signal to the whole job until the run has saved.
+
+    SLURM signals every process of a job, a terminal's Ctrl-C its whole group, and a run whose workers are gone cannot
+    finish its step. A worker told to end does so after a minute, so that a loader can still get rid of one that hangs.
+
+    Args:
+        init: the worker_init_fn there was before, or None.
+    """
+
+    def __init__(self, init: Callable[[int], object] | None) -> None:
+        self.init = init
+
+    def __call__(self, worker: int) -> None:
+        """Prepare the worker process of this number."""
+        if self.init is not None:
+            self.init(worker)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_S))
 
 
 class HealthWatch:
