@@ -112,9 +112,11 @@ class _Projections(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         heads = op.Transpose(op.Reshape(projected, shape), perm=[2, 0, 3, 1, 4])
         return tuple(_part(op, heads, index) for index in range(3))
 
-    def check(self, context: Any, shape: Any, **_: Any) -> bool:
+    def check(self, context: Any, x: Any, shape: Any, **_: Any) -> bool:
         sizes = _constant(shape)
-        return sizes is not None and len(sizes) == 5 and sizes[2] == 3
+        if sizes is None or len(sizes) != 5 or sizes[2] != 3 or x.shape is None or len(x.shape) != 3:
+            return False
+        return bool(sizes[1] == x.shape[1])  # else it is not the tokens of (B, N, C) that go first
 
     def rewrite(
         self,
