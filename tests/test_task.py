@@ -221,7 +221,7 @@ def test_a_copy_made_in_the_middle_of_training_works_and_keeps_no_graph():
     peaks = handle.block_peaks.clone()
     copied.train()(batch()[0] * 100).sum().backward()
     assert torch.equal(handle.block_peaks, peaks)
-    assert not handle._terms
+    assert not handle._seen
 
 
 @pytest.mark.parametrize("kind", [LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask])

@@ -146,15 +146,16 @@ def reduce_terms(terms: Sequence[Tensor], numels: Sequence[int], config: TweoCon
     return torch.stack([term * (numel / total) for term, numel in zip(terms, numels, strict=True)]).sum()
 
 
-def mean_power(x: Tensor, config: TweoConfig) -> tuple[Tensor, Tensor]:
-    """Return mean((|x| / (tau + eps))^p) of one block's output, and its peak.
+def mean_power(x: Tensor, config: TweoConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean((|x| / (tau + eps))^p) of one block's output, and its extremes.
 
     Args:
         x: floating tensor of any shape; it alone is kept for the backward pass.
         config: tau, eps and power are used.
 
     Returns:
-        Two scalars, float64 for float64 input and float32 otherwise: the differentiable mean, and max |x|.
+        Three scalars: the differentiable mean, float64 for float64 input and float32 otherwise; min x and max x, of the
+        dtype of x.
 
     Raises:
         ValueError: if `x` is empty.
@@ -168,48 +169,56 @@ def mean_power(x: Tensor, config: TweoConfig) -> tuple[Tensor, Tensor]:
     scale = config.tau + config.eps
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _measure(x.detach(), scale, config.power)
-    term, peak = _MeanPower.apply(x, scale, config.power)
-    return term, peak
+    term, low, high = _MeanPower.apply(x, scale, config.power)
+    return term, low, high
 
 
 class _MeanPower(torch.autograd.Function):
-    """mean((|x| / scale)^p) with x as the only tensor kept, and max |x|, which has no gradient."""
+    """mean((|x| / scale)^p) with x as the only tensor kept, and min x and max x, which have no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x)
         ctx.scale, ctx.power = scale, power
-        term, peak = _measure(x, scale, power)
-        ctx.mark_non_differentiable(peak)
-        return term, peak
+        term, low, high = _measure(x, scale, power)
+        ctx.mark_non_differentiable(low, high)
+        return term, low, high
 
     @staticmethod
-    def backward(ctx: Any, grad_term: Tensor, grad_peak: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_term: Tensor, *unused: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        a = x.to(_wide_dtype(x)) / ctx.scale
+        wide = _wide_dtype(x)
+        a = x / ctx.scale if x.dtype == wide else x.to(wide).div_(ctx.scale)
         factor = grad_term * (ctx.power / (ctx.scale * x.numel()))
         if torch.is_grad_enabled():  # asked for a graph of the gradient: nothing may be overwritten
             grad = a * a.abs().pow(ctx.power - 2) * factor
         elif ctx.power == 4:
-            grad = a.square().mul_(a).mul_(factor)
+            grad = a.pow_(3).mul_(factor)
         else:
             grad = a.mul_(_power_(a.clone(), ctx.power - 2)).mul_(factor)
         return grad.to(x.dtype), None, None
 
 
-def peak_magnitude(x: Tensor) -> Tensor:
-    """Return max |x| of a floating tensor with at least one element: a scalar, float64 for float64, else float32."""
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return min x and max x of a floating tensor that has elements: scalars of its dtype, without gradients."""
     low, high = torch.aminmax(x.detach())
-    return torch.maximum(high, -low).to(_wide_dtype(x))
+    return low, high
 
 
-def _measure(x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor]:
-    """mean((|x| / scale)^p) and max |x|, in as few passes and operators as it takes."""
+def peak_magnitudes(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return max |x| of each of several tensors, (L,), float32 or wider, from their `extremes`, in one go for all."""
+    lows, highs = map(torch.stack, zip(*found, strict=True))
+    peaks = torch.maximum(highs, lows.neg_())
+    return peaks.to(_wide_dtype(peaks))
+
+
+def _measure(x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
+    """mean((|x| / scale)^p), min x and max x, in as few passes and operators as it takes."""
     wide = _wide_dtype(x)
     # The mean's 1 / n goes under the power: then no summand is larger than the sum, and overflows before it does.
     share = 1 / (scale * x.numel() ** (1 / power))
     shares = x * share if x.dtype == wide else x.to(wide).mul_(share)
-    return _power_(shares, power).sum(), peak_magnitude(x)
+    return _power_(shares, power).sum(), *extremes(x)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

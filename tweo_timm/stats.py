@@ -9,6 +9,7 @@ device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,10 @@ Site = TypeVar("Site", bound=Hashable)
 
 NUM_BINS = 1 << 15
 """Bins of the histogram of |x|: 8 bits of exponent and 7 of mantissa, as in bfloat16."""
+
+# The terms of (a + b)^k for k = 0 to 4: the power k, the power i of a, and the coefficient C(k, i).
+_K, _I = torch.tensor([(k, i) for k in range(5) for i in range(k + 1)]).T
+_BINOMIAL = torch.tensor([float(math.comb(k, i)) for k in range(5) for i in range(k + 1)], dtype=torch.float64)
 
 
 class ActivationStats:
@@ -57,23 +62,26 @@ class ActivationStats:
             self._sums = new
             return
         old = self._sums
-        new = {name: value.to(old["count"].device) for name, value in new.items()}
-        larger = (new["peak"] > old["peak"]) | new["peak"].isnan()  # a NaN peak wins, and is seen
-        merged = {name: torch.where(larger, new[name], old[name]) for name in ("peak", "token", "channel")}
-        merged |= {name: old[name] + new[name] for name in ("abs_sum", "images", "images_above_448", "histogram")}
-        merged["image_peak_sum"] = old["image_peak_sum"] + new["image_peak_sum"]
-        self._sums = merged | _merge_moments(old, new)
+        new = {name: value.to(old["peak"].device) for name, value in new.items()}
+        larger = (new["peak"][0] > old["peak"][0]) | new["peak"][0].isnan()  # a NaN peak wins, and is seen
+        moments, mean = (torch.stack([old[name], new[name]], -1) for name in ("moments", "mean"))
+        self._sums = {
+            "peak": torch.where(larger, new["peak"], old["peak"]),
+            "totals": old["totals"] + new["totals"],
+            "histogram": old["histogram"].add_(new["histogram"]),
+            **_pool(moments, mean),
+        }
 
     def state(self) -> dict[str, Any]:
         """Return everything counted so far as plain CPU tensors, to be stored or sent to another process."""
-        sums = {name: value.cpu() for name, value in self._sums.items()}
+        sums = {name: value.cpu().clone() for name, value in self._sums.items()}
         return {"channel_axis": self.channel_axis, "sums": sums}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ActivationStats:
         """Rebuild an instance from `state()`."""
         stats = cls(state["channel_axis"])
-        stats._sums = dict(state["sums"])
+        stats._sums = {name: value.clone() for name, value in state["sums"].items()}
         return stats
 
     def histogram(self) -> tuple[list[float], list[int]]:
@@ -99,21 +107,22 @@ class ActivationStats:
         if not self._sums:
             raise ValueError("no activation has been counted: run the model on at least one batch first")
         sums = {name: value.cpu() for name, value in self._sums.items() if name != "histogram"}
-        count, variance_sum = float(sums["count"]), float(sums["m2"])
+        count, _, variance_sum, _, fourth_sum = sums["moments"].tolist()
+        peak, token, channel = sums["peak"].tolist()
+        abs_sum, images, images_above_448, image_peak_sum = sums["totals"].tolist()
         median, p999, p9999 = self._quantiles(0.5, 0.999, 0.9999)
-        peak = float(sums["peak"])
         return {
             "peak_abs": peak,
-            "mean_abs": float(sums["abs_sum"]) / count,
-            "kurtosis": count * float(sums["m4"]) / variance_sum**2 if variance_sum > 0 else float("nan"),
+            "mean_abs": abs_sum / count,
+            "kurtosis": count * fourth_sum / variance_sum**2 if variance_sum > 0 else float("nan"),
             "median_abs": median,
             "p999_abs": p999,
             "p9999_abs": p9999,
             "max_to_median": peak / median if median > 0 else float("inf"),
-            "peak_token": int(sums["token"]),
-            "peak_channel": int(sums["channel"]),
-            "mean_image_peak": float(sums["image_peak_sum"]) / float(sums["images"]),
-            "share_of_images_above_448": float(sums["images_above_448"]) / float(sums["images"]),
+            "peak_token": int(token),
+            "peak_channel": int(channel),
+            "mean_image_peak": image_peak_sum / images,
+            "share_of_images_above_448": images_above_448 / images,
             "count": int(count),
         }
 
@@ -128,7 +137,7 @@ class ActivationStats:
             inside = (rank - float(cumulative[index] - counts[index])) / max(float(counts[index]), 1.0)
             low, high = float(edges[index]), float(edges[min(index + 1, NUM_BINS - 1)])
             values.append(low + inside * (high - low))
-        return [min(value, float(self._sums["peak"])) for value in values]
+        return [min(value, float(self._sums["peak"][0])) for value in values]
 
 
 def gather(stats: Mapping[Site, ActivationStats | None]) -> dict[Site, ActivationStats | None]:
@@ -158,56 +167,54 @@ def gather(stats: Mapping[Site, ActivationStats | None]) -> dict[Site, Activatio
 
 
 def _batch_sums(x_TC: Tensor, num_images: int) -> dict[str, Tensor]:
-    """Reduce one batch, as (tokens of all images, channels) in float32, to the sums that merge."""
+    """Reduce one batch, as (tokens of all images, channels) in float32, to the sums that merge, in float64.
+
+    Returns:
+        peak (3,): max |x|, its token and its channel; totals (4,): sum of |x|, images, images above 448, sum of the
+        images' peaks; histogram (NUM_BINS,), int64; moments and mean as `_pool` returns them.
+    """
     magnitude_TC = x_TC.abs()
     peak_T = magnitude_TC.amax(-1)
     row = peak_T.argmax()
-    image_peak_B = peak_T.reshape(num_images, -1).amax(-1)
-    sums = {
-        "peak": peak_T[row],
-        "token": row % (x_TC.shape[0] // num_images),
-        "channel": magnitude_TC[row].argmax(),
-        "abs_sum": magnitude_TC.sum(-1).double().sum(),
-        "images": torch.tensor(num_images, device=x_TC.device),
-        "images_above_448": (image_peak_B > 448).sum(),
-        "image_peak_sum": image_peak_B.double().sum(),
+    image_peak_B = peak_T.view(num_images, -1).amax(-1).double()
+    images = image_peak_B.new_full((), num_images)
+    totals = [magnitude_TC.sum(-1).double().sum(), images, (image_peak_B > 448).sum(), image_peak_B.sum()]
+    return {
+        "peak": torch.stack([peak_T[row].double(), row % (len(x_TC) // num_images), magnitude_TC[row].argmax()]),
+        "totals": torch.stack(totals),
         "histogram": _histogram(magnitude_TC),
+        **_moments(x_TC),
     }
-    return sums | _moments(x_TC)
 
 
 def _moments(x_TC: Tensor) -> dict[str, Tensor]:
-    """Count, mean and central sums of powers 2 to 4 (float64), by way of each token's own."""
+    """The moments of a batch, pooled from those of its tokens; centred on each token's own mean, float32 is enough."""
     mean_T1 = x_TC.mean(-1, keepdim=True)
     d_TC = x_TC - mean_T1
     sq_TC = d_TC.square()
-    m1_T = d_TC.sum(-1).double()  # what rounding left of the mean
-    m2_T, m3_T = sq_TC.sum(-1).double(), d_TC.mul_(sq_TC).sum(-1).double()
-    m4_T = sq_TC.square_().sum(-1).double()
-    mean_T = mean_T1.flatten().double()
-    channels = x_TC.shape[1]
-    count = torch.tensor(float(x_TC.numel()), dtype=torch.float64, device=x_TC.device)
-    mean = (mean_T + m1_T / channels).mean()
-    # Binomial shift of every token's sums to the common mean.
-    s = mean_T - mean
-    m2 = m2_T + 2 * s * m1_T + channels * s**2
-    m3 = m3_T + 3 * s * m2_T + 3 * s**2 * m1_T + channels * s**3
-    m4 = m4_T + 4 * s * m3_T + 6 * s**2 * m2_T + 4 * s**3 * m1_T + channels * s**4
-    return {"count": count, "mean": mean, "m2": m2.sum(), "m3": m3.sum(), "m4": m4.sum()}
+    first_T = d_TC.sum(-1)  # what rounding left of the mean
+    second_T, third_T, fourth_T = sq_TC.sum(-1), d_TC.mul_(sq_TC).sum(-1), sq_TC.square_().sum(-1)
+    count_T = torch.full_like(first_T, x_TC.shape[1])
+    return _pool(torch.stack([count_T, first_T, second_T, third_T, fourth_T]).double(), mean_T1.flatten().double())
 
 
-def _merge_moments(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Shift both sets of central sums to the mean of the union, and add (Pebay 2008, in binomial form)."""
-    count = a["count"] + b["count"]
-    mean = (a["count"] * a["mean"] + b["count"] * b["mean"]) / count
-    merged = {"count": count, "mean": mean}
-    shifted = []
-    for part in (a, b):
-        s, n = part["mean"] - mean, part["count"]
-        m2, m3, m4 = part["m2"], part["m3"], part["m4"]
-        shifted.append((m2 + n * s**2, m3 + 3 * s * m2 + n * s**3, m4 + 4 * s * m3 + 6 * s**2 * m2 + n * s**4))
-    (a2, a3, a4), (b2, b3, b4) = shifted
-    return merged | {"m2": a2 + b2, "m3": a3 + b3, "m4": a4 + b4}
+def _pool(moments_5P: Tensor, center_P: Tensor) -> dict[str, Tensor]:
+    """Pool the moments of P parts (Pebay 2008, in binomial form): each is shifted to the mean of all, and added.
+
+    Args:
+        moments_5P: of each part the sums of (x - center)^k for k = 0 to 4, float64.
+        center_P: what each part is centred on, float64.
+
+    Returns:
+        moments (5,) of all, centred on their mean; mean ().
+    """
+    count_P, first_P = moments_5P[0], moments_5P[1]
+    mean = (count_P * center_P + first_P).sum() / count_P.sum()
+    powers_5P = torch.linalg.vander(center_P - mean, N=5).T
+    # (x - mean)^k = ((x - center) + (center - mean))^k = sum_i C(k, i) (center - mean)^i (x - center)^(k - i)
+    products_55 = powers_5P @ moments_5P.T
+    terms = products_55[_I, _K - _I] * _BINOMIAL.to(mean.device)
+    return {"moments": terms.new_zeros(5).index_add_(0, _K.to(mean.device), terms), "mean": mean}
 
 
 def _histogram(magnitude: Tensor) -> Tensor:

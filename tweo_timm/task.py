@@ -12,7 +12,7 @@ gradient of block l's penalty is made just before block l needs it, and only one
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import use_reentrant_ckpt
@@ -21,7 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.loss import TweoConfig, mean_power, peak_magnitude, reduce_terms
+from tweo_timm.loss import TweoConfig, extremes, mean_power, peak_magnitudes, reduce_terms
 from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
@@ -52,6 +52,16 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
     return TweoHandle(task, config, blocks)
 
 
+class _Seen(NamedTuple):
+    """What a step keeps of one block's output: its size, its mean power where that was computed, and its extremes."""
+
+    name: str
+    numel: int
+    term: Tensor | None
+    low: Tensor
+    high: Tensor
+
+
 class TweoHandle:
     """The TWEO term attached to a task; made by `attach_tweo`.
 
@@ -80,8 +90,8 @@ class TweoHandle:
         self._progress: float | None = 0.0 if config.schedule == "constant" else None
         self._weight = config.weight
         self._acting = config.weight > 0
-        self._armed = False
-        self._terms: list[tuple[str, Tensor | None, Tensor, int]] = []
+        self._armed: list[str] = []
+        self._seen: list[_Seen] = []
         self._tap = BlockTap(self._blocks, self._observe)
         self._handles = self._hook_task(task)
         _logger.info(
@@ -112,7 +122,7 @@ class TweoHandle:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._terms.clear()
+        self._seen.clear()
 
     def _hook_task(self, task: TrainingTask) -> list[Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -126,8 +136,9 @@ class TweoHandle:
         return [task.register_forward_pre_hook(before, with_kwargs=True), task.register_forward_hook(after)]
 
     def _start(self, inputs: tuple[Any, ...]) -> None:
-        self._terms.clear()
-        self._armed = torch.is_grad_enabled() and any(block.training for block in self._blocks.values())
+        self._seen.clear()
+        grad = torch.is_grad_enabled()
+        self._armed = [name for name, block in self._blocks.items() if block.training] if grad else []
         if not self._armed:
             return
         self._refuse_reentrant_checkpoints()
@@ -152,52 +163,52 @@ class TweoHandle:
             return
         term: Tensor | None = None
         if self._acting:
-            term, peak = mean_power(output, self.config)
+            term, low, high = mean_power(output, self.config)
         elif self.measuring:
             with torch.no_grad():
-                term, peak = mean_power(output, self.config)
+                term, low, high = mean_power(output, self.config)
         else:
-            peak = peak_magnitude(output)
+            low, high = extremes(output)
         if self._armed:
-            self._terms.append((name, term, peak, output.numel()))
+            self._seen.append(_Seen(name, output.numel(), term, low, high))
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
         if not self._armed:
             return result
-        self._armed = False
-        seen, self._terms = self._terms, []
-        self._check_every_block_reported([name for name, *_ in seen])
-        self.block_peaks = self._peak_of_each_block([(name, peak) for name, _, peak, _ in seen])
+        seen, self._seen = self._seen, []
+        expected, self._armed = self._armed, []
+        names = [one.name for one in seen]
+        if names != expected:
+            self._check_every_block_reported(names, expected)
+        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes([(one.low, one.high) for one in seen]))
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
             "tweo_weight": self._weight,
-            "peak_abs": self.block_peaks.amax(),
+            "peak_abs": extremes(self.block_peaks)[1],
         }
-        measured = [(term, numel) for _, term, _, numel in seen if term is not None]
-        if measured:
-            terms, numels = zip(*measured, strict=True)
-            tweo = reduce_terms(terms, numels, self.config)
+        terms = [one.term for one in seen if one.term is not None]
+        if terms:
+            tweo = reduce_terms(terms, [one.numel for one in seen], self.config)
             values["tweo_loss"] = tweo.detach()
             if self._acting:
-                values["loss"] = task_loss + self._weight * tweo
+                values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
         return {**result, **values}
 
-    def _peak_of_each_block(self, seen: list[tuple[str, Tensor]]) -> Tensor:
-        peaks: dict[str, Tensor] = {}
-        for name, peak in seen:
-            peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
-        if len(peaks) < len(self.block_names):  # a frozen block, in eval mode, has no part in the penalty
-            unseen = seen[0][1].new_zeros(())
-            peaks = {name: peaks.get(name, unseen) for name in self.block_names}
-        return torch.stack([peaks[name] for name in self.block_names]).float()
+    def _peak_of_each_block(self, names: list[str], peaks: Tensor) -> Tensor:
+        """Peaks in the order of the blocks. A block may have been called twice, or, in eval mode, not at all."""
+        if names == self.block_names:
+            return peaks.float()
+        largest: dict[str, Tensor] = {}
+        for name, peak in zip(names, peaks, strict=True):
+            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
+        unseen = peaks.new_zeros(())
+        return torch.stack([largest.get(name, unseen) for name in self.block_names]).float()
 
-    def _check_every_block_reported(self, seen: list[str]) -> None:
-        expected = [name for name, block in self._blocks.items() if block.training]
-        if seen == expected:
-            return
-        missing = [name for name in expected if name not in set(seen)]
+    def _check_every_block_reported(self, names: list[str], expected: list[str]) -> None:
+        seen = set(names)
+        missing = [name for name in expected if name not in seen]
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(expected)} blocks gave TWEO no output in this step, the first is "

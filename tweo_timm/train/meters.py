@@ -1,10 +1,10 @@
-"""Running sums of one epoch, kept on the device so that a step never waits, and the pace of the run."""
+"""Running sums of one epoch, added up now and then so that a step does not wait for the device, and the run's pace."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.stats import ActivationStats
 
 LOSSES = ("loss", "task_loss", "tweo_loss")
+
+
+_MAX_PENDING = 1024
+
+
+class _MicroBatch(NamedTuple):
+    """What one micro-batch adds, still on the device: the losses in the order of LOSSES, and the peak of each block."""
+
+    samples: int
+    losses: tuple[Tensor, Tensor, Tensor | None]
+    peaks: Tensor | None
 
 
 class EpochMeters:
@@ -34,8 +45,9 @@ class EpochMeters:
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self._device)
-        self._samples = self._measured = 0
+        self._pending: list[_MicroBatch] = []
+        self._sums = [0.0] * len(LOSSES)
+        self._counts = [0] * len(LOSSES)
         self._peaks = torch.zeros(len(self.block_names), device=self._device)
         if self.recorder is not None:
             self.recorder.reset()
@@ -49,26 +61,34 @@ class EpochMeters:
             samples: images in the micro-batch.
         """
         loss = result["loss"].detach()
-        values = [loss, result.get("task_loss", loss)]
-        self._samples += samples
-        if "tweo_loss" in result:
-            values.append(result["tweo_loss"])
-            self._measured += samples
-        self._sums[: len(values)].add_(torch.stack(values), alpha=samples)
-        if peaks is not None:
-            torch.maximum(self._peaks, peaks, out=self._peaks)
+        losses = (loss, result.get("task_loss", loss), result.get("tweo_loss"))
+        self._pending.append(_MicroBatch(samples, losses, peaks))
+        if len(self._pending) == _MAX_PENDING:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Count in what is pending. The sums do not depend on when: micro-batches are added one after the other."""
+        pending, self._pending = self._pending, []
+        for index in range(len(LOSSES)):
+            known = [(value, one.samples) for one in pending if (value := one.losses[index]) is not None]
+            values = torch.stack([value for value, _ in known]).tolist() if known else []
+            for value, (_, samples) in zip(values, known, strict=True):
+                self._sums[index] += value * samples
+                self._counts[index] += samples
+        peaks = [one.peaks for one in pending if one.peaks is not None]
+        self._peaks = torch.stack([self._peaks, *peaks]).amax(0)
 
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return loss, task_loss and tweo_loss: means over the samples, of all processes if `distributed`."""
-        sums = torch.cat([self._sums, self._sums.new_tensor([self._samples, self._measured])])
+        self._add_up()
+        sums = torch.tensor([self._sums, self._counts], dtype=torch.float64, device=self._device)
         if distributed:
             torch.distributed.all_reduce(sums)
-        *totals, samples, measured = sums.tolist()
-        counts = (samples, samples, measured)
-        return {name: total / max(count, 1) for name, total, count in zip(LOSSES, totals, counts, strict=True)}
+        return {name: total / max(count, 1) for name, total, count in zip(LOSSES, *sums.tolist(), strict=True)}
 
     def peaks(self, distributed: bool = False) -> list[float]:
         """Return the largest |A| of each block in all steps, over all processes if `distributed`."""
+        self._add_up()
         peaks = self._peaks.clone()
         if distributed and peaks.numel():
             torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
@@ -91,11 +111,11 @@ class EpochMeters:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums as plain tensors and numbers."""
+        self._add_up()
         recorded = self.recorder.stats if self.recorder is not None else {}
         return {
-            "sums": self._sums.cpu().clone(),
-            "samples": self._samples,
-            "measured": self._measured,
+            "sums": torch.tensor(self._sums, dtype=torch.float64),
+            "counts": list(self._counts),
             "peaks": self._peaks.cpu().clone(),
             "outliers": {name: _pack(stats.state()) for name, stats in recorded.items() if stats is not None},
         }
@@ -103,9 +123,7 @@ class EpochMeters:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.reset()
-        self._sums = state["sums"].to(self._device, copy=True)
-        self._samples = int(state["samples"])
-        self._measured = int(state["measured"])
+        self._sums, self._counts = state["sums"].tolist(), list(state["counts"])
         self._peaks = state["peaks"].to(self._device, copy=True)
         if self.recorder is not None:
             for name, counted in state["outliers"].items():

@@ -96,6 +96,7 @@ class HealthWatch:
     def __init__(self, block_names: list[str], device: torch.device, stop_on_peak: float | None = None) -> None:
         self.block_names = block_names
         self.stop_on_peak = stop_on_peak
+        self._on_cpu = device.type == "cpu"  # there, looking at a number does not wait
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
@@ -103,6 +104,7 @@ class HealthWatch:
         self._parameters: list[nn.Parameter] = []
         self._graded: list[str] = []
         self._norms = torch.zeros(1, device=device)
+        self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
 
     def note(self, update: int, loss: Tensor, peaks: Tensor | None) -> None:
         """Look at the loss and the activations of one micro-batch.
@@ -112,7 +114,7 @@ class HealthWatch:
             loss: scalar.
             peaks: max |A| of each block, (L,); None if unknown.
         """
-        if _is_calm(loss, peaks, self.stop_on_peak):
+        if self._on_cpu and self._is_calm(loss, peaks):
             return
         bad = ~torch.isfinite(loss.detach())
         if peaks is not None:
@@ -136,7 +138,7 @@ class HealthWatch:
         gradients = [g for p in self._parameters if (g := p.grad) is not None]
         if gradients and isinstance(gradients[0], DTensor):
             gradients = [_local(g) for g in gradients]
-        if not gradients or _are_calm(gradients):
+        if not gradients or (self._on_cpu and self._are_calm(gradients)):
             return
         # One fused pass, as in torch.nn.utils.clip_grad_norm_: a norm is not finite if one element is not.
         norms = torch.stack(torch._foreach_norm(gradients)).float()
@@ -146,6 +148,19 @@ class HealthWatch:
             pairs = zip(self._names, self._parameters, strict=True)
             self._graded = [name for name, p in pairs if p.grad is not None]
         self._norms = torch.where(first, norms, self._norms)
+
+    def _is_calm(self, loss: Tensor, peaks: Tensor | None) -> bool:
+        found = [] if peaks is None else peaks.tolist()
+        limit = math.inf if self.stop_on_peak is None else self.stop_on_peak
+        return math.isfinite(sum(found, loss.item())) and max(found, default=0.0) <= limit
+
+    def _are_calm(self, gradients: list[Tensor]) -> bool:
+        """Whether all are finite, by GradScaler's pass: one operator for all tensors, which multiplies them by 1."""
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
+        calm = not self._found.item()
+        if not calm:
+            self._found.zero_()
+        return calm
 
     def _note_first(self, update: int, bad: Tensor) -> Tensor:
         first = bad & (self._first_bad < 0)
@@ -185,26 +200,6 @@ class HealthWatch:
             name = broken[-1].replace("_orig_mod.", "").removeprefix("module.")
             return f"gradients are not finite, first that of {name}"
         return f"loss {loss:g}, while every block's output is finite: look at the head, the targets and the loss"
-
-
-def _is_calm(loss: Tensor, peaks: Tensor | None, limit: float | None) -> bool:
-    """Whether a forward pass is known to be healthy without waiting for a device: on the CPU, looking is free."""
-    if loss.device.type != "cpu":
-        return False
-    peak = 0.0 if peaks is None else float(peaks.amax())
-    return math.isfinite(float(loss.detach()) + peak) and (limit is None or peak <= limit)
-
-
-def _are_calm(gradients: list[Tensor]) -> bool:
-    """Whether gradients are known to be finite without waiting for a device.
-
-    The pass is GradScaler's: one operator for all tensors, which multiplies them by 1.
-    """
-    if gradients[0].device.type != "cpu":
-        return False
-    found = torch.zeros(())
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones(()))
-    return not found
 
 
 def _local(gradient: Tensor) -> Tensor:
