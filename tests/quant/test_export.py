@@ -207,6 +207,30 @@ def test_every_family_exports_and_agrees(family: str, tmp_path: Path) -> None:
     check_family(family, {}, tmp_path)
 
 
+class WindowedAttention(nn.Module):
+    """Projects all tokens and then cuts them into windows: its tokens are not the second axis of what is projected."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        q, k, v = self.qkv(x).reshape(-1, 4, 3, 2, x.shape[-1] // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+
+def test_windows_that_are_cut_after_the_projection_stay_apart(tmp_path: Path) -> None:
+    model = make_model("vit", depth=1, class_token=False, global_pool="avg")
+    model.blocks[0].attn = WindowedAttention(model.embed_dim)
+    images = make_images("vit", 4)
+    quantized = quantize_static(model.eval(), [images], "w8a8-tt")
+    export_onnx(quantized, tmp_path / "model.onnx", images[:1], target="onnxruntime")
+    assert operators(tmp_path / "model.onnx")["MatMulIntegerToFloat"] == 6  # patches, qkv as one, proj, fc1, fc2, head
+    with torch.no_grad():
+        assert relative(run_onnx(tmp_path / "model.onnx", images), quantized(images)) < 1e-2
+
+
 def test_attention_over_five_axes_exports_with_its_operands_quantized_and_is_refused_fused(tmp_path: Path) -> None:
     model, images = make_model("hiera"), make_images("hiera", 2)
     fused = quantize_static(model, [images], "w8a8-tt+res")
