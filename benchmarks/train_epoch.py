@@ -3,12 +3,13 @@
     python benchmarks/train_epoch.py                       # vit_small_patch16_224, bfloat16, batch 16
     python benchmarks/train_epoch.py --recipe recipes/quickstart_stress.yaml
 
-All kinds train the same model with the same optimizer, loader and data in turns, an epoch each, so that they differ in
-nothing but the loop: a plain loop (timm's loader, task, optimizer, scheduler), train.py without TWEO and without its
-statistics (`--outlier-interval 0`), without TWEO, and with it. Printed: the shortest and the median time of an epoch of
-each, and their ratios to the plain loop; the shortest is what other programs disturbed least. train.py does everything
-that it does between two validations: statistics of outliers, watching for values that are no numbers, what an exact
-continuation needs, log lines.
+All loops train the same model with the same optimizer, loader and data in turns, an epoch each, so that they differ in
+nothing but the loop. A round is an epoch of a plain loop (timm's loader, task, optimizer, scheduler), one of train.py
+without TWEO and without its statistics (`--outlier-interval 0`), one without TWEO, one with it, and one of the plain
+loop again. Printed: the median time of each, and the median over rounds, with the quartiles, of its ratio to the mean
+of the two plain epochs around it. The first plain epoch's ratio to that mean is 1 but for what disturbs the machine.
+train.py does everything that it does between two validations: statistics of outliers, watching for values that are no
+numbers, what an exact continuation needs, log lines.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tweo_timm.train.world import World
 
 DEFAULT = ["--model", "vit_small_patch16_224", "-b", "16", "--amp", "--amp-dtype", "bfloat16", "--opt", "adamw"]
 CPU = World(torch.device("cpu"))
+PLAIN = "plain timm loop"
 
 
 def main() -> None:
@@ -54,11 +56,11 @@ def main() -> None:
         words = [*chosen, "--data-dir", str(photos), "--num-classes", "14", "--device", "cpu", "-j", "0", *more]
         session = build_session(parse_train_options([*words, "--tweo-weight", "0", "--outlier-interval", "0"]), CPU)
         kinds = {
-            "plain timm loop": PlainLoop(session),
-            "plain timm loop again": PlainLoop(session),
+            PLAIN: PlainLoop(session),
             "train.py, TWEO off, unwatched": OurLoop(session, outlier_interval=0),
             "train.py, TWEO off": OurLoop(session),
             "train.py, TWEO on": OurLoop(session, tweo_weight=0.01),
+            f"{PLAIN} again": PlainLoop(session),
         }
         report(kinds, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
 
@@ -130,12 +132,12 @@ def report(kinds: dict[str, PlainLoop | OurLoop], rounds: int, clock: Callable[[
                 epoch(0)
                 if index:  # the first round warms up
                     times[name].append(clock() - begin)
-    reference = times[next(iter(times))]
-    print(f"{'':30s}  shortest  to plain    median  to plain")
+    around = [(one + other) / 2 for one, other in zip(times[PLAIN], times[f"{PLAIN} again"], strict=True)]
     for name, seconds in times.items():
-        ratio = statistics.median(one / other for one, other in zip(seconds, reference, strict=True))
-        shortest, middle = min(seconds), statistics.median(seconds)
-        print(f"{name:30s} {shortest:8.3f}s {shortest / min(reference):9.3f} {middle:8.3f}s {ratio:9.3f}")
+        ratios = [one / reference for one, reference in zip(seconds, around, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        spread = f"{middle:.3f} of the plain loop ({low:.3f} to {high:.3f})"
+        print(f"{name:30s} {statistics.median(seconds):8.3f} s   {spread}")
 
 
 if __name__ == "__main__":

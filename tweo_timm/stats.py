@@ -9,6 +9,7 @@ device.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
@@ -20,10 +21,6 @@ Site = TypeVar("Site", bound=Hashable)
 
 NUM_BINS = 1 << 15
 """Bins of the histogram of |x|: 8 bits of exponent and 7 of mantissa, as in bfloat16."""
-
-# The terms of (a + b)^k for k = 0 to 4: the power k, the power i of a, and the coefficient C(k, i).
-_K, _I = torch.tensor([(k, i) for k in range(5) for i in range(k + 1)]).T
-_BINOMIAL = torch.tensor([float(math.comb(k, i)) for k in range(5) for i in range(k + 1)], dtype=torch.float64)
 
 
 class ActivationStats:
@@ -213,8 +210,17 @@ def _pool(moments_5P: Tensor, center_P: Tensor) -> dict[str, Tensor]:
     powers_5P = torch.linalg.vander(center_P - mean, N=5).T
     # (x - mean)^k = ((x - center) + (center - mean))^k = sum_i C(k, i) (center - mean)^i (x - center)^(k - i)
     products_55 = powers_5P @ moments_5P.T
-    terms = products_55[_I, _K - _I] * _BINOMIAL.to(mean.device)
-    return {"moments": terms.new_zeros(5).index_add_(0, _K.to(mean.device), terms), "mean": mean}
+    k, i, coefficients = _binomial_terms(mean.device)
+    terms = products_55[i, k - i] * coefficients
+    return {"moments": terms.new_zeros(5).index_add_(0, k, terms), "mean": mean}
+
+
+@functools.cache  # a copy to the device at every use would wait for it
+def _binomial_terms(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms of (a + b)^k for k = 0 to 4: the power k, the power i of a, and C(k, i), which is float64."""
+    terms = [(k, i, math.comb(k, i)) for k in range(5) for i in range(k + 1)]
+    k, i, coefficients = torch.tensor(terms, device=device).unbind(1)
+    return k, i, coefficients.double()
 
 
 def _histogram(magnitude: Tensor) -> Tensor:
