@@ -65,20 +65,20 @@ class ActivationStats:
         self._sums = {
             "peak": torch.where(larger, new["peak"], old["peak"]),
             "totals": old["totals"] + new["totals"],
-            "histogram": old["histogram"].add_(new["histogram"]),
+            "histogram": old["histogram"] + new["histogram"],
             **_pool(moments, mean),
         }
 
     def state(self) -> dict[str, Any]:
         """Return everything counted so far as plain CPU tensors, to be stored or sent to another process."""
-        sums = {name: value.cpu().clone() for name, value in self._sums.items()}
+        sums = {name: value.cpu() for name, value in self._sums.items()}
         return {"channel_axis": self.channel_axis, "sums": sums}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ActivationStats:
         """Rebuild an instance from `state()`."""
         stats = cls(state["channel_axis"])
-        stats._sums = {name: value.clone() for name, value in state["sums"].items()}
+        stats._sums = dict(state["sums"])
         return stats
 
     def histogram(self) -> tuple[list[float], list[int]]:

@@ -13,8 +13,6 @@ from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.stats import ActivationStats
 
 LOSSES = ("loss", "task_loss", "tweo_loss")
-
-
 _MAX_PENDING = 1024
 
 
