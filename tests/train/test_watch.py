@@ -188,6 +188,15 @@ def test_a_bad_loss_with_healthy_blocks_points_at_the_head():
         watch.check(CPU, "none")
 
 
+@pytest.fixture
+def python_interrupts():
+    """Python's own SIGINT, which a shell takes from the commands that it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_interrupts")
 def test_a_second_signal_acts_at_once():
     with SignalWatch() as watch:
         assert signal.getsignal(signal.SIGINT) == watch._note
