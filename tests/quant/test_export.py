@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -229,6 +230,15 @@ def test_windows_that_are_cut_after_the_projection_stay_apart(tmp_path: Path) ->
     assert operators(tmp_path / "model.onnx")["MatMulIntegerToFloat"] == 6  # patches, qkv as one, proj, fc1, fc2, head
     with torch.no_grad():
         assert relative(run_onnx(tmp_path / "model.onnx", images), quantized(images)) < 1e-2
+
+
+@pytest.mark.parametrize("target", export.TARGETS)
+def test_an_export_says_nothing_of_its_tools_internals(
+    target: str, vit: Exported, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    export_onnx(vit.quantized, tmp_path / "model.onnx", vit.images, target=target)
+    assert caplog.messages == []
 
 
 def test_attention_over_five_axes_exports_with_its_operands_quantized_and_is_refused_fused(tmp_path: Path) -> None:

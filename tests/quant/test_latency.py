@@ -211,6 +211,18 @@ def test_the_reader_of_images_is_through_before_anything_is_timed(
     assert events == ["read", "timed 2"]
 
 
+def test_a_float_file_that_exists_is_not_written_again(
+    model: nn.Module, quantized: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: dict[str, Path] = {}
+    monkeypatch.setattr(latency, "measure_latency", lambda files, images: timed.update(files) or [])
+    batches = [(make_images("vit", 2), torch.zeros(2, dtype=torch.long))]
+    known = export_onnx(model, tmp_path / "known.onnx", batches[0][0])["path"]
+    monkeypatch.setattr(latency, "export_onnx", None)
+    export_record(model, quantized, batches, tmp_path / "vit.onnx", ["qdq"], float_file=known)
+    assert timed["float32 ONNX"] == Path(known)
+
+
 def test_a_float_export_is_timed_against_nothing(model: nn.Module, tmp_path: Path) -> None:
     record = record_of(model, None, tmp_path / "float.onnx", 2)
     assert record["latency"] == []

@@ -34,6 +34,9 @@ _logger = logging.getLogger(__name__)
 DIAGNOSIS_IMAGES = 64
 """Images of the validation split that stethoscope, colinearity, readiness and fidelity look at."""
 
+FLOAT = "float32"
+"""What stands in the name of a float model's ONNX file where others have their scheme."""
+
 
 def measure(subject: Subject, world: World) -> dict[str, Any]:
     """Validate one checkpoint, and diagnose and quantize it as its options ask.
@@ -68,7 +71,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record["training_peak_abs"] = subject.training_peak_abs
     record["training"] = _training_peaks(subject)
     if options.export:
-        record["exported"] = _exported(subject, None, images, "float32")
+        record["exported"] = _exported(subject, None, images, FLOAT)
     samples = _Samples(subject, world)
     record["quantized"] = [_quantized(subject, scheme, images, samples, world) for scheme in options.quantize]
     record |= _diagnoses(subject, samples)
@@ -191,15 +194,21 @@ def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples,
 
 
 def _exported(subject: Subject, quantized: nn.Module | None, images: Images, scheme: str) -> dict[str, Any]:
-    """Write ONNX files of the model beside the report, or else beside the checkpoint, and run them over the split."""
-    beside = subject.path.parent if subject.path is not None else Path()
-    folder = Path(subject.options.report) if subject.options.report else beside
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"
+    """Write ONNX files of the model and run them over the split; those of the float model come first."""
+    path = _onnx_path(subject, scheme)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    float_file = _onnx_path(subject, FLOAT) if quantized is not None else None
     try:
-        return export_record(subject.model, quantized, images.loader, path)
+        return export_record(subject.model, quantized, images.loader, path, float_file=float_file)
     except RuntimeError as error:
         raise ValueError(f"--export onnx, {subject.name} {scheme}: {error}") from error
+
+
+def _onnx_path(subject: Subject, scheme: str) -> Path:
+    """Beside the report, or else beside the checkpoint."""
+    beside = subject.path.parent if subject.path is not None else Path()
+    folder = Path(subject.options.report) if subject.options.report else beside
+    return folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"
 
 
 class _Samples:

@@ -93,6 +93,7 @@ def export_record(
     batches: Iterable[tuple[Tensor, Tensor]],
     path: str | Path,
     targets: Iterable[str] = TARGETS,
+    float_file: str | Path | None = None,
 ) -> dict[str, Any]:
     """Export a model, run the files over images, and say how well they do, how fast, and which nodes run in int8.
 
@@ -103,6 +104,7 @@ def export_record(
         path: of the first target's file, ending in .onnx; others are put beside it: name.onnxruntime.onnx, and
             name.scales.json with the scales.
         targets: see `export_onnx`; a float model has one file for all.
+        float_file: the float model as an ONNX file, to compare with, where there is one already.
 
     Returns:
         scheme, images, top1 (of the PyTorch model that was exported, per cent), scales (path or None), files: one
@@ -130,11 +132,12 @@ def export_record(
     for index, target in enumerate(targets):
         to = path if index == 0 else path.with_suffix(f".{target}.onnx")
         files.append(export_onnx(exported, to, example, target=target))
+        _logger.info("Wrote %s", to)
     scales = path.with_suffix(".scales.json") if quantized is not None else None
     if quantized is not None and scales is not None:
         write_scales(quantized, scales)
     with tempfile.TemporaryDirectory() as folder:
-        rivals = write_rivals(model, example, Path(folder)) if quantized is not None else {}
+        rivals = write_rivals(model, example, Path(folder), float_file) if quantized is not None else {}
         top1, images = _run_over(itertools.chain([first], batches), model, quantized, files)
         # not earlier: until its last batch is taken, a loader's processes go on reading
         contestants = rivals | {file["target"]: Path(file["path"]) for file in files}
@@ -142,7 +145,7 @@ def export_record(
     for file in files:
         size = Path(file["path"]).stat().st_size / 1e6
         file |= {"size_mb": round(size, 3), "nodes": node_census(file["path"])}
-        _logger.info("%s: Top-1 %.2f (PyTorch %.2f), %s", file["path"], file["top1"], top1, file["nodes"])
+        _logger.info("%s: Top-1 %.2f, in PyTorch %.2f", Path(file["path"]).name, file["top1"], top1)
     return {
         "scheme": files[0]["scheme"],
         "images": images,

@@ -31,8 +31,6 @@ from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.stream import StreamQuantizer
 
-_logger = logging.getLogger(__name__)
-
 OPSET = 20
 TARGETS = ("qdq", "onnxruntime")
 INPUT, OUTPUT = "images", "logits"
@@ -83,15 +81,15 @@ def export_onnx(
     folds = fold_compensation(working) if scheme else {"folded": [], "kept": []}
     if any(isinstance(module, QuantizedLayer) for module in working.modules()):
         stand_in(working, unsigned=target == "onnxruntime")
-    program = _traced(working, example.detach().float().cpu(), dynamic_batch)
     fused: dict[str, int] = {}
-    if target == "onnxruntime":
-        from tweo_timm.quant.ort import fuse_for_onnxruntime
+    with _quiet():
+        program = _traced(working, example.detach().float().cpu(), dynamic_batch)
+        if target == "onnxruntime":
+            from tweo_timm.quant.ort import fuse_for_onnxruntime
 
-        fused = fuse_for_onnxruntime(program.model)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    program.save(str(path))
-    _logger.info("wrote %s (%s, %s)", path, scheme or "float", target)
+            fused = fuse_for_onnxruntime(program.model)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        program.save(str(path))
     return {"path": str(path), "target": target, "opset": OPSET, "scheme": scheme, **folds, "fused": fused}
 
 
@@ -116,7 +114,7 @@ def _traced(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
         example = torch.cat([example, example])
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     try:
-        with _quiet(), torch.no_grad():
+        with torch.no_grad():
             return torch.onnx.export(
                 model,
                 (example,),
@@ -143,7 +141,7 @@ def _root(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what torch's exporter says about its own internals, which no user can act on."""
+    """Hold back what the exporter and its tools say about their own internals, which no user can act on."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -66,13 +66,16 @@ def measure_latency(files: Mapping[str, str | Path], images: Tensor) -> list[dic
     return found
 
 
-def write_rivals(model: nn.Module, example: Tensor, folder: Path) -> dict[str, Path]:
+def write_rivals(
+    model: nn.Module, example: Tensor, folder: Path, float_file: str | Path | None = None
+) -> dict[str, Path]:
     """Write the two forms of a float model that need no calibration.
 
     Args:
         model: the float model.
         example: images (B, C, H, W) of the size that the files are for.
         folder: where to; it exists.
+        float_file: the first of them, where it has been written already.
 
     Returns:
         label -> file: float32, then dynamic int8.
@@ -80,11 +83,12 @@ def write_rivals(model: nn.Module, example: Tensor, folder: Path) -> dict[str, P
     Raises:
         RuntimeError: if the model cannot be exported.
     """
-    files = {"float32 ONNX": folder / "float32.onnx", "dynamic int8 ONNX": folder / "dynamic.onnx"}
-    float_file, dynamic = files.values()
-    export_onnx(model, float_file, example)
+    if float_file is None:
+        float_file = folder / "float32.onnx"
+        export_onnx(model, float_file, example)
+    dynamic = folder / "dynamic.onnx"
     write_dynamic(float_file, dynamic)
-    return files
+    return {"float32 ONNX": Path(float_file), "dynamic int8 ONNX": dynamic}
 
 
 def write_dynamic(float_file: str | Path, path: str | Path) -> None:
