@@ -72,6 +72,22 @@ def test_two_processes_train_as_one_with_the_whole_batch(setting, images, tmp_pa
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
 
 
+@pytest.mark.parametrize("sharding", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_the_ema_of_two_processes_is_that_of_one(sharding, images, tmp_path):
+    words = [*WHOLE, "--model-ema", "--model-ema-decay", "0.5"]
+    alone = train(images, tmp_path, *words, "-b", "56", name="alone")
+    assert train_together(command(images, tmp_path, *words, "-b", "28", *sharding, name="both")) == [0, 0]
+    both = tmp_path / "both"
+    found, expected = last(both)["state_dict_ema"], last(alone)["state_dict_ema"]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+        assert not torch.equal(value, last(alone)["state_dict"][key]), key
+    columns = ("eval_loss", "eval_peak_abs")
+    for ours, theirs in zip(summary(both), summary(alone), strict=True):
+        assert [ours[key] for key in columns] == pytest.approx([theirs[key] for key in columns], rel=1e-4)
+
+
 SWIN = ["--model", "swin_tiny_patch4_window7_224", "--num-classes", "3", "--input-size", "3", "32", "32"]
 SWIN += ["--drop-path", "0"]
 SWIN += ["--model-kwargs", "img_size=32", "window_size=4", "embed_dim=16", "depths=(1,1)", "num_heads=(2,2)"]
@@ -150,18 +166,52 @@ def test_reports_of_two_processes_are_those_of_one(model, one_update, uneven, tm
 
 
 def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(images, tmp_path):
-    settings = ("-b", "14", "--fsdp", "--tweo-weight", "0.2", "--mixup", "0.5", "--epochs", "2")
+    settings = ("-b", "14", "--fsdp", "--tweo-weight", "0.2", "--mixup", "0.5", "--epochs", "2", "--model-ema")
     assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
     assert train_together(command(images, tmp_path, *settings, "--stop-epoch", "1", name="cut")) == [0, 0]
     assert train_together(command(images, tmp_path, *settings, "--resume", "auto", name="cut")) == [0, 0]
     whole, cut = last(tmp_path / "whole"), last(tmp_path / "cut")
-    assert same_tensors(cut["state_dict"], whole["state_dict"])
-    assert same_tensors(cut["optimizer"], whole["optimizer"])
-    assert not any(isinstance(value, torch.distributed.tensor.DTensor) for value in whole["state_dict"].values())
+    for key in ("state_dict", "state_dict_ema", "optimizer"):
+        assert same_tensors(cut[key], whole[key]), key
+    for weights in (whole["state_dict"], whole["state_dict_ema"]):
+        assert not any(isinstance(value, torch.distributed.tensor.DTensor) for value in weights.values())
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
     path = str(tmp_path / "whole" / "last.pth.tar")
     model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **sizes)
-    assert torch.equal(model.state_dict()["head.weight"], whole["state_dict"]["head.weight"])
+    assert torch.equal(model.state_dict()["head.weight"], whole["state_dict_ema"]["head.weight"])  # timm prefers it
+
+
+def test_sharded_fp8_layers_are_replicated_ones_to_the_bit_and_continue(images, tmp_path):
+    settings = ["-b", "14", "--fp8", "emulated", "--amp", "--amp-dtype", "bfloat16", "--tweo-weight", "0.2"]
+    assert train_together(command(images, tmp_path, *settings, name="replicated")) == [0, 0]
+    sharded = command(images, tmp_path, *settings, "--fsdp", name="sharded")
+    assert train_together([*sharded, "--stop-epoch", "1"]) == [0, 0]
+    assert train_together([*sharded, "--resume", "auto"]) == [0, 0]
+    replicated, sharded = last(tmp_path / "replicated"), last(tmp_path / "sharded")
+    assert same_tensors(sharded["state_dict"], replicated["state_dict"])
+    scales = [[process["fp8"] for process in run["exact"]["processes"]] for run in (sharded, replicated)]
+    assert scales[0][0]
+    assert same_tensors(*scales)
+
+
+def test_a_sharded_ema_takes_the_buffers_of_batch_norm_along(images, tmp_path):
+    model = ["--model", "levit_128s", "--num-classes", "3", "--input-size", "3", "32", "32"]
+    model += [
+        "--model-kwargs",
+        "img_size=32",
+        "embed_dim=(16,16,16)",
+        "num_heads=(2,2,2)",
+        "depth=(1,1,1)",
+        "key_dim=8",
+    ]
+    words = ["-b", "28", "--epochs", "1", "--model-ema", "--fsdp", "--tweo-weight", "0.2"]
+    assert train_together(command(images, tmp_path, *words, model=model)) == [0, 0]
+    found = last(tmp_path / "run")
+    means = [name for name in found["state_dict_ema"] if name.endswith("running_mean")]
+    assert means
+    assert all(
+        torch.equal(found["state_dict_ema"][name], found["state_dict"][name]) for name in means
+    )  # decay 0 at first
 
 
 def test_a_sharded_checkpoint_continues_in_one_process(images, tmp_path):

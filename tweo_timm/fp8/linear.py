@@ -52,11 +52,12 @@ class Fp8Linear(nn.Linear):
         region = self._fp8_site.region
         scales = self._fp8_site.scales(x_TI, self.weight, self.training)
         operands = (x_TI, self.weight, self.bias, *scales, region.kernel, activation_dtype(input))
+        y_TO: Tensor
         if region.observer is not None:
             y_TO = _observed_product(*operands, self._fp8_site.observe)
         else:
             y_TO = _product(*operands)
-        return cast(Tensor, y_TO.view(*input.shape[:-1], self.out_features))
+        return y_TO if input.ndim == 2 else y_TO.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Add how the layer computes to what nn.Linear prints."""

@@ -1,8 +1,8 @@
 """Everything a training run consists of, put together in the one order that works.
 
-model -> gradient checkpointing -> device -> FP8 -> task -> TWEO -> optimizer -> EMA -> recorders -> (resume) ->
-compile -> DDP. Layers replaced after the optimizer exists would not be trained; hooks that come after the first
-compiled call are ignored.
+model -> gradient checkpointing -> device -> FP8 -> task -> EMA -> (sharding) -> TWEO -> optimizer -> recorders ->
+(resume) -> compile -> DDP. Layers replaced after the optimizer exists would not be trained; an EMA is a deep copy,
+which sharded weights do not allow; hooks that come after the first compiled call are ignored.
 """
 
 from __future__ import annotations
@@ -132,10 +132,13 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_image_sizes(options, model, world)
     blocks = _blocks(options, model)
     if options.fsdp:
-        check_sharding(options, world)
-        shard(model, blocks.values(), world)
+        check_sharding(options, world, fp8)
     task = build_task(options, model, data.soft_targets, world)
     _check_eval_metric(options, task)
+    ema_model = _set_up_ema(options, task)
+    if options.fsdp:
+        for whole in filter(None, (model, ema_model)):
+            shard(whole, [whole.get_submodule(name) for name in blocks], world)
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
     watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
     tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
@@ -143,11 +146,6 @@ def build_session(options: TrainOptions, world: World) -> Session:
     optimizer = create_optimizer_v2(
         task.get_trainable_module(), **optimizer_kwargs(cfg=namespace), **options.opt_kwargs
     )
-    if options.model_ema:
-        device = torch.device("cpu") if options.model_ema_force_cpu else None
-        task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
-    validates_ema = options.model_ema and not options.model_ema_force_cpu
-    ema_model = unwrap_model(task.get_eval_model(ema=True)) if validates_ema else None
     scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(namespace), updates_per_epoch=updates_per_epoch
     )
@@ -161,7 +159,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         tweo=tweo,
         train_recorder=recorder(model) if blocks and options.outlier_interval else None,
         recorder=recorder(model) if blocks else None,
-        ema_recorder=recorder(ema_model) if blocks and ema_model is not None else None,
+        ema_recorder=recorder(ema_model) if blocks and ema_model and not options.model_ema_force_cpu else None,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=_scaler(options, world),
@@ -190,6 +188,18 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
             "--use-multi-epochs-loader keeps random states in loader processes, where no checkpoint reaches them: a "
             "resumed run draws other augmentations and another order than one that was not interrupted"
         )
+
+
+def _set_up_ema(options: TrainOptions, task: TrainingTask) -> nn.Module | None:
+    """Give the task an EMA and return its model, if there is to be one."""
+    if not options.model_ema:
+        return None
+    device = torch.device("cpu") if options.model_ema_force_cpu else None
+    decay, warmup = options.model_ema_decay, options.model_ema_warmup
+    # With --fsdp one by one: torch's operators on lists do not take sharded weights together with whole buffers.
+    task.setup_ema(decay=decay, use_warmup=warmup, device=device, foreach=not options.fsdp)
+    ema_model: nn.Module = unwrap_model(task.get_eval_model(ema=True))
+    return ema_model
 
 
 def _buffer_settings(options: TrainOptions) -> dict[str, bool]:

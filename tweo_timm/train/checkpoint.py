@@ -236,15 +236,12 @@ def restore(
     Raises:
         ValueError: if the checkpoint is of another architecture or another optimizer.
     """
-    weights = clean_state_dict(content.get("state_dict", content.get("model")))
-    model = unwrap_model(task.get_eval_model())
+    weights = content.get("state_dict", content.get("model"))
+    averaged = content.get("state_dict_ema", weights)
     try:
-        task.load_checkpoint_state(shard_like(weights, model.state_dict()), content.get("task_state"))
+        _load_weights(task, weights, content.get("task_state"))
         if task.has_ema():
-            ema = content.get("state_dict_ema")
-            task.load_checkpoint_state(
-                clean_state_dict(ema) if ema is not None else weights, content.get("task_state_ema"), ema=True
-            )
+            _load_weights(task, averaged, content.get("task_state_ema"), ema=True)
         if optimizer is not None and "optimizer" in content:
             optimizer.load_state_dict(shard_optimizer_like(content["optimizer"], optimizer))
     except (RuntimeError, ValueError, KeyError) as error:
@@ -253,6 +250,11 @@ def restore(
     if scaler is not None and scaler.state_dict_key in content:
         scaler.load_state_dict(content[scaler.state_dict_key])
     return _next_epoch(content)
+
+
+def _load_weights(task: TrainingTask, weights: Any, task_state: dict[str, Any] | None, ema: bool = False) -> None:
+    model = unwrap_model(task.get_eval_model(ema=ema))
+    task.load_checkpoint_state(shard_like(clean_state_dict(weights), model.state_dict()), task_state, ema=ema)
 
 
 def _next_epoch(content: dict[str, Any]) -> int:

@@ -4,8 +4,9 @@ Every transformer block is a unit of its own, the rest of the model another. A c
 names and in the order that timm gives them, so that a run can go on with another number of processes, or without
 sharding, and any timm program can read it.
 
-Refuses what has no counterpart here: an EMA (timm's deep copy of a sharded model shares its communication state),
-torch.compile, FP8 layers, adaptive gradient clipping (its norms are of whole units), and tasks of two models.
+An EMA is sharded as the model is. FP8 layers see whole weights, gathered for the forward pass, and so the very scales
+they would have without sharding. Refuses what has no counterpart here: Transformer Engine, torch.compile, adaptive
+gradient clipping (its norms are of whole units), tasks of two models, an EMA on the CPU or in half precision.
 
 Source: torch.distributed.fsdp.fully_shard, torch.distributed.tensor.
 """
@@ -22,22 +23,36 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
+    from tweo_timm.fp8 import Fp8Report
     from tweo_timm.train.options import TrainOptions
     from tweo_timm.train.world import World
 
 
-def check_sharding(options: TrainOptions, world: World) -> None:
+def check_sharding(options: TrainOptions, world: World, fp8: Fp8Report | None) -> None:
     """Refuse settings that do not go with --fsdp.
+
+    Args:
+        options: the resolved options.
+        world: device and rank.
+        fp8: what the FP8 conversion said; None in full precision.
 
     Raises:
         ValueError: naming the flag and the reason.
     """
     compiled, agc = bool(options.torchcompile), options.clip_mode == "agc"
+    half_ema = options.model_ema and options.model_dtype not in (None, "float32")
     complaints = [
         (not world.distributed, "a single process, which has nobody to share with: start with torchrun"),
-        (options.model_ema, "--model-ema: timm's EMA is a deep copy, which a sharded model does not allow"),
+        (options.model_ema_force_cpu, "--model-ema-force-cpu: the EMA is sharded as the model is"),
+        (
+            half_ema,
+            f"--model-ema of a {options.model_dtype} model: its rounding at random is not for shards",
+        ),
+        (
+            fp8 is not None and fp8.backend == "te",
+            "--fp8 te: Transformer Engine's own sharding support has not been tried; use --fp8 native",
+        ),
         (compiled, "--torchcompile: the hooks of TWEO and of FSDP would break the graph at every block"),
-        (options.fp8 != "off", "--fp8: its layers scale whole weights, of which a process holds a part"),
         (agc, "--clip-mode agc: its norms are those of whole units"),
         (options.kd_model_name is not None, "--kd-model-name: only one model is sharded"),
         (world.device.type not in ("cuda", "cpu"), f"--device {world.device}: only cuda and cpu are known"),
