@@ -233,11 +233,9 @@ def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
         exclude=tuple(options.fp8_exclude),
     )
     try:
-        report = patch_fp8(model, recipe)
+        return patch_fp8(model, recipe)
     except RuntimeError as error:  # what was asked for by name and cannot run
         raise ValueError(f"--fp8 {options.fp8}: {error}") from error
-    _logger.info("%s", report)
-    return report
 
 
 def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
