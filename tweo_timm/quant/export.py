@@ -18,15 +18,17 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tweo_timm.quant.compensate import fold_compensation
+from tweo_timm.quant.flow import name_of
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.stream import StreamQuantizer
@@ -114,7 +116,7 @@ def _traced(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
         example = torch.cat([example, example])
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _FourAxes():
             return torch.onnx.export(
                 model,
                 (example,),
@@ -127,8 +129,22 @@ def _traced(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
             )
     except Exception as error:  # torch.export raises many kinds; all of them mean the same to a user
         reason = _root(error)
-        hint = "; a fixed batch may work: dynamic_batch=False" if dynamic_batch else ""
+        hint = "; a fixed batch may work: export_onnx(..., dynamic_batch=False)" if dynamic_batch else ""
         raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX: {reason}{hint}") from error
+
+
+class _FourAxes(TorchFunctionMode):
+    """Fused attention with an axis of windows (Hiera, NesT, Twins) over four axes: torch.onnx translates no other."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if name_of(func) != "scaled_dot_product_attention" or args[0].ndim <= 4 or kwargs.get("attn_mask") is not None:
+            return func(*args, **kwargs)
+        outer = args[0].shape[:-3]
+        merged = [operand.flatten(0, len(outer) - 1) for operand in args[:3]]
+        return func(*merged, *args[3:], **kwargs).unflatten(0, outer)
 
 
 def _root(error: BaseException) -> str:
