@@ -138,6 +138,10 @@ def test_the_record_says_what_a_report_needs(vit: Exported) -> None:
         assert file["top1_agreement"] == 1
         assert file["error_ratio"] < 1e-3
         assert file["size_mb"] == pytest.approx(Path(file["path"]).stat().st_size / 1e6, abs=1e-3)
+    with torch.no_grad():
+        images = vit.images[:4]
+        wanted, moved, original = vit.quantized(images), vit.quantized(images * (1 + 1e-6)), vit.model(images)
+    assert record["self_error_ratio"] == pytest.approx(float((moved - wanted).norm() / (wanted - original).norm()))
 
 
 def test_an_onnx_file_is_a_module_that_any_scorer_takes(vit: Exported) -> None:
@@ -181,6 +185,7 @@ def test_a_float_model_exports_as_it_is(tmp_path: Path) -> None:
     assert record["scheme"] is None
     assert record["scales"] is None
     assert file["error_ratio"] is None
+    assert record["self_error_ratio"] is None
     assert file["relative_error"] < 1e-5
     assert file["nodes"]["int8"] == {}
     assert file["nodes"]["float_islands"] == 1

@@ -172,7 +172,11 @@ def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str
     exports = [export for export in found if export]
     tables = []
     if exports:
-        tables.append(("Exported files, run in onnxruntime", "", _file_rows(exports)))
+        caption = (
+            "Error ratio: how far the file's logits are from the quantized PyTorch model's, over how far quantization "
+            "moved them; and the same for that model itself on images multiplied by 1.000001."
+        )
+        tables.append(("Exported files, run in onnxruntime", caption, _file_rows(exports)))
     timed = [(export["scheme"], batch) for export in exports for batch in export.get("latency", [])]
     if timed:
         first = timed[0][1]
@@ -191,6 +195,7 @@ def _file_rows(exports: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             nodes = file["nodes"]
             row = {"file": Path(file["path"]).name, "MB": _number(file["size_mb"]), "Top-1 %": f"{file['top1']:.2f}"}
             row |= {"PyTorch Top-1 %": f"{export['top1']:.2f}", "same first class": _number(file["top1_agreement"])}
+            row |= {"error ratio": _number(file["error_ratio"]), "itself": _number(export.get("self_error_ratio"))}
             row |= {"int8 products": str(sum(nodes["int8"].values())), "float islands": str(nodes["float_islands"])}
             rows.append(row)
     return rows

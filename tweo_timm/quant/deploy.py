@@ -3,7 +3,8 @@
 The files run in onnxruntime over the images that the PyTorch model was scored on. Two things are compared: Top-1, and
 the logits. Those cannot be equal bit by bit: a float operation that rounds differently (a fused softmax does) moves a
 value across the edge between two integers, and later layers amplify that. So the difference is measured against what
-quantization itself did: `error_ratio` is far below one when the file is the model, and one when it is not.
+quantization itself did, as `error_ratio`; and because some models amplify so much that they differ as far from
+themselves, `self_error_ratio` is the same for the PyTorch model on images multiplied by 1.000001.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _logger = logging.getLogger(__name__)
 
 LATENCY_BATCH = 8
 """Images in the larger batch that latency is measured at, unless the loader's are smaller."""
+
+JITTER = 1 + 1e-6
+"""What images are multiplied by to see how far a quantized model is from itself: some ten float32 roundings."""
 
 
 class OnnxModel(nn.Module):
@@ -107,10 +111,12 @@ def export_record(
         float_file: the float model as an ONNX file, to compare with, where there is one already.
 
     Returns:
-        scheme, images, top1 (of the PyTorch model that was exported, per cent), scales (path or None), files: one
-        dict for each target with path, size_mb, top1, the measures of `Agreement`, nodes (see `node_census`), folded,
-        kept and fused, and latency: what `measure_latency` finds at batch 1 and at that of `batches`, at most 8, for
-        the float32 model, its dynamic int8 form, and each target; empty for a float model, which has no rival.
+        scheme, images, top1 (of the PyTorch model that was exported, per cent), self_error_ratio (what an error_ratio
+        without any error looks like: of the PyTorch model on the first batch times `JITTER`; None for a float model),
+        scales (path or None), files: one dict for each target with path, size_mb, top1, the measures of `Agreement`,
+        nodes (see `node_census`), folded, kept and fused, and latency: what `measure_latency` finds at batch 1 and at
+        that of `batches`, at most 8, for the float32 model, its dynamic int8 form, and each target; empty for a float
+        model, which has no rival.
 
     Raises:
         RuntimeError: without the extra, or if the model, or the float model it is compared with, cannot be exported.
@@ -150,10 +156,19 @@ def export_record(
         "scheme": files[0]["scheme"],
         "images": images,
         "top1": top1,
+        "self_error_ratio": None if quantized is None else _self_error_ratio(model, quantized, first[0]),
         "scales": str(scales) if scales else None,
         "files": files,
         "latency": latency,
     }
+
+
+@torch.inference_mode()
+def _self_error_ratio(model: nn.Module, quantized: nn.Module, images: Tensor) -> float | None:
+    itself = Agreement()
+    itself.update(quantized(images), quantized(images * JITTER), model(images))
+    ratio: float | None = itself.summary()["error_ratio"]
+    return ratio
 
 
 def _run_over(
