@@ -174,7 +174,7 @@ def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str
     if exports:
         caption = (
             "Error ratio: how far the file's logits are from the quantized PyTorch model's, over how far quantization "
-            "moved them; and the same for that model itself on images multiplied by 1.000001."
+            "moved them; and the same for that model against itself, with inputs of layers multiplied by 1.000001."
         )
         tables.append(("Exported files, run in onnxruntime", caption, _file_rows(exports)))
     timed = [(export["scheme"], batch) for export in exports for batch in export.get("latency", [])]

@@ -4,11 +4,12 @@ The files run in onnxruntime over the images that the PyTorch model was scored o
 the logits. Those cannot be equal bit by bit: a float operation that rounds differently (a fused softmax does) moves a
 value across the edge between two integers, and later layers amplify that. So the difference is measured against what
 quantization itself did, as `error_ratio`; and because some models amplify so much that they differ as far from
-themselves, `self_error_ratio` is the same for the PyTorch model on images multiplied by 1.000001.
+themselves, `self_error_ratio` is the same for the PyTorch model with every layer's input multiplied by 1.000001.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import tempfile
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tweo_timm.quant.export import TARGETS, export_onnx, require_export_extra
+from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.sidecar import write_scales
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ LATENCY_BATCH = 8
 """Images in the larger batch that latency is measured at, unless the loader's are smaller."""
 
 JITTER = 1 + 1e-6
-"""What images are multiplied by to see how far a quantized model is from itself: some ten float32 roundings."""
+"""What layers' inputs are multiplied by to see how far a quantized model is from itself: some ten float32 roundings."""
 
 
 class OnnxModel(nn.Module):
@@ -112,11 +114,11 @@ def export_record(
 
     Returns:
         scheme, images, top1 (of the PyTorch model that was exported, per cent), self_error_ratio (what an error_ratio
-        without any error looks like: of the PyTorch model on the first batch times `JITTER`; None for a float model),
-        scales (path or None), files: one dict for each target with path, size_mb, top1, the measures of `Agreement`,
-        nodes (see `node_census`), folded, kept and fused, and latency: what `measure_latency` finds at batch 1 and at
-        that of `batches`, at most 8, for the float32 model, its dynamic int8 form, and each target; empty for a float
-        model, which has no rival.
+        without an error looks like: the PyTorch model's own on the first batch, with `JITTER`; None for a float
+        model), scales (path or None), files: one dict for each target with path, size_mb, top1, the measures of
+        `Agreement`, nodes (see `node_census`), folded, kept and fused, and latency: what `measure_latency` finds at
+        batch 1 and at that of `batches`, at most 8, for the float32 model, its dynamic int8 form, and each target;
+        empty for a float model, which has no rival.
 
     Raises:
         RuntimeError: without the extra, or if the model, or the float model it is compared with, cannot be exported.
@@ -165,8 +167,12 @@ def export_record(
 
 @torch.inference_mode()
 def _self_error_ratio(model: nn.Module, quantized: nn.Module, images: Tensor) -> float | None:
-    itself = Agreement()
-    itself.update(quantized(images), quantized(images * JITTER), model(images))
+    itself, wanted = Agreement(), quantized(images)
+    with contextlib.ExitStack() as stack:
+        for layer in quantized.modules():
+            if isinstance(layer, QuantizedLayer):
+                stack.callback(layer.register_forward_pre_hook(lambda _, args: (args[0] * JITTER, *args[1:])).remove)
+        itself.update(wanted, quantized(images), model(images))
     ratio: float | None = itself.summary()["error_ratio"]
     return ratio
 

@@ -134,17 +134,27 @@ def _traced(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
 
 
 class _FourAxes(TorchFunctionMode):
-    """Fused attention with an axis of windows (Hiera, NesT, Twins) over four axes: torch.onnx translates no other."""
+    """Fused attention over four axes, for which alone torch.onnx has a translation.
+
+    Windows are an axis more in Hiera, NesT and Twins; heads and images are one axis in SAM.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if name_of(func) != "scaled_dot_product_attention" or args[0].ndim <= 4 or kwargs.get("attn_mask") is not None:
+        kwargs = dict(kwargs or {})
+        if name_of(func) != "scaled_dot_product_attention" or args[0].ndim == 4:
             return func(*args, **kwargs)
-        outer = args[0].shape[:-3]
-        merged = [operand.flatten(0, len(outer) - 1) for operand in args[:3]]
-        return func(*merged, *args[3:], **kwargs).unflatten(0, outer)
+        query, key = args[:2]
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.ndim == query.ndim:
+            kwargs["attn_mask"] = _over_four_axes(mask.expand(*query.shape[:-1], key.shape[-2]))
+        attended = func(*map(_over_four_axes, args), **kwargs)
+        return attended.squeeze(1) if query.ndim == 3 else attended.unflatten(0, query.shape[:-3])
+
+
+def _over_four_axes(x: Tensor) -> Tensor:
+    return x.unsqueeze(1) if x.ndim == 3 else x.flatten(0, x.ndim - 4)
 
 
 def _root(error: BaseException) -> str:
