@@ -143,9 +143,9 @@ class _FourAxes(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if name_of(func) != "scaled_dot_product_attention" or args[0].ndim == 4:
+        if name_of(func) != "scaled_dot_product_attention" or len(args) != 3 or args[0].ndim == 4:
             return func(*args, **kwargs)
-        query, key = args[:2]
+        query, key, _ = args
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.ndim == query.ndim:
             kwargs["attn_mask"] = _over_four_axes(mask.expand(*query.shape[:-1], key.shape[-2]))
