@@ -196,22 +196,15 @@ def test_sharded_fp8_layers_are_replicated_ones_to_the_bit_and_continue(images, 
 
 def test_a_sharded_ema_takes_the_buffers_of_batch_norm_along(images, tmp_path):
     model = ["--model", "levit_128s", "--num-classes", "3", "--input-size", "3", "32", "32"]
-    model += [
-        "--model-kwargs",
-        "img_size=32",
-        "embed_dim=(16,16,16)",
-        "num_heads=(2,2,2)",
-        "depth=(1,1,1)",
-        "key_dim=8",
-    ]
+    model += ["--model-kwargs", "img_size=32", "embed_dim=(16,16,16)", "num_heads=(2,2,2)", "depth=(1,1,1)"]
+    model += ["key_dim=8"]
     words = ["-b", "28", "--epochs", "1", "--model-ema", "--fsdp", "--tweo-weight", "0.2"]
     assert train_together(command(images, tmp_path, *words, model=model)) == [0, 0]
     found = last(tmp_path / "run")
     means = [name for name in found["state_dict_ema"] if name.endswith("running_mean")]
     assert means
-    assert all(
-        torch.equal(found["state_dict_ema"][name], found["state_dict"][name]) for name in means
-    )  # decay 0 at first
+    for name in means:  # timm's first updates copy
+        assert torch.equal(found["state_dict_ema"][name], found["state_dict"][name]), name
 
 
 def test_a_sharded_checkpoint_continues_in_one_process(images, tmp_path):

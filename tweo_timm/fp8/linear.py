@@ -57,6 +57,7 @@ class Fp8Linear(nn.Linear):
             y_TO = _observed_product(*operands, self._fp8_site.observe)
         else:
             y_TO = _product(*operands)
+        # FSDP2 warns of a model whose output is a view, as that of its head would be.
         return y_TO if input.ndim == 2 else y_TO.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -167,6 +167,7 @@ def export_record(
 
 @torch.inference_mode()
 def _self_error_ratio(model: nn.Module, quantized: nn.Module, images: Tensor) -> float | None:
+    """How far the quantized model is from itself when every layer's input is multiplied by `JITTER`."""
     itself, wanted = Agreement(), quantized(images)
     with contextlib.ExitStack() as stack:
         for layer in quantized.modules():

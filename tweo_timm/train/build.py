@@ -136,9 +136,10 @@ def build_session(options: TrainOptions, world: World) -> Session:
     task = build_task(options, model, data.soft_targets, world)
     _check_eval_metric(options, task)
     ema_model = _set_up_ema(options, task)
+    validated_ema = None if options.model_ema_force_cpu else ema_model
     if options.fsdp:
-        for whole in filter(None, (model, ema_model)):
-            shard(whole, [whole.get_submodule(name) for name in blocks], world)
+        for unit in [model] if ema_model is None else [model, ema_model]:
+            shard(unit, [unit.get_submodule(name) for name in blocks], world)
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
     watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
     tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
@@ -159,7 +160,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         tweo=tweo,
         train_recorder=recorder(model) if blocks and options.outlier_interval else None,
         recorder=recorder(model) if blocks else None,
-        ema_recorder=recorder(ema_model) if blocks and ema_model and not options.model_ema_force_cpu else None,
+        ema_recorder=recorder(validated_ema) if blocks and validated_ema is not None else None,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=_scaler(options, world),

@@ -41,17 +41,12 @@ def check_sharding(options: TrainOptions, world: World, fp8: Fp8Report | None) -
     """
     compiled, agc = bool(options.torchcompile), options.clip_mode == "agc"
     half_ema = options.model_ema and options.model_dtype not in (None, "float32")
+    by_te = fp8 is not None and fp8.backend == "te"
     complaints = [
         (not world.distributed, "a single process, which has nobody to share with: start with torchrun"),
         (options.model_ema_force_cpu, "--model-ema-force-cpu: the EMA is sharded as the model is"),
-        (
-            half_ema,
-            f"--model-ema of a {options.model_dtype} model: its rounding at random is not for shards",
-        ),
-        (
-            fp8 is not None and fp8.backend == "te",
-            "--fp8 te: Transformer Engine's own sharding support has not been tried; use --fp8 native",
-        ),
+        (half_ema, f"--model-ema of a {options.model_dtype} model: its rounding at random is not for shards"),
+        (by_te, "--fp8 te: Transformer Engine's own sharding support has not been tried; use --fp8 native"),
         (compiled, "--torchcompile: the hooks of TWEO and of FSDP would break the graph at every block"),
         (agc, "--clip-mode agc: its norms are those of whole units"),
         (options.kd_model_name is not None, "--kd-model-name: only one model is sharded"),
