@@ -123,80 +123,106 @@ def tweo_loss(outputs: Sequence[Tensor], config: TweoConfig) -> Tensor:
         ValueError: if there is no output, or an empty one.
         TypeError: if an output is no floating-point tensor.
     """
-    terms = [mean_power(output, config)[0] for output in outputs]
-    return reduce_terms(terms, [output.numel() for output in outputs], config)
-
-
-def reduce_terms(terms: Sequence[Tensor], numels: Sequence[int], config: TweoConfig) -> Tensor:
-    """Average the blocks' terms as `config.reduction` says.
-
-    Args:
-        terms: scalars, the mean penalty of each block.
-        numels: the number of elements behind each term.
-        config: its `reduction` is used.
-
-    Raises:
-        ValueError: if there are no terms.
-    """
-    if not terms:
+    if not outputs:
         raise ValueError("L_TWEO is a mean over blocks and got none: pass the output of every transformer block")
-    if config.reduction == "block":
-        return torch.stack(list(terms)).mean()
-    total = sum(numels)
-    return torch.stack([term * (numel / total) for term, numel in zip(terms, numels, strict=True)]).sum()
+    _check_outputs(outputs)
+    return mean_power(outputs, block_shares([output.numel() for output in outputs], config), config)
 
 
-def mean_power(x: Tensor, config: TweoConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean((|x| / (tau + eps))^p) of one block's output, and its extremes.
+def block_shares(numels: Sequence[int], config: TweoConfig) -> list[float]:
+    """Return the share of each block in L_TWEO, by `config.reduction`; their sum is 1.
 
     Args:
-        x: floating tensor of any shape; it alone is kept for the backward pass.
+        numels: the number of elements of each block's output.
+        config: its `reduction` is used.
+    """
+    if config.reduction == "block":
+        return [1 / len(numels)] * len(numels)
+    total = sum(numels)
+    return [numel / total for numel in numels]
+
+
+def mean_power(outputs: Sequence[Tensor], shares: Sequence[float], config: TweoConfig) -> Tensor:
+    """Return sum_l share_l * mean((|A_l| / (tau + eps))^p) over some blocks.
+
+    It is one node of the autograd graph, which makes the gradients of all its outputs when the backward pass comes by.
+
+    Args:
+        outputs: block outputs, floating tensors of any shape; they alone are kept for the backward pass.
+        shares: their factors, positive.
         config: tau, eps and power are used.
 
     Returns:
-        Three scalars: the differentiable mean, float64 for float64 input and float32 otherwise; min x and max x, of the
-        dtype of x.
+        A differentiable scalar: float64 if an output is float64, float32 otherwise.
 
     Raises:
-        ValueError: if `x` is empty.
-        TypeError: if `x` is no floating-point tensor.
+        ValueError: if an output is empty.
+        TypeError: if an output is no floating-point tensor.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"L_TWEO takes floating-point tensors, the outputs of transformer blocks; got {kind}")
-    if x.numel() == 0:
-        raise ValueError(f"L_TWEO is a mean and got an empty block output, of shape {tuple(x.shape)}")
-    scale = config.tau + config.eps
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return _measure(x.detach(), scale, config.power)
-    term, low, high = _MeanPower.apply(x, scale, config.power)
-    return term, low, high
+    _check_outputs(outputs)
+    factors = [share / x.numel() for share, x in zip(shares, outputs, strict=True)]
+    value: Tensor = _PowerSum.apply(config.tau + config.eps, config.power, factors, *outputs)
+    return value
 
 
-class _MeanPower(torch.autograd.Function):
-    """mean((|x| / scale)^p) with x as the only tensor kept, and min x and max x, which have no gradient."""
+def _check_outputs(outputs: Sequence[Tensor]) -> None:
+    for x in outputs:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"L_TWEO takes floating-point tensors, the outputs of transformer blocks; got {kind}")
+        if x.numel() == 0:
+            raise ValueError(f"L_TWEO is a mean and got an empty block output, of shape {tuple(x.shape)}")
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x)
-        ctx.scale, ctx.power = scale, power
-        term, low, high = _measure(x, scale, power)
-        ctx.mark_non_differentiable(low, high)
-        return term, low, high
+
+class _PowerSum(torch.autograd.Function):
+    """sum_l factor_l * sum((|x_l| / scale)^p), with the x as the only tensors kept."""
 
     @staticmethod
-    def backward(ctx: Any, grad_term: Tensor, *unused: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        wide = _wide_dtype(x)
-        a = x / ctx.scale if x.dtype == wide else x.to(wide).div_(ctx.scale)
-        factor = grad_term * (ctx.power / (ctx.scale * x.numel()))
+    def forward(ctx: Any, scale: float, power: float, factors: list[float], *outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*outputs)
+        ctx.scale, ctx.power, ctx.factors = scale, power, factors
+        # The factor goes under the power: then no summand is larger than the sum, and overflows before it does.
+        sums = [
+            _power_(_times(x, factor ** (1 / power) / scale), power).sum()
+            for x, factor in zip(outputs, factors, strict=True)
+        ]
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale, power = ctx.scale, ctx.power
         if torch.is_grad_enabled():  # asked for a graph of the gradient: nothing may be overwritten
-            grad = a * a.abs().pow(ctx.power - 2) * factor
-        elif ctx.power == 4:
-            grad = a.pow_(3).mul_(factor)
+            slope, constant = _differentiable_slope, power / scale
+        elif power == 4:
+            slope, constant = _cubes, power / scale**power
         else:
-            grad = a.mul_(_power_(a.clone(), ctx.power - 2)).mul_(factor)
-        return grad.to(x.dtype), None, None
+            slope, constant = _slope, power / scale
+        grads = {factor: grad * (factor * constant) for factor in set(ctx.factors)}  # mostly one
+        wanted = ctx.needs_input_grad[3:]
+        inputs = zip(ctx.saved_tensors, ctx.factors, wanted, strict=True)
+        return (
+            None,
+            None,
+            None,
+            *(slope(x, scale, power, grads[f]).to(x.dtype) if want else None for x, f, want in inputs),
+        )
+
+
+def _slope(x: Tensor, scale: float, power: float, factor: Tensor) -> Tensor:
+    """Return factor * a |a|^(p - 2), where a = x / scale."""
+    a = _times(x, 1 / scale)
+    return a.mul_(_power_(a.clone(), power - 2)).mul_(factor)
+
+
+def _differentiable_slope(x: Tensor, scale: float, power: float, factor: Tensor) -> Tensor:
+    a = _times(x, 1 / scale)
+    return a * a.abs().pow(power - 2) * factor
+
+
+def _cubes(x: Tensor, scale: float, power: float, factor: Tensor) -> Tensor:
+    """Return factor * x^3, in two passes; infinite for |x| beyond 7e12."""
+    cubes = x.pow(3) if x.dtype == _wide_dtype(x) else x.to(_wide_dtype(x)).pow_(3)
+    return cubes.mul_(factor)
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,18 +233,14 @@ def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def peak_magnitudes(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return max |x| of each of several tensors, (L,), float32 or wider, from their `extremes`, in one go for all."""
-    lows, highs = map(torch.stack, zip(*found, strict=True))
-    peaks = torch.maximum(highs, lows.neg_())
+    peaks = torch.stack([end for ends in found for end in ends]).abs_().view(-1, 2).amax(1)
     return peaks.to(_wide_dtype(peaks))
 
 
-def _measure(x: Tensor, scale: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
-    """mean((|x| / scale)^p), min x and max x, in as few passes and operators as it takes."""
+def _times(x: Tensor, factor: float) -> Tensor:
+    """A new tensor, x times a number, in float32 or wider."""
     wide = _wide_dtype(x)
-    # The mean's 1 / n goes under the power: then no summand is larger than the sum, and overflows before it does.
-    share = 1 / (scale * x.numel() ** (1 / power))
-    shares = x * share if x.dtype == wide else x.to(wide).mul_(share)
-    return _power_(shares, power).sum(), *extremes(x)
+    return x * factor if x.dtype == wide else x.to(wide).mul_(factor)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

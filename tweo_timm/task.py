@@ -6,7 +6,9 @@ and timm's own train.py see the task they know. (A wrapper would have to forward
 would get the wrong weight under distillation.)
 
 The penalty of a block is computed in its own hook, not at the end: autograd runs the youngest node first, so the
-gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time.
+gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time. Outputs so
+small that this saves nothing are kept to the end of the step and measured together: in a tiny model, the calls cost
+more than the arithmetic, and those that follow one another cost half of those in between the model's own.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.loss import TweoConfig, extremes, mean_power, peak_magnitudes, reduce_terms
+from tweo_timm.loss import TweoConfig, block_shares, extremes, mean_power, peak_magnitudes
 from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
+SMALL_BYTES = 1 << 18
+"""Largest block output that is kept until the end of a step."""
 
 
 def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> TweoHandle:
@@ -52,14 +56,25 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
     return TweoHandle(task, config, blocks)
 
 
-class _Seen(NamedTuple):
-    """What a step keeps of one block's output: its size, its mean power where that was computed, and its extremes."""
+class _Kept(NamedTuple):
+    """A small output, to be measured when the step ends, and which version of the tensor it was."""
+
+    name: str
+    output: Tensor
+    version: int
+
+    @property
+    def numel(self) -> int:
+        return self.output.numel()
+
+
+class _Measured(NamedTuple):
+    """What a step keeps of another output: its size, its extremes and, where it was computed, its mean power."""
 
     name: str
     numel: int
+    extremes: tuple[Tensor, Tensor]
     term: Tensor | None
-    low: Tensor
-    high: Tensor
 
 
 class TweoHandle:
@@ -91,7 +106,7 @@ class TweoHandle:
         self._weight = config.weight
         self._acting = config.weight > 0
         self._armed: list[str] = []
-        self._seen: list[_Seen] = []
+        self._seen: list[_Kept | _Measured] = []
         self._tap = BlockTap(self._blocks, self._observe)
         self._handles = self._hook_task(task)
         _logger.info(
@@ -154,23 +169,21 @@ class TweoHandle:
             )
 
     def _observe(self, name: str, block: nn.Module, output: Tensor) -> None:
-        """Compute the penalty of one block's output.
+        """Measure one block's output, or keep it until the step ends.
 
-        Activation checkpointing repeats the forward during the backward pass and expects the same operations, so the
-        penalty is computed then as well, and thrown away: only an armed step keeps it.
+        Activation checkpointing repeats the forward during the backward pass and expects the same operations, so an
+        output is measured then as well, for nothing: only an armed step keeps what was found.
         """
         if not (block.training and torch.is_grad_enabled()):
             return
-        term: Tensor | None = None
-        if self._acting:
-            term, low, high = mean_power(output, self.config)
-        elif self.measuring:
-            with torch.no_grad():
-                term, low, high = mean_power(output, self.config)
+        seen: _Kept | _Measured
+        if _is_small(output):
+            seen = _Kept(name, output, output._version)
         else:
-            low, high = extremes(output)
+            term = self._mean_power([(output, 1.0)]) if self._acting or self.measuring else None
+            seen = _Measured(name, output.numel(), extremes(output), term)
         if self._armed:
-            self._seen.append(_Seen(name, output.numel(), term, low, high))
+            self._seen.append(seen)
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
         if not self._armed:
@@ -180,7 +193,9 @@ class TweoHandle:
         names = [one.name for one in seen]
         if names != expected:
             self._check_every_block_reported(names, expected)
-        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes([(one.low, one.high) for one in seen]))
+        self._check_kept_outputs(seen)
+        found = [one.extremes if isinstance(one, _Measured) else extremes(one.output) for one in seen]
+        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes(found))
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
@@ -188,13 +203,36 @@ class TweoHandle:
             "tweo_weight": self._weight,
             "peak_abs": extremes(self.block_peaks)[1],
         }
-        terms = [one.term for one in seen if one.term is not None]
-        if terms:
-            tweo = reduce_terms(terms, [one.numel for one in seen], self.config)
+        if self._acting or self.measuring:
+            tweo = self._penalty(seen)
             values["tweo_loss"] = tweo.detach()
             if self._acting:
                 values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
         return {**result, **values}
+
+    def _penalty(self, seen: list[_Kept | _Measured]) -> Tensor:
+        """L_TWEO of a step in which it was to be measured."""
+        parts, kept = [], []
+        for one, share in zip(seen, block_shares([one.numel for one in seen], self.config), strict=True):
+            if isinstance(one, _Kept):
+                kept.append((one.output, share))
+            elif one.term is not None:
+                parts.append(one.term * share)
+        if kept:
+            parts.append(self._mean_power(kept[-1:]))
+        if len(kept) > 1:
+            earlier = self._mean_power(kept[:-1])
+            # As the youngest node it would begin the backward pass. As the oldest it waits until the block before the
+            # last one needs its gradient, when what the last block kept is gone: so it never adds to the memory's peak.
+            if earlier.grad_fn is not None:
+                earlier.grad_fn._set_sequence_nr(0)  # type: ignore[attr-defined]
+            parts.append(earlier)
+        return sum(parts[1:], start=parts[0])
+
+    def _mean_power(self, part: list[tuple[Tensor, float]]) -> Tensor:
+        """The sum over some outputs of their mean power times their share, with gradients if it acts."""
+        outputs = [output if self._acting else output.detach() for output, _ in part]
+        return mean_power(outputs, [share for _, share in part], self.config)
 
     def _peak_of_each_block(self, names: list[str], peaks: Tensor) -> Tensor:
         """Peaks in the order of the blocks. A block may have been called twice, or, in eval mode, not at all."""
@@ -216,6 +254,14 @@ class TweoHandle:
                 "with use_reentrant=False; if the model skips blocks, name the others with blocks=REGEX"
             )
 
+    def _check_kept_outputs(self, seen: list[_Kept | _Measured]) -> None:
+        changed = [one.name for one in seen if isinstance(one, _Kept) and one.output._version != one.version]
+        if changed:
+            raise RuntimeError(
+                f"the model overwrote the output of block {changed[0]!r} in place, and what TWEO measures is gone: "
+                "replace that operation by one that is not in place, or name other modules with blocks=REGEX"
+            )
+
     def _refuse_reentrant_checkpoints(self) -> None:
         if use_reentrant_ckpt() and any(getattr(m, "grad_checkpointing", False) for m in self._model.modules()):
             raise RuntimeError(
@@ -223,3 +269,8 @@ class TweoHandle:
                 "and the penalty would silently have none. Unset TIMM_REENTRANT_CKPT, or call "
                 "timm.layers.set_reentrant_ckpt(False)"
             )
+
+
+def _is_small(output: Tensor) -> bool:
+    """Whether keeping it costs next to nothing; a compiler fuses measurements with the model, whatever their size."""
+    return not torch.compiler.is_compiling() and output.nbytes <= SMALL_BYTES

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from timm.utils import dispatch_clip_grad
-from torch import Tensor
+from torch import Tensor, nn
 
 from tweo_timm.fp8 import Fp8HealthMonitor, check_fp8_ran
 from tweo_timm.train.build import Session
@@ -94,14 +95,13 @@ class TrainStep:
 
     def _backward(self, loss: Tensor, completes: bool) -> None:
         session, options = self.session, self.session.options
-        parameters = session.task.get_clip_parameters(exclude_head="agc" in options.clip_mode)
         if session.scaler is not None:
             session.scaler(
                 loss,
                 session.optimizer,
                 clip_grad=options.clip_grad,
                 clip_mode=options.clip_mode,
-                parameters=parameters,
+                parameters=self._parameters_to_clip(),
                 create_graph=self._second_order,
                 need_update=completes,
             )
@@ -111,8 +111,14 @@ class TrainStep:
             return
         self.health.note_gradients(self.cursor.updates, session.task.get_trainable_module())
         if options.clip_grad is not None:
-            dispatch_clip_grad(parameters, options.clip_grad, mode=options.clip_mode)
+            dispatch_clip_grad(self._parameters_to_clip(), options.clip_grad, mode=options.clip_mode)
         session.optimizer.step()
+
+    def _parameters_to_clip(self) -> Iterable[nn.Parameter]:
+        parameters: Iterable[nn.Parameter] = self.session.task.get_clip_parameters(
+            exclude_head="agc" in self.session.options.clip_mode
+        )
+        return parameters
 
     def _after_update(self) -> None:
         session, cursor = self.session, self.cursor
