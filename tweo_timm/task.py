@@ -7,8 +7,8 @@ would get the wrong weight under distillation.)
 
 The penalty of a block is computed in its own hook, not at the end: autograd runs the youngest node first, so the
 gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time. Outputs so
-small that this saves nothing are kept to the end of the step and measured together: in a tiny model, the calls cost
-more than the arithmetic, and those that follow one another cost half of those in between the model's own.
+small that their memory does not matter are kept, and measured together when the step ends: there, what costs is not
+arithmetic but the number of autograd nodes, and operators that find the caches filled by the model's own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
 SMALL_BYTES = 1 << 18
-"""Largest block output that is kept until the end of a step."""
+"""Size of the largest block output that is kept until the step ends."""
 
 
 def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> TweoHandle:

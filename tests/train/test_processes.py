@@ -182,7 +182,7 @@ def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(
 
 
 def test_sharded_fp8_layers_are_replicated_ones_to_the_bit_and_continue(images, tmp_path):
-    # Gradients of penalties on small outputs are added in another order under FSDP2, so only two blocks have the same bits.
+    # Two blocks: with more, FSDP2 adds the penalties' gradients of small outputs in another order.
     settings = ["-b", "14", "--fp8", "emulated", "--amp", "--amp-dtype", "bfloat16", "--tweo-weight", "0.2"]
     assert train_together(command(images, tmp_path, *settings, name="replicated")) == [0, 0]
     sharded = command(images, tmp_path, *settings, "--fsdp", name="sharded")
