@@ -90,6 +90,17 @@ def test_gradient_equals_the_definition_and_keeps_the_dtype(dtype, power):
     np.testing.assert_allclose(x.grad.double().numpy(), expected, rtol=max(own_rounding, 2e-6), atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_huge_activation_is_finite_and_right(dtype):
+    x = torch.ones(8, 17, 64, dtype=dtype)
+    x[3, 5, 7] = 5e12
+    x.requires_grad_()
+    tweo_loss([x], PAPER).backward()
+    assert float(x.grad[3, 5, 7]) == pytest.approx(
+        reference_gradient(x, PAPER)[3, 5, 7], rel=torch.finfo(dtype).eps * 4
+    )
+
+
 def test_element_reduction_weighs_every_activation_alike():
     outputs = [torch.full((10,), 3.0), torch.full((1000,), 6.0)]
     config = TweoConfig(reduction="element", eps=0.0)
