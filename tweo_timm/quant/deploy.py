@@ -146,7 +146,7 @@ def export_record(
         write_scales(quantized, scales)
     with tempfile.TemporaryDirectory() as folder:
         rivals = write_rivals(model, example, Path(folder), float_file) if quantized is not None else {}
-        top1, images = _run_over(itertools.chain([first], batches), model, quantized, files)
+        top1, images, self_error_ratio = _run_over(itertools.chain([first], batches), model, quantized, files)
         # not earlier: until its last batch is taken, a loader's processes go on reading
         contestants = rivals | {file["target"]: Path(file["path"]) for file in files}
         latency = measure_latency(contestants, first[0][:LATENCY_BATCH]) if rivals else []
@@ -158,22 +158,24 @@ def export_record(
         "scheme": files[0]["scheme"],
         "images": images,
         "top1": top1,
-        "self_error_ratio": None if quantized is None else _self_error_ratio(model, quantized, first[0]),
+        "self_error_ratio": self_error_ratio,
         "scales": str(scales) if scales else None,
         "files": files,
         "latency": latency,
     }
 
 
-@torch.inference_mode()
-def _self_error_ratio(model: nn.Module, quantized: nn.Module, images: Tensor) -> float | None:
-    """How far the quantized model is from itself when every layer's input is multiplied by `JITTER`."""
-    itself, wanted = Agreement(), quantized(images)
+def _self_error_ratio(quantized: nn.Module, images: Tensor, wanted: Tensor, original: Tensor) -> float | None:
+    """How far the quantized model is from itself when every layer's input is multiplied by `JITTER`.
+
+    `wanted` are its own logits of the images, `original` those of the float model.
+    """
+    itself = Agreement()
     with contextlib.ExitStack() as stack:
         for layer in quantized.modules():
             if isinstance(layer, QuantizedLayer):
                 stack.callback(layer.register_forward_pre_hook(lambda _, args: (args[0] * JITTER, *args[1:])).remove)
-        itself.update(wanted, quantized(images), model(images))
+        itself.update(wanted, quantized(images), original)
     ratio: float | None = itself.summary()["error_ratio"]
     return ratio
 
@@ -183,15 +185,21 @@ def _run_over(
     model: nn.Module,
     quantized: nn.Module | None,
     files: list[dict[str, Any]],
-) -> tuple[float, int]:
-    """Put Top-1 and agreement over images into the files' dicts; return the Top-1 of the exported model and a count."""
+) -> tuple[float, int, float | None]:
+    """Put Top-1 and agreement over images into the files' dicts.
+
+    Returns:
+        Top-1 of the exported model, the number of images, and its self error ratio on the first batch.
+    """
     runs = [OnnxModel(file["path"]) for file in files]
     agreements = [Agreement() for _ in files]
-    correct, images = torch.zeros(1 + len(files)), 0
+    correct, images, self_error_ratio = torch.zeros(1 + len(files)), 0, None
     with torch.inference_mode():
         for x, y in batches:
             original = model(x)
             reference = original if quantized is None else quantized(x)
+            if quantized is not None and not images:
+                self_error_ratio = _self_error_ratio(quantized, x, reference, original)
             logits = [run(x) for run in runs]
             for agreement, got in zip(agreements, logits, strict=True):
                 agreement.update(reference, got, original)
@@ -200,4 +208,4 @@ def _run_over(
     top1 = (100 * correct / images).tolist()
     for file, agreement, percent in zip(files, agreements, top1[1:], strict=True):
         file |= {"top1": percent, **agreement.summary()}
-    return top1[0], images
+    return top1[0], images, self_error_ratio
