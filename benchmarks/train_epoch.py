@@ -50,11 +50,8 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where other programs disturb")
     arguments, more = parser.parse_known_args()
     logging.disable(logging.INFO)
-    with tempfile.TemporaryDirectory() as folder:
-        photos = write_photo_crops(Path(folder) / "photos", train=arguments.crops, validation=1)
-        chosen = ["-c", arguments.recipe] if arguments.recipe else DEFAULT
-        words = [*chosen, "--data-dir", str(photos), "--num-classes", "14", "--device", "cpu", "-j", "0", *more]
-        session = build_session(parse_train_options([*words, "--tweo-weight", "0", "--outlier-interval", "0"]), CPU)
+    chosen = ["-c", arguments.recipe] if arguments.recipe else DEFAULT
+    with session_on_photos([*chosen, *more], arguments.crops) as session:
         kinds = {
             PLAIN: PlainLoop(session),
             "train.py, TWEO off, unwatched": OurLoop(session, outlier_interval=0),
@@ -63,6 +60,15 @@ def main() -> None:
             f"{PLAIN} again": PlainLoop(session),
         }
         report(kinds, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
+
+
+@contextlib.contextmanager
+def session_on_photos(words: list[str], crops: int) -> Iterator[Session]:
+    """Build a run of train.py, without TWEO and without statistics, on so many crops of each of the 14 photographs."""
+    with tempfile.TemporaryDirectory() as folder:
+        photos = write_photo_crops(Path(folder) / "photos", train=crops, validation=1)
+        words = [*words, "--data-dir", str(photos), "--num-classes", "14", "--device", "cpu", "-j", "0"]
+        yield build_session(parse_train_options([*words, "--tweo-weight", "0", "--outlier-interval", "0"]), CPU)
 
 
 class PlainLoop:

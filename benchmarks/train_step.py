@@ -14,21 +14,17 @@ import argparse
 import logging
 import random
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
+from train_epoch import session_on_photos
 
 from tweo_timm import TweoConfig, attach_tweo
 from tweo_timm.outliers import OutlierRecorder
-from tweo_timm.photos import write_photo_crops
-from tweo_timm.train.build import Session, build_session
+from tweo_timm.train.build import Session
 from tweo_timm.train.loop import Trainer
-from tweo_timm.train.options import parse_train_options
 from tweo_timm.train.watch import SignalWatch
-from tweo_timm.train.world import World
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=500)
     arguments, more = parser.parse_known_args()
     logging.disable(logging.INFO)
-    with tempfile.TemporaryDirectory() as folder:
-        photos = write_photo_crops(Path(folder) / "photos", train=32, validation=1)
-        words = ["-c", arguments.recipe, "--data-dir", str(photos), "--num-classes", "14", "--device", "cpu", "-j", "0"]
-        options = parse_train_options([*words, "--tweo-weight", "0", "--outlier-interval", "0", *more])
-        session = build_session(options, World(torch.device("cpu")))
+    with session_on_photos(["-c", arguments.recipe, *more], crops=32) as session:
         report(measure(session, arguments.rounds))
 
 
@@ -75,6 +67,7 @@ def measure(session: Session, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {kind.name: [] for kind in KINDS}
     for index in range(rounds + 10):
         for kind in random.sample(KINDS, len(KINDS)):
+            # For the plain loop too: what comes before a step decides what the caches hold.
             handle = attach_tweo(session.task, TweoConfig(weight=kind.weight or 0.0))
             if kind.weight is None:
                 handle.remove()
