@@ -5,8 +5,8 @@
 with A_l the output of transformer block l (arXiv:2511.23225; no official code is public). Everything here is pure: it
 knows tensors and numbers, no models. Written naively, ``(A.float().abs() / tau).pow(4).mean()`` keeps four copies of A
 for the backward pass and overflows in half precision at |A| = 48; the autograd function below keeps A itself, which the
-next layer keeps anyway, and takes the mean's 1 / n under the power, so that no intermediate overflows where the result
-does not.
+next layer keeps anyway, and takes the mean's 1 / n under the power, so that no summand overflows where the mean does
+not.
 """
 
 from __future__ import annotations

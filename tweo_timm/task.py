@@ -67,6 +67,10 @@ class _Kept(NamedTuple):
     def numel(self) -> int:
         return self.output.numel()
 
+    @property
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        return extremes(self.output)
+
 
 class _Measured(NamedTuple):
     """What a step keeps of another output: its size, its extremes and, where it was computed, its mean power."""
@@ -194,8 +198,7 @@ class TweoHandle:
         if names != expected:
             self._check_every_block_reported(names, expected)
         self._check_kept_outputs(seen)
-        found = [one.extremes if isinstance(one, _Measured) else extremes(one.output) for one in seen]
-        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes(found))
+        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes([one.extremes for one in seen]))
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
