@@ -83,6 +83,31 @@ def test_merging_ranks_equals_seeing_everything_at_once(cut, swap, mean):
         assert total.summary()[name] == pytest.approx(value, rel=1e-6), name
 
 
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.sets(st.integers(0, 5)))
+def test_looking_between_batches_changes_no_bit(sizes, looked):
+    batches = [activations(seed=index, mean=index)[:size] for index, size in enumerate(sizes)]
+    quiet, watched = ActivationStats(), ActivationStats()
+    for index, batch in enumerate(batches):
+        quiet.update(batch)
+        watched.update(batch)
+        if index in looked:
+            watched.summary()
+            watched = ActivationStats.from_state(watched.state())
+    assert watched.summary() == quiet.summary()
+    assert watched.histogram() == quiet.histogram()
+
+
+def test_a_long_stream_counts_every_batch(monkeypatch):
+    monkeypatch.setattr("tweo_timm.stats._MAX_PENDING", 3)
+    x, stats = activations(), ActivationStats()
+    for image in x.split(1):
+        stats.update(image)
+        assert len(stats._pending) < 3
+    assert stats.summary()["count"] == x.numel()
+    assert stats.summary()["kurtosis"] == pytest.approx(reference(x)["kurtosis"], rel=1e-6)
+
+
 def test_images_above_the_largest_e4m3_value_are_counted():
     x = torch.ones(4, 3, 2)
     x[1, 0, 0], x[2, 1, 1] = 448.5, 448.0

@@ -1,18 +1,17 @@
 """Streaming statistics of the activations at one site: what makes an outlier visible without keeping a single batch.
 
 Moments follow Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical
-Moments" (SAND2008-6212): centred on each token's own mean in float32, then merged in float64, so that the result
+Moments" (SAND2008-6212): centred on each batch's own mean in float32, then merged in float64, so that the result
 depends neither on the batch size nor on how many processes shared the data. Quantiles come from a histogram of |x|
 whose bins are the top 15 bits below the sign of a float32: 128 bins to a factor of two. Nothing here waits for the
-device.
+device: what a batch adds stays there until somebody asks, and is then merged in plain numbers.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Hashable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +20,31 @@ Site = TypeVar("Site", bound=Hashable)
 
 NUM_BINS = 1 << 15
 """Bins of the histogram of |x|: 8 bits of exponent and 7 of mantissa, as in bfloat16."""
+_MAX_PENDING = 1024
+
+
+class _Sums(NamedTuple):
+    """What is known of some activations, in a form that merges.
+
+    Attributes:
+        peak: max |x|, its token and its channel.
+        totals: sum of |x|, images, images above 448, sum of the images' peaks.
+        moments: sums of (x - mean)^k for k = 0 to 4; the first is not quite 0 where `mean` was rounded.
+        mean: what the moments are centred on.
+    """
+
+    peak: tuple[float, ...]
+    totals: tuple[float, ...]
+    moments: tuple[float, ...]
+    mean: float
+
+
+class _Batch(NamedTuple):
+    """What one batch adds, still on the device: `_Sums` without the numbers of images and elements, (11,) float64."""
+
+    images: int
+    elements: int
+    sums: Tensor
 
 
 class ActivationStats:
@@ -33,7 +57,9 @@ class ActivationStats:
 
     def __init__(self, channel_axis: int = -1) -> None:
         self.channel_axis = channel_axis
-        self._sums: dict[str, Tensor] = {}
+        self._sums: _Sums | None = None
+        self._pending: list[_Batch] = []
+        self._histogram: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
         """Count a batch in.
@@ -47,45 +73,58 @@ class ActivationStats:
         if x.ndim < 2 or x.numel() == 0:
             raise ValueError(f"activations are (images, ..., channels) with at least one element, not {tuple(x.shape)}")
         x = x.detach().movedim(self.channel_axis, -1).to(torch.float32)
-        self._merge(_batch_sums(x.reshape(-1, x.shape[-1]), x.shape[0]))
+        x_TC = x.reshape(-1, x.shape[-1])
+        magnitude_TC = x_TC.abs()
+        self._pending.append(_Batch(len(x), x.numel(), _batch_sums(x_TC, magnitude_TC, len(x))))
+        self._add_histogram(_histogram(magnitude_TC))
+        if len(self._pending) == _MAX_PENDING:
+            self._known()
 
     def merge(self, other: ActivationStats) -> None:
         """Count in what another instance has seen of the same site; order matters only for equal peaks."""
-        if other._sums:
-            self._merge({name: value.clone() for name, value in other._sums.items()})
+        mine, theirs = self._known(), other._known()
+        if theirs is not None and other._histogram is not None:
+            self._sums = theirs if mine is None else _merged(mine, theirs)
+            self._add_histogram(other._histogram)
 
-    def _merge(self, new: dict[str, Tensor]) -> None:
-        if not self._sums:
-            self._sums = new
-            return
-        old = self._sums
-        new = {name: value.to(old["peak"].device) for name, value in new.items()}
-        larger = (new["peak"][0] > old["peak"][0]) | new["peak"][0].isnan()  # a NaN peak wins, and is seen
-        moments, mean = (torch.stack([old[name], new[name]], -1) for name in ("moments", "mean"))
-        self._sums = {
-            "peak": torch.where(larger, new["peak"], old["peak"]),
-            "totals": old["totals"] + new["totals"],
-            "histogram": old["histogram"] + new["histogram"],
-            **_pool(moments, mean),
-        }
+    def _add_histogram(self, counts: Tensor) -> None:
+        known = self._histogram
+        self._histogram = counts if known is None else known + counts.to(known.device)
+
+    def _known(self) -> _Sums | None:
+        """Merge what is pending and return all. Batches go one after the other: when this is called changes nothing."""
+        pending, self._pending = self._pending, []
+        rows = torch.stack([batch.sums for batch in pending]).tolist() if pending else []
+        for batch, row in zip(pending, rows, strict=True):
+            new = _as_sums(batch, row)
+            self._sums = new if self._sums is None else _merged(self._sums, new)
+        return self._sums
 
     def state(self) -> dict[str, Any]:
         """Return everything counted so far as plain CPU tensors, to be stored or sent to another process."""
-        sums = {name: value.cpu() for name, value in self._sums.items()}
+        sums: dict[str, Tensor] = {}
+        known = self._known()
+        if known is not None and self._histogram is not None:
+            sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in known._asdict().items()}
+            sums["histogram"] = self._histogram.cpu()
         return {"channel_axis": self.channel_axis, "sums": sums}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ActivationStats:
         """Rebuild an instance from `state()`."""
         stats = cls(state["channel_axis"])
-        stats._sums = dict(state["sums"])
+        sums = dict(state["sums"])
+        if sums:
+            stats._histogram = sums.pop("histogram")
+            peak, totals, moments = (tuple(sums[name].tolist()) for name in ("peak", "totals", "moments"))
+            stats._sums = _Sums(peak, totals, moments, sums["mean"].item())
         return stats
 
     def histogram(self) -> tuple[list[float], list[int]]:
         """Return the left edges of the non-empty bins of |x| and the counts in them."""
-        if not self._sums:
+        if self._histogram is None:
             return [], []
-        counts = self._sums["histogram"].cpu()
+        counts = self._histogram.cpu()
         filled = counts.nonzero().flatten()
         return _bin_edges()[filled].tolist(), counts[filled].tolist()
 
@@ -101,13 +140,13 @@ class ActivationStats:
         Raises:
             ValueError: if nothing has been counted.
         """
-        if not self._sums:
+        known = self._known()
+        if known is None or self._histogram is None:
             raise ValueError("no activation has been counted: run the model on at least one batch first")
-        sums = {name: value.cpu() for name, value in self._sums.items() if name != "histogram"}
-        count, _, variance_sum, _, fourth_sum = sums["moments"].tolist()
-        peak, token, channel = sums["peak"].tolist()
-        abs_sum, images, images_above_448, image_peak_sum = sums["totals"].tolist()
-        median, p999, p9999 = self._quantiles(0.5, 0.999, 0.9999)
+        count, _, variance_sum, _, fourth_sum = known.moments
+        peak, token, channel = known.peak
+        abs_sum, images, images_above_448, image_peak_sum = known.totals
+        median, p999, p9999 = (min(value, peak) for value in _quantiles(self._histogram, 0.5, 0.999, 0.9999))
         return {
             "peak_abs": peak,
             "mean_abs": abs_sum / count,
@@ -122,19 +161,6 @@ class ActivationStats:
             "share_of_images_above_448": images_above_448 / images,
             "count": int(count),
         }
-
-    def _quantiles(self, *shares: float) -> list[float]:
-        """Return the given quantiles of |x|, linear within a bin."""
-        counts = self._sums["histogram"].cpu().double()
-        cumulative, edges = counts.cumsum(0), _bin_edges()
-        values = []
-        for share in shares:
-            rank = share * float(cumulative[-1])
-            index = int(torch.searchsorted(cumulative, rank).clamp(max=NUM_BINS - 1))
-            inside = (rank - float(cumulative[index] - counts[index])) / max(float(counts[index]), 1.0)
-            low, high = float(edges[index]), float(edges[min(index + 1, NUM_BINS - 1)])
-            values.append(low + inside * (high - low))
-        return [min(value, float(self._sums["peak"][0])) for value in values]
 
 
 def gather(stats: Mapping[Site, ActivationStats | None]) -> dict[Site, ActivationStats | None]:
@@ -163,64 +189,66 @@ def gather(stats: Mapping[Site, ActivationStats | None]) -> dict[Site, Activatio
     return merged
 
 
-def _batch_sums(x_TC: Tensor, num_images: int) -> dict[str, Tensor]:
-    """Reduce one batch, as (tokens of all images, channels) in float32, to the sums that merge, in float64.
+def _batch_sums(x_TC: Tensor, magnitude_TC: Tensor, num_images: int) -> Tensor:
+    """Reduce one batch, as (tokens of all images, channels) in float32 with its |x|, to the sums that merge.
+
+    Centred on the batch's own mean, float32 is enough for the powers, and for sums over a token; the rest is float64.
 
     Returns:
-        peak (3,): max |x|, its token and its channel; totals (4,): sum of |x|, images, images above 448, sum of the
-        images' peaks; histogram (NUM_BINS,), int64; moments and mean as `_pool` returns them.
+        (11,) float64: max |x|, its token and its channel; images above 448, sum of the images' peaks; mean; sum of |x|;
+        sums of (x - mean)^k for k = 1 to 4.
     """
-    magnitude_TC = x_TC.abs()
     peak_T = magnitude_TC.amax(-1)
     row = peak_T.argmax()
-    image_peak_B = peak_T.view(num_images, -1).amax(-1).double()
-    images = image_peak_B.new_full((), num_images)
-    totals = [magnitude_TC.sum(-1).double().sum(), images, (image_peak_B > 448).sum(), image_peak_B.sum()]
-    return {
-        "peak": torch.stack([peak_T[row].double(), row % (len(x_TC) // num_images), magnitude_TC[row].argmax()]),
-        "totals": torch.stack(totals),
-        "histogram": _histogram(magnitude_TC),
-        **_moments(x_TC),
-    }
-
-
-def _moments(x_TC: Tensor) -> dict[str, Tensor]:
-    """The moments of a batch, pooled from those of its tokens; centred on each token's own mean, float32 is enough."""
-    mean_T1 = x_TC.mean(-1, keepdim=True)
-    d_TC = x_TC - mean_T1
+    peak_B = peak_T.view(num_images, -1).amax(-1).double()
+    mean = x_TC.mean()
+    d_TC = x_TC - mean
     sq_TC = d_TC.square()
     first_T = d_TC.sum(-1)  # what rounding left of the mean
     second_T, third_T, fourth_T = sq_TC.sum(-1), d_TC.mul_(sq_TC).sum(-1), sq_TC.square_().sum(-1)
-    count_T = torch.full_like(first_T, x_TC.shape[1])
-    return _pool(torch.stack([count_T, first_T, second_T, third_T, fourth_T]).double(), mean_T1.flatten().double())
+    sums_5 = torch.stack([magnitude_TC.sum(-1), first_T, second_T, third_T, fourth_T]).double().sum(-1)
+    where = [row % (len(x_TC) // num_images), magnitude_TC[row].argmax()]
+    return torch.cat([torch.stack([peak_T[row], *where, (peak_B > 448).sum(), peak_B.sum(), mean]), sums_5])
 
 
-def _pool(moments_5P: Tensor, center_P: Tensor) -> dict[str, Tensor]:
-    """Pool the moments of P parts (Pebay 2008, in binomial form): each is shifted to the mean of all, and added.
-
-    Args:
-        moments_5P: of each part the sums of (x - center)^k for k = 0 to 4, float64.
-        center_P: what each part is centred on, float64.
-
-    Returns:
-        moments (5,) of all, centred on their mean; mean ().
-    """
-    count_P, first_P = moments_5P[0], moments_5P[1]
-    mean = (count_P * center_P + first_P).sum() / count_P.sum()
-    powers_5P = torch.linalg.vander(center_P - mean, N=5).T
-    # (x - mean)^k = ((x - center) + (center - mean))^k = sum_i C(k, i) (center - mean)^i (x - center)^(k - i)
-    products_55 = powers_5P @ moments_5P.T
-    k, i, coefficients = _binomial_terms(mean.device)
-    terms = products_55[i, k - i] * coefficients
-    return {"moments": terms.new_zeros(5).index_add_(0, k, terms), "mean": mean}
+def _as_sums(batch: _Batch, row: list[float]) -> _Sums:
+    """The sums of a batch from its row of numbers, in the order of `_batch_sums`."""
+    peak, token, channel, above_448, image_peak_sum, mean, abs_sum, first, second, third, fourth = row
+    totals = (abs_sum, float(batch.images), above_448, image_peak_sum)
+    return _Sums((peak, token, channel), totals, (float(batch.elements), first, second, third, fourth), mean)
 
 
-@functools.cache  # a copy to the device at every use would wait for it
-def _binomial_terms(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of (a + b)^k for k = 0 to 4: the power k, the power i of a, and C(k, i), which is float64."""
-    terms = [(k, i, math.comb(k, i)) for k in range(5) for i in range(k + 1)]
-    k, i, coefficients = torch.tensor(terms, device=device).unbind(1)
-    return k, i, coefficients.double()
+def _merged(old: _Sums, new: _Sums) -> _Sums:
+    """Both together; the moments shifted to the mean of all, then added (Pebay 2008, in binomial form)."""
+    larger = new.peak[0] > old.peak[0] or math.isnan(new.peak[0])  # a NaN peak wins, and is seen
+    count = old.moments[0] + new.moments[0]
+    mean = sum(part.moments[0] * part.mean + part.moments[1] for part in (old, new)) / count
+    shifted = [_shifted(part.moments, part.mean - mean) for part in (old, new)]
+    return _Sums(
+        peak=new.peak if larger else old.peak,
+        totals=tuple(a + b for a, b in zip(old.totals, new.totals, strict=True)),
+        moments=tuple(a + b for a, b in zip(*shifted, strict=True)),
+        mean=mean,
+    )
+
+
+def _shifted(moments: Sequence[float], shift: float) -> list[float]:
+    """Sums of (d + shift)^k from those of d^k: sum_i C(k, i) shift^i d^(k - i)."""
+    return [sum(math.comb(k, i) * shift**i * moments[k - i] for i in range(k + 1)) for k in range(len(moments))]
+
+
+def _quantiles(histogram: Tensor, *shares: float) -> list[float]:
+    """Return the given quantiles of |x|, linear within a bin."""
+    counts = histogram.cpu().double()
+    cumulative, edges = counts.cumsum(0), _bin_edges()
+    values = []
+    for share in shares:
+        rank = share * float(cumulative[-1])
+        index = int(torch.searchsorted(cumulative, rank).clamp(max=NUM_BINS - 1))
+        inside = (rank - float(cumulative[index] - counts[index])) / max(float(counts[index]), 1.0)
+        low, high = float(edges[index]), float(edges[min(index + 1, NUM_BINS - 1)])
+        values.append(low + inside * (high - low))
+    return values
 
 
 def _histogram(magnitude: Tensor) -> Tensor:
