@@ -67,10 +67,6 @@ class _Kept(NamedTuple):
     def numel(self) -> int:
         return self.output.numel()
 
-    @property
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        return extremes(self.output)
-
 
 class _Measured(NamedTuple):
     """What a step keeps of another output: its size, its extremes and, where it was computed, its mean power."""
@@ -109,7 +105,7 @@ class TweoHandle:
         self._progress: float | None = 0.0 if config.schedule == "constant" else None
         self._weight = config.weight
         self._acting = config.weight > 0
-        self._armed: list[str] = []
+        self._armed = False
         self._seen: list[_Kept | _Measured] = []
         self._tap = BlockTap(self._blocks, self._observe)
         self._handles = self._hook_task(task)
@@ -146,7 +142,7 @@ class TweoHandle:
     def _hook_task(self, task: TrainingTask) -> list[Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is task:
-                self._start((*args, *kwargs.values()))
+                self._start(args, kwargs)
 
         def after(module: nn.Module, args: Any, result: Any) -> Any:
             return self._finish(result) if module is task else result
@@ -154,18 +150,18 @@ class TweoHandle:
         before.tweo = True  # type: ignore[attr-defined]
         return [task.register_forward_pre_hook(before, with_kwargs=True), task.register_forward_hook(after)]
 
-    def _start(self, inputs: tuple[Any, ...]) -> None:
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen.clear()
-        grad = torch.is_grad_enabled()
-        self._armed = [name for name, block in self._blocks.items() if block.training] if grad else []
+        self._armed = torch.is_grad_enabled() and any([block.training for block in self._blocks.values()])
         if not self._armed:
             return
         self._refuse_reentrant_checkpoints()
-        if any(isinstance(value, dict) for value in inputs):
-            raise RuntimeError(
-                "TWEO's mean would count the padding tokens of a NaFlex batch: train NaFlexViT on plain image tensors, "
-                "without --naflex-loader"
-            )
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, dict):
+                raise RuntimeError(
+                    "TWEO's mean would count the padding tokens of a NaFlex batch: train NaFlexViT on plain image "
+                    "tensors, without --naflex-loader"
+                )
         if self._progress is None:
             raise RuntimeError(
                 f"the {self.config.schedule} schedule needs to know where the training is: "
@@ -181,7 +177,8 @@ class TweoHandle:
         if not (block.training and torch.is_grad_enabled()):
             return
         seen: _Kept | _Measured
-        if _is_small(output):
+        # A compiler fuses measurements with the model, whatever their size.
+        if output.nbytes <= SMALL_BYTES and not torch.compiler.is_compiling():
             seen = _Kept(name, output, output._version)
         else:
             term = self._mean_power([(output, 1.0)]) if self._acting or self.measuring else None
@@ -192,19 +189,20 @@ class TweoHandle:
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
         if not self._armed:
             return result
-        seen, self._seen = self._seen, []
-        expected, self._armed = self._armed, []
-        names = [one.name for one in seen]
-        if names != expected:
-            self._check_every_block_reported(names, expected)
-        self._check_kept_outputs(seen)
-        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes([one.extremes for one in seen]))
+        seen, self._seen, self._armed = self._seen, [], False
+        names, found = [], []
+        for one in seen:
+            names.append(one.name)
+            found.append(self._extremes_of_kept(one) if isinstance(one, _Kept) else one.extremes)
+        if names != self.block_names:
+            self._check_every_block_reported(names)
+        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes(found))
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
             "tweo_weight": self._weight,
-            "peak_abs": extremes(self.block_peaks)[1],
+            "peak_abs": self.block_peaks.amax(),
         }
         if self._acting or self.measuring:
             tweo = self._penalty(seen)
@@ -247,7 +245,8 @@ class TweoHandle:
         unseen = peaks.new_zeros(())
         return torch.stack([largest.get(name, unseen) for name in self.block_names]).float()
 
-    def _check_every_block_reported(self, names: list[str], expected: list[str]) -> None:
+    def _check_every_block_reported(self, names: list[str]) -> None:
+        expected = [name for name, block in self._blocks.items() if block.training]
         seen = set(names)
         missing = [name for name in expected if name not in seen]
         if missing:
@@ -257,13 +256,14 @@ class TweoHandle:
                 "with use_reentrant=False; if the model skips blocks, name the others with blocks=REGEX"
             )
 
-    def _check_kept_outputs(self, seen: list[_Kept | _Measured]) -> None:
-        changed = [one.name for one in seen if isinstance(one, _Kept) and one.output._version != one.version]
-        if changed:
+    @staticmethod
+    def _extremes_of_kept(one: _Kept) -> tuple[Tensor, Tensor]:
+        if one.output._version != one.version:
             raise RuntimeError(
-                f"the model overwrote the output of block {changed[0]!r} in place, and what TWEO measures is gone: "
+                f"the model overwrote the output of block {one.name!r} in place, and what TWEO measures is gone: "
                 "replace that operation by one that is not in place, or name other modules with blocks=REGEX"
             )
+        return extremes(one.output)
 
     def _refuse_reentrant_checkpoints(self) -> None:
         if use_reentrant_ckpt() and any(getattr(m, "grad_checkpointing", False) for m in self._model.modules()):
@@ -272,8 +272,3 @@ class TweoHandle:
                 "and the penalty would silently have none. Unset TIMM_REENTRANT_CKPT, or call "
                 "timm.layers.set_reentrant_ckpt(False)"
             )
-
-
-def _is_small(output: Tensor) -> bool:
-    """Whether keeping it costs next to nothing; a compiler fuses measurements with the model, whatever their size."""
-    return not torch.compiler.is_compiling() and output.nbytes <= SMALL_BYTES
