@@ -25,8 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from timm.task import ClassificationTask
 from timm.utils import AverageMeter, dispatch_clip_grad
+from torch import Tensor
 
 from tweo_timm import TweoConfig, attach_tweo
 from tweo_timm.outliers import OutlierRecorder
@@ -45,7 +45,7 @@ PLAIN = "plain timm loop"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", help="a recipe of train.py instead of the default settings")
-    parser.add_argument("--crops", type=int, default=4, help="training images of each of the 14 photographs")
+    parser.add_argument("--crops", type=int, default=16, help="training images of each of the 14 photographs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where other programs disturb")
     arguments, more = parser.parse_known_args()
@@ -83,7 +83,7 @@ class PlainLoop:
         data = self.session.data
         inner = (data.train, "loader") if data.train is not data.replay else (data, "train")
         setattr(*inner, data.replay.loader)
-        yield lambda epoch: plain_loop(self.session, self.session.task, epoch)
+        yield lambda epoch: plain_loop(self.session, epoch)
         setattr(*inner, data.replay)
 
 
@@ -106,7 +106,7 @@ class OurLoop:
             session.tweo.remove()
 
 
-def plain_loop(session: Session, task: ClassificationTask, epoch: int) -> float:
+def plain_loop(session: Session, epoch: int) -> float:
     """The loop of timm's documentation, with its loss meter that reads the loss at every step."""
     options, losses = session.options, AverageMeter()
     loader = session.data.train
@@ -114,19 +114,31 @@ def plain_loop(session: Session, task: ClassificationTask, epoch: int) -> float:
     session.model.train()
     session.optimizer.zero_grad()
     for index, (images, targets) in enumerate(loader):
-        with session.autocast():
-            loss = task(images, targets)["loss"]
-        (loss / options.grad_accum_steps).backward()
-        losses.update(loss.item(), len(targets))
+        losses.update(plain_gradients(session, images, targets), len(targets))
         if (index + 1) % options.grad_accum_steps == 0 or index + 1 == len(loader):
-            if options.clip_grad is not None:
-                dispatch_clip_grad(session.model.parameters(), options.clip_grad, mode=options.clip_mode)
-            session.optimizer.step()
-            session.optimizer.zero_grad()
             update += 1
-            task.update_ema(step=update)
-            session.scheduler.step_update(update, metric=losses.avg)
+            plain_update(session, update, losses.avg)
     return losses.avg
+
+
+def plain_gradients(session: Session, images: Tensor, targets: Tensor) -> float:
+    """Forward and backward pass of a micro-batch; returns its loss."""
+    with session.autocast():
+        loss = session.task(images, targets)["loss"]
+    accumulate = session.options.grad_accum_steps
+    (loss if accumulate == 1 else loss / accumulate).backward()
+    return loss.item()
+
+
+def plain_update(session: Session, update: int, loss: float) -> None:
+    """What follows when the gradients are complete; `update` counts it, `loss` is what a scheduler may ask for."""
+    options = session.options
+    if options.clip_grad is not None:
+        dispatch_clip_grad(session.model.parameters(), options.clip_grad, mode=options.clip_mode)
+    session.optimizer.step()
+    session.optimizer.zero_grad()
+    session.task.update_ema(step=update)
+    session.scheduler.step_update(update, metric=loss)
 
 
 def report(kinds: dict[str, PlainLoop | OurLoop], rounds: int, clock: Callable[[], float]) -> None:

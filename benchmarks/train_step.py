@@ -17,8 +17,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 
-import torch
-from train_epoch import session_on_photos
+from train_epoch import plain_gradients, plain_update, session_on_photos
 
 from tweo_timm import TweoConfig, attach_tweo
 from tweo_timm.outliers import OutlierRecorder
@@ -77,7 +76,7 @@ def measure(session: Session, rounds: int) -> dict[str, list[float]]:
             images, targets = random.choice(batches)
             begin = time.perf_counter()
             if kind.plain:
-                plain_step(session, images, targets)
+                plain_update(session, 1, plain_gradients(session, images, targets))
             else:
                 trainer.step(images, targets)
             if index >= 10:  # the first rounds warm up
@@ -85,19 +84,6 @@ def measure(session: Session, rounds: int) -> dict[str, list[float]]:
             handle.remove()
             session.train_recorder.reset()
     return seconds
-
-
-def plain_step(session: Session, images: torch.Tensor, targets: torch.Tensor) -> float:
-    """The step of timm's documentation, which reads the loss every time."""
-    with session.autocast():
-        loss = session.task(images, targets)["loss"]
-    loss.backward()
-    value = loss.item()
-    session.optimizer.step()
-    session.optimizer.zero_grad()
-    session.task.update_ema(step=1)
-    session.scheduler.step_update(1, metric=value)
-    return value
 
 
 def report(seconds: dict[str, list[float]]) -> None:
