@@ -98,6 +98,14 @@ def test_looking_between_batches_changes_no_bit(sizes, looked):
     assert watched.histogram() == quiet.histogram()
 
 
+def test_counting_a_batch_does_not_wait_for_the_device():
+    stats = ActivationStats()
+    for _ in range(2):
+        stats.update(torch.empty(2, 3, 4, device="meta"))  # there is no number to wait for: reading one raises
+    with pytest.raises(NotImplementedError):
+        stats.summary()
+
+
 def test_a_long_stream_counts_every_batch(monkeypatch):
     monkeypatch.setattr("tweo_timm.stats._MAX_PENDING", 3)
     x, stats = activations(), ActivationStats()

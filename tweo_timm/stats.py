@@ -40,10 +40,11 @@ class _Sums(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """What one batch adds, still on the device: `_Sums` without the numbers of images and elements, (11,) float64."""
+    """What one batch adds: its shape, and what `_batch_sums` found, still on the device."""
 
     images: int
     elements: int
+    channels: int
     sums: Tensor
 
 
@@ -73,9 +74,10 @@ class ActivationStats:
         if x.ndim < 2 or x.numel() == 0:
             raise ValueError(f"activations are (images, ..., channels) with at least one element, not {tuple(x.shape)}")
         x = x.detach().movedim(self.channel_axis, -1).to(torch.float32)
-        x_TC = x.reshape(-1, x.shape[-1])
+        channels = x.shape[-1]
+        x_TC = x.reshape(-1, channels)
         magnitude_TC = x_TC.abs()
-        self._pending.append(_Batch(len(x), x.numel(), _batch_sums(x_TC, magnitude_TC, len(x))))
+        self._pending.append(_Batch(len(x), x.numel(), channels, _batch_sums(x_TC, magnitude_TC, len(x))))
         self._add_histogram(_histogram(magnitude_TC))
         if len(self._pending) == _MAX_PENDING:
             self._known()
@@ -195,27 +197,30 @@ def _batch_sums(x_TC: Tensor, magnitude_TC: Tensor, num_images: int) -> Tensor:
     Centred on the batch's own mean, float32 is enough for the powers, and for sums over a token; the rest is float64.
 
     Returns:
-        (11,) float64: max |x|, its token and its channel; images above 448, sum of the images' peaks; mean; sum of |x|;
-        sums of (x - mean)^k for k = 1 to 4.
+        (10,) float64: max |x|, its place among its image's elements; images above 448, sum of the images' peaks; mean;
+        sum of |x|; sums of (x - mean)^k for k = 1 to 4.
     """
-    peak_T = magnitude_TC.amax(-1)
-    row = peak_T.argmax()
-    peak_B = peak_T.view(num_images, -1).amax(-1).double()
+    magnitude_BN = magnitude_TC.view(num_images, -1)
+    peak_B = magnitude_BN.amax(-1).double()
+    place = magnitude_BN.index_select(0, peak_B.argmax(0, keepdim=True)).argmax()
     mean = x_TC.mean()
     d_TC = x_TC - mean
     sq_TC = d_TC.square()
     first_T = d_TC.sum(-1)  # what rounding left of the mean
     second_T, third_T, fourth_T = sq_TC.sum(-1), d_TC.mul_(sq_TC).sum(-1), sq_TC.square_().sum(-1)
     sums_5 = torch.stack([magnitude_TC.sum(-1), first_T, second_T, third_T, fourth_T]).double().sum(-1)
-    where = [row % (len(x_TC) // num_images), magnitude_TC[row].argmax()]
-    return torch.cat([torch.stack([peak_T[row], *where, (peak_B > 448).sum(), peak_B.sum(), mean]), sums_5])
+    return torch.cat([torch.stack([peak_B.amax(), place, (peak_B > 448).sum(), peak_B.sum(), mean]), sums_5])
 
 
 def _as_sums(batch: _Batch, row: list[float]) -> _Sums:
     """The sums of a batch from its row of numbers, in the order of `_batch_sums`."""
-    peak, token, channel, above_448, image_peak_sum, mean, abs_sum, first, second, third, fourth = row
-    totals = (abs_sum, float(batch.images), above_448, image_peak_sum)
-    return _Sums((peak, token, channel), totals, (float(batch.elements), first, second, third, fourth), mean)
+    peak, place, above_448, image_peak_sum, mean, abs_sum, first, second, third, fourth = row
+    return _Sums(
+        peak=(peak, *divmod(place, batch.channels)),
+        totals=(abs_sum, float(batch.images), above_448, image_peak_sum),
+        moments=(float(batch.elements), first, second, third, fourth),
+        mean=mean,
+    )
 
 
 def _merged(old: _Sums, new: _Sums) -> _Sums:
