@@ -167,6 +167,17 @@ def test_unreadable_image_is_named(capsys, tmp_path, photos, checkpoints, worker
     assert "Traceback" not in err
 
 
+def test_a_misspelt_checkpoint_or_model_is_told_what_was_meant(capsys, checkpoints, photos):
+    common = ["--data-dir", photos, "--device", "cpu"]
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0].with_name("lats.pth.tar"), *common)
+    assert status == 1
+    assert "does not exist" in err
+    assert "did you mean 'last.pth.tar'" in err
+    status, _, err = run(capsys, "--model", "vit_smal_patch16_224", *common)
+    assert status == 1
+    assert "did you mean 'vit_small_patch16_224'" in err
+
+
 def test_missing_data_folder_is_one_clear_line(capsys, checkpoints):
     status, _, err = run(capsys, "--checkpoint", checkpoints[0], "--data-dir", "/nowhere/at/all", "--device", "cpu")
     assert status == 1

@@ -44,12 +44,21 @@ def bad_folder(images, tmp_path):
     return ["--data-dir", str(tmp_path / "nowhere")], ["nowhere", "does not exist"]
 
 
+def bad_spelling_of_the_folder(images, tmp_path):
+    (tmp_path / "imagenet").mkdir()
+    return ["--data-dir", str(tmp_path / "imagnet" / "train")], ["does not exist", "did you mean 'imagenet'"]
+
+
 def bad_number_of_classes(images, tmp_path):
     return ["--num-classes", "10"], ["3 classes", "--num-classes 3"]
 
 
 def bad_model(images, tmp_path):
     return ["--model", "vit_of_nothing"], ["vit_of_nothing", "list_models"]
+
+
+def bad_spelling_of_the_model(images, tmp_path):
+    return ["--model", "vit_smal_patch16_224"], ["did you mean 'vit_small_patch16_224'"]
 
 
 def bad_model_kwargs(images, tmp_path):
@@ -72,7 +81,12 @@ def bad_initial_checkpoint(images, tmp_path):
 
 
 def bad_path_of_checkpoint(images, tmp_path):
-    return ["--resume", str(tmp_path / "none.pth.tar")], ["no checkpoint at"]
+    return ["--resume", str(tmp_path / "run" / "lats.pth.tar")], ["no checkpoint", "did you mean 'last.pth.tar'"]
+
+
+def bad_path_of_weights(images, tmp_path):
+    words = ["--initial-checkpoint", str(tmp_path / "run" / "lats.pth.tar")]
+    return words, ["--initial-checkpoint", "does not exist", "did you mean 'last.pth.tar'"]
 
 
 def bad_device(images, tmp_path):

@@ -19,6 +19,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
+from tweo_timm.train.suggestion import suggest, suggest_path
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +106,9 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.exists():
-        raise ValueError(f"--checkpoint {path} does not exist")
+        raise ValueError(
+            f"--checkpoint {path} does not exist: pass a checkpoint, or a folder of them{suggest_path(path)}"
+        )
     found = sorted(file for pattern in _CHECKPOINTS for file in path.glob(pattern))
     if not found:
         raise ValueError(f"--checkpoint {path} is a folder without {' or '.join(_CHECKPOINTS)} files")
@@ -185,7 +188,8 @@ def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
             **options.model_kwargs,
         )
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"cannot create {arch}: {str(error)[:400]}") from error
+        near = suggest(arch, list_models()) if "Unknown model" in str(error) else ""
+        raise ValueError(f"cannot create {arch}: {str(error)[:400]}{near}") from error
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, unwrap_model
 
 from tweo_timm.train.shard import shard_like, shard_optimizer_like, whole
+from tweo_timm.train.suggestion import suggest_path
 
 _logger = logging.getLogger(__name__)
 
@@ -196,7 +197,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if the file is missing, truncated, or holds no weights.
     """
     if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}")
+        raise ValueError(
+            f"there is no checkpoint {path}: pass a file that timm or tweo-train saved{suggest_path(path)}"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)

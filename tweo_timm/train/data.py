@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
+from tweo_timm.train.suggestion import suggest_path
 from tweo_timm.train.watch import PatientWorker
 from tweo_timm.train.world import World
 
@@ -107,7 +108,8 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
     if not options.dataset and root is None:
         raise ValueError("no data: pass --data-dir FOLDER (with train/ and val/ inside), or --dataset TYPE/NAME")
     if not options.dataset and not Path(root).exists():
-        raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/")
+        near = suggest_path(root)
+        raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/{near}")
     mode = options.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
     try:
         dataset = create_dataset(

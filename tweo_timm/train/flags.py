@@ -13,16 +13,17 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import difflib
 import functools
 import inspect
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
+
+from tweo_timm.train.suggestion import suggest
 
 # PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -247,12 +248,6 @@ class CommandLine:
             word = next((item for item in unknown if item.startswith("-")), unknown[0])
             self.parser.error(f"unknown argument {word!r}{suggest(word.split('=')[0], self._known)}")
         return vars(given)
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The sentence that names what was probably meant, or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def as_namespace(options: Any) -> argparse.Namespace:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import create_model
+from timm.models import create_model, list_models
 from torch import nn
 
 from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.suggestion import suggest, suggest_path
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -79,9 +80,12 @@ def _create(options: TrainOptions) -> nn.Module:
 def _why_not(options: TrainOptions, error: Exception) -> str:
     text = str(error)
     if "Unknown model" in text:
-        return f"--model {options.model}: timm knows no such model. List the names with timm.list_models('*vit*')"
+        near = suggest(options.model, list_models())
+        return f"--model {options.model}: timm knows no such model; timm.list_models('*vit*') lists names{near}"
     if isinstance(error, FileNotFoundError) or "No checkpoint found" in text:
-        return f"--initial-checkpoint {options.initial_checkpoint} does not exist"
+        flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
+        path = options.initial_checkpoint or options.pretrained_path or ""
+        return f"{flag} {path} does not exist: pass a file of weights{suggest_path(path)}"
     if "state_dict" in text or "size mismatch" in text:
         where = options.initial_checkpoint or options.pretrained_path
         return f"the weights in {where} do not fit {options.model}: {text[:400]}"
