@@ -177,8 +177,8 @@ class TweoHandle:
         if not (block.training and torch.is_grad_enabled()):
             return
         seen: _Kept | _Measured
-        # A compiler fuses measurements with the model, whatever their size.
-        if output.nbytes <= SMALL_BYTES and not torch.compiler.is_compiling():
+        # A compiler fuses measurements with the model, whatever their size, and is not to look at it.
+        if not torch.compiler.is_compiling() and output.nbytes <= SMALL_BYTES:
             seen = _Kept(name, output, output._version)
         else:
             term = self._mean_power([(output, 1.0)]) if self._acting or self.measuring else None
