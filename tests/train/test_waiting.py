@@ -35,5 +35,5 @@ def test_a_recorded_training_step_never_waits(family, small_bytes, fp8, monkeypa
         health.note_gradients(update, model)
         meters.update(result, handle.block_peaks, len(targets))
     assert result["output"].shape == (4, NUM_CLASSES)
-    with pytest.raises((RuntimeError, NotImplementedError), match="[Mm]eta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         meters.means()
