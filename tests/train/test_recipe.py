@@ -214,6 +214,7 @@ def test_key_that_one_command_knows_and_another_has_retired_stays_for_the_first(
         ("lr: [0.1\n", ["not valid YAML", "line"]),
         ("x: !!python/object:os.system {}\n", ["not valid YAML"]),
         ("extends: missing.yaml\n", ["cannot read the recipe", "missing.yaml"]),
+        ("extends: recip.yaml\n", ["recip.yaml", "does not exist; did you mean 'recipe.yaml'"]),
         ("extends: recipe.yaml\n", ["'extends' goes in a circle", "recipe.yaml -> recipe.yaml"]),
         ("extends: [a.yaml]\n", ["extends = ['a.yaml']", "one YAML file"]),
     ],

@@ -20,7 +20,7 @@ import yaml
 
 from tweo_timm.train.flags import Option, convert, option_table
 from tweo_timm.train.legacy import Modernized, modernize
-from tweo_timm.train.suggestion import suggest
+from tweo_timm.train.suggestion import suggest, suggest_path
 
 _logger = logging.getLogger(__name__)
 
@@ -127,6 +127,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"cannot read the recipe {str(path)!r}: it does not exist{suggest_path(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}") from error
     try:
