@@ -82,13 +82,12 @@ def _why_not(options: TrainOptions, error: Exception) -> str:
     if "Unknown model" in text:
         near = suggest(options.model, list_models())
         return f"--model {options.model}: timm knows no such model; timm.list_models('*vit*') lists names{near}"
-    if isinstance(error, FileNotFoundError) or "No checkpoint found" in text:
+    weights = options.initial_checkpoint or options.pretrained_path
+    if weights and (isinstance(error, FileNotFoundError) or "No checkpoint found" in text):
         flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
-        path = options.initial_checkpoint or options.pretrained_path or ""
-        return f"{flag} {path} does not exist: pass a file of weights{suggest_path(path)}"
+        return f"{flag} {weights} does not exist: pass a file of weights{suggest_path(weights)}"
     if "state_dict" in text or "size mismatch" in text:
-        where = options.initial_checkpoint or options.pretrained_path
-        return f"the weights in {where} do not fit {options.model}: {text[:400]}"
+        return f"the weights in {weights} do not fit {options.model}: {text[:400]}"
     return f"{options.model} does not accept these options (--model-kwargs {options.model_kwargs}): {text[:400]}"
 
 
