@@ -1,7 +1,7 @@
 """What an epoch of train.py costs, against a plain loop over the same timm parts.
 
     python benchmarks/train_epoch.py                       # vit_small_patch16_224, bfloat16, batch 16
-    python benchmarks/train_epoch.py --recipe recipes/quickstart_stress.yaml
+    OMP_NUM_THREADS=1 TIMM_FUSED_ATTN=0 python benchmarks/train_epoch.py --recipe recipes/quickstart_stress.yaml
 
 All loops train the same model with the same optimizer, loader and data in turns, an epoch each, so that they differ in
 nothing but the loop. A round is an epoch of a plain loop (timm's loader, task, optimizer, scheduler), one of train.py
@@ -50,13 +50,15 @@ PLAIN = "plain timm loop"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", help="a recipe of train.py instead of the default settings")
-    parser.add_argument("--crops", type=int, default=16, help="training images of each of the 14 photographs")
+    about_crops = "training images of each of the 14 photographs; 16, and with a recipe the quickstart's 128"
+    parser.add_argument("--crops", type=int, help=about_crops)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where other programs disturb")
     arguments, more = parser.parse_known_args()
     logging.disable(logging.INFO)
     chosen = ["-c", arguments.recipe] if arguments.recipe else DEFAULT
-    with session_on_photos([*chosen, *more], arguments.crops) as session:
+    crops = arguments.crops or (128 if arguments.recipe else 16)
+    with session_on_photos([*chosen, *more], crops) as session:
         kinds = {
             PLAIN: PlainLoop(session),
             "train.py, TWEO off, unwatched": OurLoop(session, outlier_interval=0),
