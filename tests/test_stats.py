@@ -98,6 +98,15 @@ def test_looking_between_batches_changes_no_bit(sizes, looked):
     assert watched.histogram() == quiet.histogram()
 
 
+@pytest.mark.parametrize("mean", [1e4, 1e5])
+def test_a_mean_that_float32_rounds_costs_the_kurtosis_nothing(mean):
+    x = torch.randn(64, 197, 48, generator=torch.Generator().manual_seed(5)) + mean
+    x[3, 7, 5] = mean + 50
+    stats = ActivationStats()
+    stats.update(x)
+    assert stats.summary()["kurtosis"] == pytest.approx(reference(x)["kurtosis"], rel=1e-6)
+
+
 def test_counting_a_batch_does_not_wait_for_the_device():
     stats = ActivationStats()
     for _ in range(2):

@@ -29,8 +29,8 @@ class _Sums(NamedTuple):
     Attributes:
         peak: max |x|, its token and its channel.
         totals: sum of |x|, images, images above 448, sum of the images' peaks.
-        moments: sums of (x - mean)^k for k = 0 to 4; the first is not quite 0 where `mean` was rounded.
-        mean: what the moments are centred on.
+        moments: sums of (x - mean)^k for k = 0 to 4.
+        mean: the mean, on which the moments are centred.
     """
 
     peak: tuple[float, ...]
@@ -214,12 +214,13 @@ def _batch_sums(x_TC: Tensor, magnitude_TC: Tensor, num_images: int) -> Tensor:
 
 def _as_sums(batch: _Batch, row: list[float]) -> _Sums:
     """The sums of a batch from its row of numbers, in the order of `_batch_sums`."""
-    peak, place, above_448, image_peak_sum, mean, abs_sum, first, second, third, fourth = row
+    peak, place, above_448, image_peak_sum, rounded_mean, abs_sum, first, *higher = row
+    correction = first / batch.elements
     return _Sums(
         peak=(peak, *divmod(place, batch.channels)),
         totals=(abs_sum, float(batch.images), above_448, image_peak_sum),
-        moments=(float(batch.elements), first, second, third, fourth),
-        mean=mean,
+        moments=tuple(_shifted([float(batch.elements), first, *higher], -correction)),
+        mean=rounded_mean + correction,
     )
 
 
