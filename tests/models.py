@@ -46,6 +46,7 @@ def tiny_deit(**kwargs):
 
 
 BUILDERS = {"vit": tiny_vit, "swin": tiny_swin, "maxvit": tiny_maxvit}
+IMG_SIZES = {"vit": 32, "swin": 32, "maxvit": 64}
 
 
 def tiny_task(model, **kwargs):

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import BUILDERS, batch, store_outputs, tiny_maxvit, tiny_swin, tiny_vit
+from tests.models import BUILDERS, IMG_SIZES, batch, store_outputs, tiny_maxvit, tiny_swin, tiny_vit
 from tweo_timm import find_blocks, record_outliers
 from tweo_timm.outliers import OutlierRecorder
-
-IMG_SIZE = {"vit": 32, "swin": 32, "maxvit": 64}
 
 
 def reference(output):
@@ -28,7 +26,7 @@ def reference(output):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_statistics_are_those_of_the_stored_outputs(name):
     model = BUILDERS[name]().eval()
-    images, _ = batch(6, img_size=IMG_SIZE[name])
+    images, _ = batch(6, img_size=IMG_SIZES[name])
     stored = store_outputs(copied := copy.deepcopy(model))
     copied(images)
     with record_outliers(model) as record:

@@ -19,6 +19,7 @@ import tweo_timm.loss
 import tweo_timm.task
 from tests.models import (
     BUILDERS,
+    IMG_SIZES,
     NUM_CLASSES,
     batch,
     definition,
@@ -75,7 +76,7 @@ def num_hooks(task):
 
 
 def images_for(name):
-    return batch(img_size=64 if name == "maxvit" else 32)
+    return batch(img_size=IMG_SIZES[name])
 
 
 @pytest.mark.usefixtures("output_size")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models import BUILDERS, NUM_CLASSES, tiny_task
+from tests.models import BUILDERS, IMG_SIZES, NUM_CLASSES, batch, tiny_task
 from tweo_timm import Fp8Recipe, TweoConfig, attach_tweo, patch_fp8
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.train.meters import EpochMeters
@@ -25,8 +25,7 @@ def test_a_recorded_training_step_never_waits(family, small_bytes, fp8, monkeypa
     recorder = OutlierRecorder(model, standing=False)
     health = HealthWatch(handle.block_names, META, stop_on_peak=100.0)
     meters = EpochMeters(handle.block_names, META, recorder)
-    size = 64 if family == "maxvit" else 32
-    images, targets = torch.empty(4, 3, size, size, device=META), torch.zeros(4, dtype=torch.long, device=META)
+    images, targets = (tensor.to(META) for tensor in batch(img_size=IMG_SIZES[family]))
     for update in range(2):
         with recorder.recording(), torch.autocast("cpu", torch.bfloat16):
             result = task(images, targets)
@@ -34,6 +33,6 @@ def test_a_recorded_training_step_never_waits(family, small_bytes, fp8, monkeypa
         result["loss"].backward()
         health.note_gradients(update, model)
         meters.update(result, handle.block_peaks, len(targets))
-    assert result["output"].shape == (4, NUM_CLASSES)
+    assert result["output"].shape == (len(images), NUM_CLASSES)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         meters.means()
