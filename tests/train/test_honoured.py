@@ -1,17 +1,22 @@
 """No flag is silently ignored: each is read where it acts, read by timm, or refused with a reason."""
 
 import dataclasses
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data import resolve_data_config
+from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
 import tweo_timm.train
 from tests.train.runs import VIT, command, rows, train, write_images
+from tweo_timm.train import data
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import TrainOptions, parse_train_options
@@ -128,6 +133,25 @@ def test_fp8_health_is_reported_every_so_many_updates(images, tmp_path):
 def test_fp8_health_without_fp8_is_refused(images, tmp_path, capsys):
     assert main(command(images, tmp_path, "--fp8-health-interval", "3")) == 1
     assert "--fp8 auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0"])
+def test_augmentation_at_its_strongest_keeps_no_bit_of_an_image_whatever_pillow_says(policy, images, tmp_path):
+    session = session_of(images, tmp_path, "--aa", policy)
+    augment = session.data.replay.loader.dataset.transform
+    random.seed(0)
+    for _ in range(200):
+        augment(Image.new("RGB", (32, 32), "white"))
+    posterizing = [NAME_TO_OP[name] for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")]
+    assert posterizing == [posterize] * 3  # for everybody else, timm is as it was
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("bits", range(9))
+def test_posterizing_keeps_the_highest_bits(bits, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3) if mode == "RGB" else (4, 5), dtype=np.uint8)
+    kept = np.asarray(data._posterize(Image.fromarray(pixels), bits))
+    assert np.array_equal(kept, pixels >> (8 - bits) << (8 - bits))
 
 
 def test_a_missing_wandb_is_a_clear_error(images, tmp_path, capsys, monkeypatch):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, MultiLabelTarget, create_dataset, create_loader
+from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
@@ -176,7 +179,8 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
     mixup_kwargs = _mixup_kwargs(options, num_classes)
     collate = FastCollateMixup(**mixup_kwargs) if mixup_kwargs and not options.no_prefetcher else None
     try:
-        train = _train_loader(options, data_config, train_set, collate, world)
+        with _posterizing_to_black():
+            train = _train_loader(options, data_config, train_set, collate, world)
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"the training loader cannot be made: {error}") from error
     lookahead = isinstance(train, PrefetchLoader)
@@ -337,6 +341,25 @@ def _val_loader(options: TrainOptions, data_config: dict[str, Any], dataset: Any
         distributed=world.distributed,
         crop_pct=data_config["crop_pct"],
         pin_memory=options.pin_mem,
+@contextlib.contextmanager
+def _posterizing_to_black() -> Iterator[None]:
+    """Let the augmentations that are made meanwhile keep 0 bits of an image, as Pillow did before version 13.
+
+    timm's policies ask for that at their strongest: rand-m9-mstd0.5-inc1 for one image in 500, and Pillow now refuses.
+    """
+    before = {name: op for name, op in NAME_TO_OP.items() if op is posterize}
+    NAME_TO_OP.update(dict.fromkeys(before, _posterize))
+    try:
+        yield
+    finally:
+        NAME_TO_OP.update(before)
+
+
+def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    posterized: Image.Image = posterize(image, bits, **settings) if bits > 0 else Image.new(image.mode, image.size)
+    return posterized
+
+
         device=world.device,
         use_prefetcher=not options.no_prefetcher,
         persistent_workers=False,
