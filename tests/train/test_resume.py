@@ -86,6 +86,20 @@ def test_a_signal_to_the_whole_job_does_not_take_the_loaders_processes(
     assert_same_run(tmp_path / "run", uninterrupted[loader])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning", "ignore:It is highly recommended:UserWarning")
+@pytest.mark.parametrize("optimizer", ["adahessian", "lookahead_adahessian", "kron"])
+def test_an_optimizer_that_draws_random_numbers_goes_on_with_the_next_ones(
+    optimizer, images, tmp_path, interrupt, monkeypatch
+):
+    monkeypatch.setattr("timm.layers.config._USE_FUSED_ATTN", 0)
+    train(images, tmp_path, "--opt", optimizer, "--model-ema", name="whole")
+    words = command(images, tmp_path, "--opt", optimizer, "--model-ema", "--resume", "auto")
+    interrupt(3)
+    assert main(words) == 128 + signal.SIGTERM
+    assert main(words) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_run_stopped_between_epochs_continues_bit_for_bit(images, tmp_path, interrupt, uninterrupted):
     words = command(images, tmp_path, *ALL_RANDOM, "--resume", "auto")
     interrupt(7, signal.SIGINT)

@@ -89,6 +89,17 @@ class Session:
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
         """Bring a batch of images to the device, memory layout and dtype of the model."""
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that Lookahead wraps; without Lookahead the optimizer itself."""
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "_base_optimizer", self.optimizer)
+        return inner
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the optimizer differentiates the gradients once more."""
+        return bool(getattr(self.inner_optimizer, "is_second_order", False))
+
         images = images.to(self.world.device)
         if self.options.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -150,7 +161,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(namespace), updates_per_epoch=updates_per_epoch
     )
-    return Session(
+    session = Session(
         options=options,
         world=world,
         data=data,
@@ -169,6 +180,11 @@ def build_session(options: TrainOptions, world: World) -> Session:
         num_epochs=num_epochs,
         updates_per_epoch=updates_per_epoch,
     )
+    if session.second_order and any(getattr(module, "fused_attn", False) for module in model.modules()):
+        raise ValueError(
+            f"--opt {options.opt} differentiates twice, which fused attention does not allow: set TIMM_FUSED_ATTN=0"
+        )
+    return session
 
 
 def _refuse_unbuilt(options: TrainOptions, world: World) -> None:

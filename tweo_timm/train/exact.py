@@ -1,8 +1,8 @@
 """The state of a run beside its weights and its optimizer: all that an exact continuation depends on.
 
 Position in the data, random state of every process, the epoch's running sums, FP8 scales, the plateau schedule's memory
-(timm's other schedules are functions of the epoch), and the generator with which a bfloat16 EMA rounds. Everything is
-plain tensors and numbers, which torch.load reads without running code.
+(timm's other schedules are functions of the epoch), and the generators of their own that a bfloat16 EMA and AdaHessian
+draw from. Everything is plain tensors and numbers, which torch.load reads without running code.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tweo_timm.fp8 import fp8_state, load_fp8_state
 from tweo_timm.train.build import Session
@@ -45,7 +47,7 @@ def capture_exact(
     """
     mine: dict[str, Any] = {
         "fp8": fp8_state(session.model) if session.fp8 is not None else None,
-        "ema_rounding": generator.get_state() if (generator := _ema_generator(session)) is not None else None,
+        **{name: generator.get_state() for name, generator in _generators(session).items()},
     }
     if cursor.batch:
         mine["position"] = (position or session.data.replay.position(cursor.batch)).state_dict()
@@ -91,9 +93,9 @@ def restore_exact(
         _plateau(session).load_state_dict(exact["plateau"])
     if session.fp8 is not None and mine["fp8"] is not None:
         load_fp8_state(session.model, mine["fp8"])
-    generator = _ema_generator(session)
-    if generator is not None and mine["ema_rounding"] is not None:
-        generator.set_state(mine["ema_rounding"])
+    for name, generator in _generators(session).items():
+        if mine.get(name) is not None:
+            generator.set_state(mine[name])
     if not cursor.batch:
         return RandomState.from_state_dict(mine["random"])
     meters.load_state_dict(mine["meters"])
@@ -105,6 +107,13 @@ def _plateau(session: Session) -> Any:
     return session.scheduler.lr_scheduler
 
 
-def _ema_generator(session: Session) -> Any:
-    """The generator with which timm's EMA rounds bfloat16 weights; None without EMA."""
-    return getattr(session.task.get_trainable_module(ema=True), "_sr_generator", None)
+def _generators(session: Session) -> dict[str, torch.Generator]:
+    """What draws random numbers apart from the rest: timm's EMA, to round bfloat16 weights, and AdaHessian."""
+    optimizer: Any = session.inner_optimizer
+    hessian = getattr(optimizer, "generator", None)
+    device = next(session.model.parameters()).device
+    if hessian is not None and hessian.device != device:  # as timm does when it first draws from it
+        hessian = optimizer.generator = torch.Generator(device).manual_seed(optimizer.seed)
+    rounding = getattr(session.task.get_trainable_module(ema=True), "_sr_generator", None)
+    found = {"ema_rounding": rounding, "hessian": hessian}
+    return {name: generator for name, generator in found.items() if generator is not None}

@@ -39,7 +39,7 @@ class TrainStep:
         self.health = health
         self._num_batches = len(session.data.train)
         self._num_updates = session.updates_per_epoch * session.num_epochs
-        self._second_order = bool(getattr(session.optimizer, "is_second_order", False))
+        self._second_order = session.second_order
         self.fp8_rows: list[dict[str, Any]] = []
         interval = session.options.fp8_health_interval
         watched = session.fp8 is not None and interval > 0 and session.world.primary
