@@ -6,9 +6,11 @@ import signal
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 
 from tests.train.runs import command, last, load, same_tensors, train, write_images
 from tweo_timm.train.cli import main
+from tweo_timm.train.data import StrictImages
 from tweo_timm.train.step import TrainStep
 from tweo_timm.train.watch import HealthWatch, SignalWatch, TrainingStopped
 from tweo_timm.train.world import World
@@ -93,6 +95,62 @@ def bad_device(images, tmp_path):
     return ["--device", "abacus"], ["abacus"]
 
 
+def bad_worker_seeding(images, tmp_path):
+    return ["--worker-seeding", "torch"], ["--worker-seeding 'torch'", "all, part"]
+
+
+def bad_interpolation(images, tmp_path):
+    return ["--train-interpolation", "bicubik"], ["--train-interpolation 'bicubik'", "did you mean 'bicubic'"]
+
+
+def bad_crop_mode(images, tmp_path):
+    return ["--train-crop-mode", "src"], ["--train-crop-mode 'src'", "rkrc"]
+
+
+def bad_image_mode(images, tmp_path):
+    return ["--input-img-mode", "L"], ["mode L", "1 channels", "takes 3", "--in-chans 1"]
+
+
+def bad_number_of_channels(images, tmp_path):
+    return ["--in-chans", "1"], ["--in-chans 1 contradicts --input-size 3 32 32"]
+
+
+def bad_optimizer(images, tmp_path):
+    return ["--opt", "adamww"], ["--opt adamww", "did you mean 'adamw'"]
+
+
+def bad_betas(images, tmp_path):
+    return ["--opt-betas", "2"], ["--opt adamw", "beta"]
+
+
+def bad_second_derivative(images, tmp_path):
+    return ["--opt", "adahessian"], ["--opt adahessian", "TIMM_FUSED_ATTN=0"]
+
+
+def bad_schedule(images, tmp_path):
+    return ["--sched", "plateau", "--sched-on-updates"], ["--sched plateau", "--sched-on-updates"]
+
+
+def bad_teacher(images, tmp_path):
+    return ["--kd-model-name", "deit_smal_patch16_224"], ["--kd-model-name", "did you mean 'deit_small_patch16_224'"]
+
+
+def bad_weights_of_classes(images, tmp_path):
+    return ["--loss", "bce", "--class-weight", "1,two,3"], ["--class-weight 1,two,3", "two"]
+
+
+def bad_weight_of_positives(images, tmp_path):
+    return ["--loss", "bce", "--bce-pos-weight", "-1"], ["--bce-pos-weight -1", "non-negative"]
+
+
+def bad_statistics_of_classes(images, tmp_path):
+    return ["--class-stats", str(tmp_path / "nothing.json")], ["--class-stats", "nothing.json"]
+
+
+def bad_numbers(images, tmp_path):
+    return ["--mixup", "inf"], ["--mixup is inf", "finite"]
+
+
 def bad_batch(images, tmp_path):
     return ["-b", "1000"], ["smaller --batch-size"]
 
@@ -138,6 +196,13 @@ def test_a_damaged_image_is_named(workers, tmp_path, capsys):
     message = failure(command(data, tmp_path, "-j", workers), capsys)
     assert "class1/4.png" in message
     assert "damaged" in message
+
+
+def test_an_error_of_an_augmentation_is_not_blamed_on_the_image(images):
+    dataset = StrictImages(ImageDataset(str(images / "train")))
+    dataset.transform = lambda image: torch.zeros(2) + torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        dataset[0]
 
 
 def test_a_second_run_in_the_same_folder_sets_the_first_aside(images, tmp_path, earlier):

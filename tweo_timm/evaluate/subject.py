@@ -187,7 +187,7 @@ def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
             global_pool=options.gp,
             **options.model_kwargs,
         )
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, OSError) as error:
         near = suggest(arch, list_models()) if "Unknown model" in str(error) else ""
         raise ValueError(f"cannot create {arch}: {str(error)[:400]}{near}") from error
 

@@ -7,6 +7,7 @@ which sharded weights do not allow; hooks that come after the first compiled cal
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, random_seed, unwrap_model
@@ -35,6 +36,7 @@ from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
+from tweo_timm.train.suggestion import suggest
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -87,8 +89,6 @@ class Session:
         """Names of the transformer blocks; empty for a model without."""
         return list(self.recorder.stats) if self.recorder is not None else []
 
-    def place(self, images: torch.Tensor) -> torch.Tensor:
-        """Bring a batch of images to the device, memory layout and dtype of the model."""
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that Lookahead wraps; without Lookahead the optimizer itself."""
@@ -100,6 +100,8 @@ class Session:
         """Whether the optimizer differentiates the gradients once more."""
         return bool(getattr(self.inner_optimizer, "is_second_order", False))
 
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        """Bring a batch of images to the device, memory layout and dtype of the model."""
         images = images.to(self.world.device)
         if self.options.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -155,9 +157,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
     tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
     namespace.lr = resolved_lr(options, options.batch_size * world.size * options.grad_accum_steps)
-    optimizer = create_optimizer_v2(
-        task.get_trainable_module(), **optimizer_kwargs(cfg=namespace), **options.opt_kwargs
-    )
+    optimizer = _optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(namespace), updates_per_epoch=updates_per_epoch
     )
@@ -205,6 +205,16 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
             "--use-multi-epochs-loader keeps random states in loader processes, where no checkpoint reaches them: a "
             "resumed run draws other augmentations and another order than one that was not interrupted"
         )
+
+
+def _optimizer(options: TrainOptions, namespace: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(  # type: ignore[no-any-return]
+            module, **optimizer_kwargs(cfg=namespace), **options.opt_kwargs
+        )
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        near = suggest(options.opt, list_optimizers()) if "not found in registry" in str(error) else ""
+        raise ValueError(f"--opt {options.opt}: {error}{near}") from error
 
 
 def _set_up_ema(options: TrainOptions, task: TrainingTask) -> nn.Module | None:

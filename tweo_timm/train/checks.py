@@ -52,7 +52,11 @@ def option_name(dest: str) -> str:
 
 
 def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Iterator[str]:
-    """A complaint for each number outside its bounds."""
+    """A complaint for each number that is infinite, none, or outside its bounds."""
+    for dest, value in vars(options).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            yield f"{option_name(dest)} is {value}; it must be finite"
     for dest, (low, high) in bounds.items():
         value = getattr(options, dest)
         if value is not None and not low <= value <= high:
@@ -60,14 +64,27 @@ def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Itera
             yield f"{option_name(dest)} is {value}; it must be {accepted}"
 
 
+def channels(options: Any) -> Iterator[str]:
+    """A complaint where the two flags for the number of image channels differ."""
+    if options.in_chans is not None and options.input_size is not None and options.in_chans != options.input_size[0]:
+        size = " ".join(map(str, options.input_size))
+        yield f"--in-chans {options.in_chans} contradicts --input-size {size}, whose first number is the channels"
+
+
 def _out_of_range(options: TrainOptions) -> Iterator[str]:
     yield from out_of_bounds(options, _BOUNDS)
+    if options.smoothing == 1:
+        yield "--smoothing is 1; it must be below 1, which would leave nothing of the label"
     if options.lr is not None and options.lr <= 0:
         yield f"--lr is {options.lr}; it must be above 0 (leave it out to use --lr-base {options.lr_base:g})"
     for dest in ("scale", "ratio", "cutmix_minmax"):
         pair = getattr(options, dest)
         if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
             yield f"{option_name(dest)} is {pair}; it takes two numbers, the smaller first"
+    if options.cutmix_minmax is not None and options.cutmix_minmax[0] == options.cutmix_minmax[1]:
+        yield f"--cutmix-minmax is {options.cutmix_minmax}; timm draws from between the two, which must differ"
+    if any(one <= 0 for one in options.std or ()):
+        yield f"--std is {options.std}; each must be above 0"
     if sorted(options.decay_milestones) != options.decay_milestones:
         yield f"--decay-milestones is {options.decay_milestones}; the epochs must be increasing"
     if any(epoch < 1 for epoch in options.save_epochs or ()):
@@ -143,6 +160,7 @@ def _incomplete(options: TrainOptions) -> Iterator[str]:
 
 
 def _contradictory(options: TrainOptions) -> Iterator[str]:
+    yield from channels(options)
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
             yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
@@ -150,6 +168,8 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
         yield "--jsd-loss contradicts --bce-loss; give --no-jsd-loss or --no-bce-loss"
     if options.sched == "plateau" and options.val_interval > 1:
         yield f"--sched plateau looks at every epoch's metric; give --val-interval 1, not {options.val_interval}"
+    if options.sched == "plateau" and options.sched_on_updates:
+        yield "--sched plateau looks at every epoch's metric; leave out --sched-on-updates (from a file: --no-...)"
     if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
         yield "--target-format multihot needs --task multilabel and a --dataset whose samples hold 0/1 vectors"
     mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None

@@ -17,9 +17,11 @@ from torch.utils.data import Dataset
 
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
-from tweo_timm.train.suggestion import suggest_path
+from tweo_timm.train.suggestion import suggest, suggest_path
 from tweo_timm.train.watch import PatientWorker
 from tweo_timm.train.world import World
+
+_RESAMPLINGS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass
@@ -95,6 +97,8 @@ class StrictImages(Dataset[Any]):
         try:
             return self.inner[index]
         except RuntimeError as error:
+            if "Failed to load" not in str(error):  # timm's words; anything else is not the file's fault
+                raise
             raise UnreadableImage(
                 f"cannot read image {self.inner.filename(index, absolute=True)}: the file is damaged or no image. "
                 "Replace or remove it"
@@ -105,15 +109,17 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
     """Open one split with timm's readers: a folder, a tar, torch/, hfds/, wds/ or tfds/.
 
     Raises:
-        ValueError: if the data cannot be found; the message says where it was looked for.
+        ValueError: if the data cannot be found; the message says where it was looked for. Or if images cannot be made
+            as the options and `data_config` say.
     """
+    _require_known("--interpolation", data_config["interpolation"], _RESAMPLINGS)
     root = options.data or options.data_dir
     if not options.dataset and root is None:
         raise ValueError("no data: pass --data-dir FOLDER (with train/ and val/ inside), or --dataset TYPE/NAME")
     if not options.dataset and not Path(root).exists():
         near = suggest_path(root)
         raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/{near}")
-    mode = options.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
+    mode = _image_mode(options.input_img_mode, data_config["input_size"][0])
     try:
         dataset = create_dataset(
             options.dataset,
@@ -130,6 +136,27 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
     except (RuntimeError, AssertionError, FileNotFoundError) as error:
         raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {error}") from error
     return StrictImages(dataset) if hasattr(dataset, "_max_retries") else dataset
+
+
+def _image_mode(mode: str | None, channels: int) -> str:
+    """PIL's mode for images of so many channels: the one that was asked for, if it has as many."""
+    mode = mode or ("RGB" if channels == 3 else "L")
+    try:
+        bands = Image.getmodebands(mode)
+    except KeyError as error:
+        raise ValueError(f"--input-img-mode {mode} is no mode of PIL: use RGB, L or RGBA, say") from error
+    if bands != channels:
+        raise ValueError(
+            f"images of mode {mode} have {bands} channels and the model takes {channels}: give --in-chans {bands} with "
+            "--mean and --std as long, or another --input-img-mode"
+        )
+    return mode
+
+
+def _require_known(flag: str, name: str, known: Sequence[str]) -> None:
+    """Refuse what timm would find to be unknown when it is too late for a message, in an assertion or a worker."""
+    if name not in known:
+        raise ValueError(f"{flag} {name!r} is nothing that timm knows: use {', '.join(known)}{suggest(name, known)}")
 
 
 def class_names(dataset: Any) -> dict[str, int] | None:
@@ -175,6 +202,9 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
     Raises:
         ValueError: if data is missing, or its classes do not fit the model.
     """
+    _require_known("--worker-seeding", options.worker_seeding, ("all", "part"))
+    _require_known("--train-crop-mode", options.train_crop_mode or "rrc", ("rrc", "rkrc", "rkrr"))
+    _require_known("--train-interpolation", options.train_interpolation or "random", (*_RESAMPLINGS, "random"))
     train_set, val_set = _datasets(options, data_config, num_classes)
     mixup_kwargs = _mixup_kwargs(options, num_classes)
     collate = FastCollateMixup(**mixup_kwargs) if mixup_kwargs and not options.no_prefetcher else None
@@ -311,6 +341,25 @@ def _train_loader(
     )
 
 
+@contextlib.contextmanager
+def _posterizing_to_black() -> Iterator[None]:
+    """Let the augmentations that are made meanwhile keep 0 bits of an image, as Pillow did before version 13.
+
+    timm's policies ask for that at their strongest: rand-m9-mstd0.5-inc1 for one image in 500, and Pillow now refuses.
+    """
+    before = {name: op for name, op in NAME_TO_OP.items() if op is posterize}
+    NAME_TO_OP.update(dict.fromkeys(before, _posterize))
+    try:
+        yield
+    finally:
+        NAME_TO_OP.update(before)
+
+
+def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    posterized: Image.Image = posterize(image, bits, **settings) if bits > 0 else Image.new(image.mode, image.size)
+    return posterized
+
+
 def _size_schedule(options: TrainOptions) -> dict[str, Any]:
     """Arguments of timm's create_loader for --train-img-sizes; empty without."""
     if not options.train_img_sizes:
@@ -341,25 +390,6 @@ def _val_loader(options: TrainOptions, data_config: dict[str, Any], dataset: Any
         distributed=world.distributed,
         crop_pct=data_config["crop_pct"],
         pin_memory=options.pin_mem,
-@contextlib.contextmanager
-def _posterizing_to_black() -> Iterator[None]:
-    """Let the augmentations that are made meanwhile keep 0 bits of an image, as Pillow did before version 13.
-
-    timm's policies ask for that at their strongest: rand-m9-mstd0.5-inc1 for one image in 500, and Pillow now refuses.
-    """
-    before = {name: op for name, op in NAME_TO_OP.items() if op is posterize}
-    NAME_TO_OP.update(dict.fromkeys(before, _posterize))
-    try:
-        yield
-    finally:
-        NAME_TO_OP.update(before)
-
-
-def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
-    posterized: Image.Image = posterize(image, bits, **settings) if bits > 0 else Image.new(image.mode, image.size)
-    return posterized
-
-
         device=world.device,
         use_prefetcher=not options.no_prefetcher,
         persistent_workers=False,

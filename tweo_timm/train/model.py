@@ -86,6 +86,8 @@ def _why_not(options: TrainOptions, error: Exception) -> str:
     if weights and (isinstance(error, FileNotFoundError) or "No checkpoint found" in text):
         flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
         return f"{flag} {weights} does not exist: pass a file of weights{suggest_path(weights)}"
+    if options.pretrained and isinstance(error, OSError):
+        return f"--pretrained: no weights of {options.model} to be had; give --pretrained-path FILE. {text[:400]}"
     if "state_dict" in text or "size mismatch" in text:
         return f"the weights in {weights} do not fit {options.model}: {text[:400]}"
     return f"{options.model} does not accept these options (--model-kwargs {options.model_kwargs}): {text[:400]}"

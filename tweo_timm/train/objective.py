@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+from timm import list_models
 from timm.loss import load_class_stats, resolve_class_weights
 from timm.task import (
     ClassificationTask,
@@ -17,6 +20,7 @@ from timm.task import (
 from torch import nn
 
 from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.suggestion import suggest
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +49,12 @@ def build_task(options: TrainOptions, model: nn.Module, soft_targets: bool, worl
         return ClassificationTask(model, **shared)
     if options.task == "multilabel":
         raise ValueError("--kd-model-name distils single-label classifiers only: leave out --task multilabel")
-    return _distillation(options, model, shared)
+    try:
+        return _distillation(options, model, shared)
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
+        teacher = options.kd_model_name
+        near = suggest(teacher, list_models()) if "Unknown model" in str(error) else ""
+        raise ValueError(f"--kd-model-name {teacher} cannot teach {options.model}: {error}{near}") from error
 
 
 def _distillation(options: TrainOptions, model: nn.Module, shared: dict[str, Any]) -> TrainingTask:
@@ -76,20 +85,26 @@ def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any
         soft_targets: whether targets are dense distributions, which hold the label smoothing already.
     """
     loss = options.loss or ("jsd" if options.jsd_loss else "bce" if options.bce_loss else None)
-    stats = load_class_stats(options.class_stats) if options.class_stats else None
-    weights = {
+    with _naming("--class-stats", options.class_stats):
+        stats = load_class_stats(options.class_stats)
+    weights: dict[str, Any] = {
         "power": options.class_weight_power,
         "beta": options.class_weight_beta,
         "max_weight": options.class_weight_max,
         "class_stats": stats,
     }
-    positive = options.pos_weight if options.pos_weight is not None else options.bce_pos_weight
+    with _naming("--class-weight", options.class_weight):
+        class_weight = resolve_class_weights(options.class_weight, "class_weight", **weights)
+    flag = "--bce-pos-weight" if options.pos_weight is None else "--pos-weight"
+    positive = options.bce_pos_weight if options.pos_weight is None else options.pos_weight
+    with _naming(flag, positive):
+        pos_weight = resolve_class_weights(positive, "pos_weight", **weights)
     return {
         "loss_type": loss,
         "smoothing": options.smoothing,
         "soft_targets": soft_targets,
-        "class_weight": resolve_class_weights(options.class_weight, "class_weight", **weights),
-        "pos_weight": resolve_class_weights(positive, "pos_weight", **weights),
+        "class_weight": class_weight,
+        "pos_weight": pos_weight,
         "bce_target_thresh": options.bce_target_thresh,
         "bce_sum": options.bce_sum,
         "asl_gamma_pos": options.asl_gamma_pos,
@@ -108,3 +123,12 @@ def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any
         "db_init_bias": options.db_init_bias,
         "db_focal_gamma": options.db_focal_gamma,
     }
+
+
+@contextlib.contextmanager
+def _naming(flag: str, value: Any) -> Iterator[None]:
+    """Say in every error that comes from the value of a flag which flag it was."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{flag} {value}: {error}") from error

@@ -35,7 +35,7 @@ class RunOptions:
     """Run, logging and checkpoints."""
 
     seed: int = flag(42, "Random seed; each process adds its rank.")
-    worker_seeding: str = flag("all", "Which generators loader workers seed: all, or torch's only (torch).")
+    worker_seeding: str = flag("all", "Which generators a loader's workers seed: all, or all but NumPy's (part).")
     log_interval: int = flag(50, "Batches between log lines.")
     val_interval: int = flag(1, "Epochs between validations.")
     recovery_interval: int = flag(0, "Batches between recovery checkpoints; 0: none.")
