@@ -87,7 +87,9 @@ def test_a_signal_to_the_whole_job_does_not_take_the_loaders_processes(
 
 
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning", "ignore:It is highly recommended:UserWarning")
-@pytest.mark.parametrize("optimizer", ["adahessian", "lookahead_adahessian", "kron"])
+@pytest.mark.parametrize(
+    "optimizer", ["adahessian", "lookahead_adahessian", pytest.param("kron", marks=pytest.mark.slow)]
+)
 def test_an_optimizer_that_draws_random_numbers_goes_on_with_the_next_ones(
     optimizer, images, tmp_path, interrupt, monkeypatch
 ):
