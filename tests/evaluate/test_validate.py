@@ -185,6 +185,24 @@ def test_missing_data_folder_is_one_clear_line(capsys, checkpoints):
     assert err.splitlines()[-1].startswith("validate.py: error: --data-dir /nowhere/at/all does not exist")
 
 
+BAD = {
+    "--torchcompile induktor": "did you mean 'inductor'",
+    "--input-size 3 48 48": "built for images of",
+    "--gp medium": "pooling",
+    "--mean 0.5 0.5": "--mean has 2 values",
+    "--interpolation bicubik": "did you mean 'bicubic'",
+    "--crop-pct nan": "--crop-pct is nan",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_setting_is_one_line(words, capsys, checkpoints, common):
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words.split())
+    assert status == 1
+    assert "Traceback" not in err
+    assert BAD[words] in err
+
+
 def test_interrupt_keeps_what_is_finished(capsys, checkpoints, common, tmp_path, monkeypatch):
     from tweo_timm.evaluate import measure as module
 

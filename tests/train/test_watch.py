@@ -147,6 +147,26 @@ def bad_statistics_of_classes(images, tmp_path):
     return ["--class-stats", str(tmp_path / "nothing.json")], ["--class-stats", "nothing.json"]
 
 
+def bad_size_of_images(images, tmp_path):
+    return ["--input-size", "3", "48", "48"], ["built for images of 32x32", "48x48", "img_size=48"]
+
+
+def bad_mean(images, tmp_path):
+    return ["--mean", "0.5", "0.5"], ["--mean has 2 values", "3 channels"]
+
+
+def bad_compiler(images, tmp_path):
+    return ["--torchcompile", "induktor"], ["--torchcompile induktor", "did you mean 'inductor'"]
+
+
+def bad_cycles(images, tmp_path):
+    return ["--lr-cycle-mul", "0"], ["--lr-cycle-mul is 0", "above 0"]
+
+
+def bad_key(images, tmp_path):
+    return ["--target-key", "label"], ["cannot open split 'train'", "target_key"]
+
+
 def bad_numbers(images, tmp_path):
     return ["--mixup", "inf"], ["--mixup is inf", "finite"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,6 +100,8 @@ def _rebatched(dataset: Any, count: int, batch_size: int) -> Iterator[Tensor]:
 
 
 def _loader(options: ValidateOptions, data_config: dict[str, Any], dataset: Any, world: World, prefetch: bool) -> Any:
+    if options.tf_preprocessing and importlib.util.find_spec("tensorflow") is None:
+        raise ValueError("--tf-preprocessing needs the package tensorflow: pip install tensorflow")
     return create_loader(
         dataset,
         input_size=data_config["input_size"],

@@ -19,6 +19,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
+from tweo_timm.train.model import check_compiler, check_image_size
 from tweo_timm.train.suggestion import suggest, suggest_path
 
 _logger = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
     """
     content = _metadata(source.path) if source.path is not None else {}
     arch, options = _describe(content, source, options)
+    check_compiler(options.torchcompile)
     if options.fast_norm:
         set_fast_norm()
     model = _create(arch, options, pretrained=source.path is None)
@@ -147,6 +149,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
     data_config = resolve_data_config(
         vars(as_namespace(options)), model=model, use_test_size=not options.use_train_size
     )
+    check_image_size(arch, model, data_config["input_size"])
     if options.test_pool:
         model, _ = apply_test_time_pool(model, data_config)
     if options.reparam:
@@ -187,7 +190,7 @@ def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
             global_pool=options.gp,
             **options.model_kwargs,
         )
-    except (RuntimeError, TypeError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
         near = suggest(arch, list_models()) if "Unknown model" in str(error) else ""
         raise ValueError(f"cannot create {arch}: {str(error)[:400]}{near}") from error
 

@@ -65,10 +65,15 @@ def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Itera
 
 
 def channels(options: Any) -> Iterator[str]:
-    """A complaint where the two flags for the number of image channels differ."""
-    if options.in_chans is not None and options.input_size is not None and options.in_chans != options.input_size[0]:
+    """A complaint for each flag that speaks of another number of image channels than the others."""
+    expected = options.in_chans or (options.input_size[0] if options.input_size is not None else 3)
+    if options.input_size is not None and options.input_size[0] != expected:
         size = " ".join(map(str, options.input_size))
-        yield f"--in-chans {options.in_chans} contradicts --input-size {size}, whose first number is the channels"
+        yield f"--in-chans {expected} contradicts --input-size {size}, whose first number is the channels"
+    for dest in ("mean", "std"):
+        values = getattr(options, dest)
+        if values is not None and len(values) not in (1, expected):
+            yield f"{option_name(dest)} has {len(values)} values; it needs one, or one for each of {expected} channels"
 
 
 def _out_of_range(options: TrainOptions) -> Iterator[str]:
@@ -83,6 +88,9 @@ def _out_of_range(options: TrainOptions) -> Iterator[str]:
             yield f"{option_name(dest)} is {pair}; it takes two numbers, the smaller first"
     if options.cutmix_minmax is not None and options.cutmix_minmax[0] == options.cutmix_minmax[1]:
         yield f"--cutmix-minmax is {options.cutmix_minmax}; timm draws from between the two, which must differ"
+    for dest in ("lr_cycle_mul", "lr_k_decay"):
+        if getattr(options, dest) <= 0:
+            yield f"{option_name(dest)} is {getattr(options, dest):g}; it must be above 0"
     if any(one <= 0 for one in options.std or ()):
         yield f"--std is {options.std}; each must be above 0"
     if sorted(options.decay_milestones) != options.decay_milestones:

@@ -133,7 +133,7 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
             target_key=options.target_key,
             **details,
         )
-    except (RuntimeError, AssertionError, FileNotFoundError) as error:
+    except (RuntimeError, TypeError, AssertionError, FileNotFoundError) as error:
         raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {error}") from error
     return StrictImages(dataset) if hasattr(dataset, "_max_retries") else dataset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,6 +107,40 @@ def _initialise_head(model: Any, options: TrainOptions) -> None:
                 head.bias.mul_(options.head_init_scale)
             if options.head_init_bias is not None:
                 nn.init.constant_(head.bias, options.head_init_bias)
+
+
+def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> None:
+    """Refuse images of another size than a model that takes no other was built for.
+
+    Args:
+        arch: the model's name, for the message.
+        model: a timm model.
+        input_size: channels, height and width of the images.
+
+    Raises:
+        ValueError: if height or width differ.
+    """
+    patches: Any = getattr(model, "patch_embed", None)
+    built_for = getattr(patches, "img_size", None)
+    if built_for is None or not getattr(patches, "strict_img_size", False):
+        return
+    if tuple(built_for) != tuple(input_size[1:]):
+        size = "x".join(map(str, input_size[1:]))
+        raise ValueError(
+            f"{arch} is built for images of {'x'.join(map(str, built_for))}, and these are {size}: add --model-kwargs "
+            f"img_size={input_size[1]}, or dynamic_img_size=true where the architecture knows it"
+        )
+
+
+def check_compiler(backend: str | None) -> None:
+    """Refuse a backend of torch.compile that is not there.
+
+    Raises:
+        ValueError: with the names of those that are.
+    """
+    if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = torch.compiler.list_backends()
+        raise ValueError(f"--torchcompile {backend}: torch knows {', '.join(known)}{suggest(backend, known)}")
 
 
 @torch.no_grad()
