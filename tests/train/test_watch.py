@@ -127,6 +127,10 @@ def bad_second_derivative(images, tmp_path):
     return ["--opt", "adahessian"], ["--opt adahessian", "TIMM_FUSED_ATTN=0"]
 
 
+def bad_second_derivative_of_fp8(images, tmp_path):
+    return ["--opt", "adahessian", "--fp8", "emulated"], ["--opt adahessian", "leave out --fp8"]
+
+
 def bad_schedule(images, tmp_path):
     return ["--sched", "plateau", "--sched-on-updates"], ["--sched plateau", "--sched-on-updates"]
 

@@ -182,11 +182,17 @@ def build_session(options: TrainOptions, world: World) -> Session:
         num_epochs=num_epochs,
         updates_per_epoch=updates_per_epoch,
     )
-    if session.second_order and any(getattr(module, "fused_attn", False) for module in model.modules()):
-        raise ValueError(
-            f"--opt {options.opt} differentiates twice, which fused attention does not allow: set TIMM_FUSED_ATTN=0"
-        )
+    if session.second_order:
+        _check_differentiable_twice(session)
     return session
+
+
+def _check_differentiable_twice(session: Session) -> None:
+    twice = f"--opt {session.options.opt} differentiates twice, which"
+    if session.fp8 is not None:
+        raise ValueError(f"{twice} FP8 layers do not allow: leave out --fp8")
+    if any(getattr(module, "fused_attn", False) for module in session.model.modules()):
+        raise ValueError(f"{twice} fused attention does not allow: set TIMM_FUSED_ATTN=0")
 
 
 def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
