@@ -237,6 +237,11 @@ def test_synchronised_batch_norm_on_the_cpu_is_refused(images, tmp_path, capfd):
     assert "--dist-bn reduce" in capfd.readouterr().err
 
 
+def test_second_derivatives_in_several_processes_are_refused(images, tmp_path, capfd):
+    assert train_together(command(images, tmp_path, "-b", "7", "--opt", "adahessian")) == [1, 1]
+    assert "--opt adahessian" in capfd.readouterr().err
+
+
 RESUMED = ["-b", "4", "--model-ema", "--mixup", "0.5", "--reprob", "0.5", "--tweo-weight", "0.1"]
 
 

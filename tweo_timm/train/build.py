@@ -191,6 +191,8 @@ def _check_differentiable_twice(session: Session) -> None:
     twice = f"--opt {session.options.opt} differentiates twice, which"
     if session.fp8 is not None:
         raise ValueError(f"{twice} FP8 layers do not allow: leave out --fp8")
+    if session.world.distributed:
+        raise ValueError(f"{twice} torch's distributed wrappers do not allow: use one process")
     if any(getattr(module, "fused_attn", False) for module in session.model.modules()):
         raise ValueError(f"{twice} fused attention does not allow: set TIMM_FUSED_ATTN=0")
 
