@@ -15,6 +15,9 @@ loop again. Printed of each, against both plain ones together:
 How far the plain loop is from 1 itself tells what the machine can resolve. train.py does all that it does between
 two validations: statistics of outliers, watching for values that are no numbers, what an exact continuation needs, log
 lines.
+
+Large tensors on a CPU come with fresh pages, whose cost varies more than what is measured here. With glibc, the
+variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_, both at 8589934592, say, let it keep them.
 """
 
 from __future__ import annotations
