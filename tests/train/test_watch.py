@@ -155,6 +155,10 @@ def bad_size_of_images(images, tmp_path):
     return ["--input-size", "3", "48", "48"], ["built for images of 32x32", "48x48", "img_size=48"]
 
 
+def bad_repeats(images, tmp_path):
+    return ["--aug-repeats", "3"], ["--aug-repeats 3", "torchrun", "--aug-repeats 0"]
+
+
 def bad_mean(images, tmp_path):
     return ["--mean", "0.5", "0.5"], ["--mean has 2 values", "3 channels"]
 
