@@ -210,8 +210,8 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
         raise ValueError("--aug-splits needs timm's prefetcher, which puts the splits together: drop --no-prefetcher")
     if options.aug_repeats and not world.distributed:
         raise ValueError(
-            f"--aug-repeats {options.aug_repeats:g} shares the copies of an image among processes: start with torchrun, or "
-            "give --aug-repeats 0"
+            f"--aug-repeats {options.aug_repeats:g} shares the copies of an image among processes: start with "
+            "torchrun, or give --aug-repeats 0"
         )
     if options.log_wandb and world.primary and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log-wandb needs the package wandb: pip install wandb, or use --tensorboard")
