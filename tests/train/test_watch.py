@@ -159,6 +159,10 @@ def bad_repeats(images, tmp_path):
     return ["--aug-repeats", "3"], ["--aug-repeats 3", "torchrun", "--aug-repeats 0"]
 
 
+def bad_side_of_images(images, tmp_path):
+    return ["--img-size", "64"], ["--img-size 64 contradicts --input-size 3 32 32", "--input-size 3 64 64"]
+
+
 def bad_mean(images, tmp_path):
     return ["--mean", "0.5", "0.5"], ["--mean has 2 values", "3 channels"]
 

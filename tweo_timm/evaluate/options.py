@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.train.checks import channels, option_name, out_of_bounds, regular_expressions, scripting
+from tweo_timm.train.checks import image_shape, option_name, out_of_bounds, regular_expressions, scripting
 from tweo_timm.train.flags import CommandLine, as_namespace, flag, freeze
 from tweo_timm.train.groups.run import ConfigOptions
 from tweo_timm.train.recipe import resolve
@@ -199,7 +199,7 @@ def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "valid
 
 def _complaints(options: ValidateOptions) -> Iterator[str]:
     yield from out_of_bounds(options, _BOUNDS)
-    yield from channels(options)
+    yield from image_shape(options)
     yield from scripting(options)
     yield from regular_expressions("tweo_blocks", options.tweo_blocks)
     if options.num_gpu != 1:

@@ -64,12 +64,17 @@ def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Itera
             yield f"{option_name(dest)} is {value}; it must be {accepted}"
 
 
-def channels(options: Any) -> Iterator[str]:
-    """A complaint for each flag that speaks of another number of image channels than the others."""
+def image_shape(options: Any) -> Iterator[str]:
+    """A complaint for each flag that speaks of images of another shape than the others."""
     expected = options.in_chans or (options.input_size[0] if options.input_size is not None else 3)
-    if options.input_size is not None and options.input_size[0] != expected:
-        size = " ".join(map(str, options.input_size))
-        yield f"--in-chans {expected} contradicts --input-size {size}, whose first number is the channels"
+    if options.input_size is not None:
+        channels, *size = options.input_size
+        given = f"--input-size {channels} {' '.join(map(str, size))}"
+        if channels != expected:
+            yield f"--in-chans {expected} contradicts {given}, whose first number is the channels"
+        if options.img_size is not None and size != [options.img_size] * 2:
+            side = options.img_size
+            yield f"--img-size {side} contradicts {given}, which timm takes; use --input-size {channels} {side} {side}"
     for dest in ("mean", "std"):
         values = getattr(options, dest)
         if values is not None and len(values) not in (1, expected):
@@ -168,7 +173,7 @@ def _incomplete(options: TrainOptions) -> Iterator[str]:
 
 
 def _contradictory(options: TrainOptions) -> Iterator[str]:
-    yield from channels(options)
+    yield from image_shape(options)
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
             yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
