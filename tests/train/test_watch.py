@@ -42,6 +42,39 @@ def earlier(finished, tmp_path):
     return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+BAD_SETTINGS = {
+    "--num-classes 10": ["3 classes", "--num-classes 3"],
+    "--model vit_of_nothing": ["vit_of_nothing", "list_models"],
+    "--model vit_smal_patch16_224": ["did you mean 'vit_small_patch16_224'"],
+    "--model-kwargs depht=3": ["depht"],
+    "--device abacus": ["abacus"],
+    "--worker-seeding torch": ["--worker-seeding 'torch'", "all, part"],
+    "--train-interpolation bicubik": ["--train-interpolation 'bicubik'", "did you mean 'bicubic'"],
+    "--train-crop-mode src": ["--train-crop-mode 'src'", "rkrc"],
+    "--input-img-mode L": ["mode L", "1 channels", "takes 3", "--in-chans 1"],
+    "--in-chans 1": ["--in-chans 1 contradicts --input-size 3 32 32"],
+    "--opt adamww": ["--opt adamww", "did you mean 'adamw'"],
+    "--opt-betas 2": ["--opt adamw", "beta"],
+    "--opt adahessian": ["--opt adahessian", "TIMM_FUSED_ATTN=0"],
+    "--opt adahessian --fp8 emulated": ["--opt adahessian", "leave out --fp8"],
+    "--sched plateau --sched-on-updates": ["--sched plateau", "--sched-on-updates"],
+    "--kd-model-name deit_smal_patch16_224": ["--kd-model-name", "did you mean 'deit_small_patch16_224'"],
+    "--loss bce --class-weight 1,two,3": ["--class-weight 1,two,3", "two"],
+    "--loss bce --bce-pos-weight -1": ["--bce-pos-weight -1", "non-negative"],
+    "--input-size 3 48 48": ["built for images of 32x32", "48x48", "img_size=48"],
+    "--aug-repeats 3": ["--aug-repeats 3", "torchrun", "--aug-repeats 0"],
+    "--img-size 64": ["--img-size 64 contradicts --input-size 3 32 32", "--input-size 3 64 64"],
+    "--mean 0.5 0.5": ["--mean has 2 values", "3 channels"],
+    "--torchcompile induktor": ["--torchcompile induktor", "did you mean 'inductor'"],
+    "--lr-cycle-mul 0": ["--lr-cycle-mul is 0", "above 0"],
+    "--target-key label": ["cannot open split 'train'", "target_key"],
+    "--mixup inf": ["--mixup is inf", "finite"],
+    "-b 1000": ["smaller --batch-size"],
+    "--tweo-blocks nothing_is_called_so": ["nothing_is_called_so"],
+    "--fsdp": ["single process", "torchrun"],
+}
+
+
 def bad_folder(images, tmp_path):
     return ["--data-dir", str(tmp_path / "nowhere")], ["nowhere", "does not exist"]
 
@@ -49,22 +82,6 @@ def bad_folder(images, tmp_path):
 def bad_spelling_of_the_folder(images, tmp_path):
     (tmp_path / "imagenet").mkdir()
     return ["--data-dir", str(tmp_path / "imagnet" / "train")], ["does not exist", "did you mean 'imagenet'"]
-
-
-def bad_number_of_classes(images, tmp_path):
-    return ["--num-classes", "10"], ["3 classes", "--num-classes 3"]
-
-
-def bad_model(images, tmp_path):
-    return ["--model", "vit_of_nothing"], ["vit_of_nothing", "list_models"]
-
-
-def bad_spelling_of_the_model(images, tmp_path):
-    return ["--model", "vit_smal_patch16_224"], ["did you mean 'vit_small_patch16_224'"]
-
-
-def bad_model_kwargs(images, tmp_path):
-    return ["--model-kwargs", "depht=3"], ["depht"]
 
 
 def bad_yaml(images, tmp_path):
@@ -91,114 +108,14 @@ def bad_path_of_weights(images, tmp_path):
     return words, ["--initial-checkpoint", "does not exist", "did you mean 'last.pth.tar'"]
 
 
-def bad_device(images, tmp_path):
-    return ["--device", "abacus"], ["abacus"]
-
-
-def bad_worker_seeding(images, tmp_path):
-    return ["--worker-seeding", "torch"], ["--worker-seeding 'torch'", "all, part"]
-
-
-def bad_interpolation(images, tmp_path):
-    return ["--train-interpolation", "bicubik"], ["--train-interpolation 'bicubik'", "did you mean 'bicubic'"]
-
-
-def bad_crop_mode(images, tmp_path):
-    return ["--train-crop-mode", "src"], ["--train-crop-mode 'src'", "rkrc"]
-
-
-def bad_image_mode(images, tmp_path):
-    return ["--input-img-mode", "L"], ["mode L", "1 channels", "takes 3", "--in-chans 1"]
-
-
-def bad_number_of_channels(images, tmp_path):
-    return ["--in-chans", "1"], ["--in-chans 1 contradicts --input-size 3 32 32"]
-
-
-def bad_optimizer(images, tmp_path):
-    return ["--opt", "adamww"], ["--opt adamww", "did you mean 'adamw'"]
-
-
-def bad_betas(images, tmp_path):
-    return ["--opt-betas", "2"], ["--opt adamw", "beta"]
-
-
-def bad_second_derivative(images, tmp_path):
-    return ["--opt", "adahessian"], ["--opt adahessian", "TIMM_FUSED_ATTN=0"]
-
-
-def bad_second_derivative_of_fp8(images, tmp_path):
-    return ["--opt", "adahessian", "--fp8", "emulated"], ["--opt adahessian", "leave out --fp8"]
-
-
-def bad_schedule(images, tmp_path):
-    return ["--sched", "plateau", "--sched-on-updates"], ["--sched plateau", "--sched-on-updates"]
-
-
-def bad_teacher(images, tmp_path):
-    return ["--kd-model-name", "deit_smal_patch16_224"], ["--kd-model-name", "did you mean 'deit_small_patch16_224'"]
-
-
-def bad_weights_of_classes(images, tmp_path):
-    return ["--loss", "bce", "--class-weight", "1,two,3"], ["--class-weight 1,two,3", "two"]
-
-
-def bad_weight_of_positives(images, tmp_path):
-    return ["--loss", "bce", "--bce-pos-weight", "-1"], ["--bce-pos-weight -1", "non-negative"]
-
-
 def bad_statistics_of_classes(images, tmp_path):
     return ["--class-stats", str(tmp_path / "nothing.json")], ["--class-stats", "nothing.json"]
-
-
-def bad_size_of_images(images, tmp_path):
-    return ["--input-size", "3", "48", "48"], ["built for images of 32x32", "48x48", "img_size=48"]
-
-
-def bad_repeats(images, tmp_path):
-    return ["--aug-repeats", "3"], ["--aug-repeats 3", "torchrun", "--aug-repeats 0"]
-
-
-def bad_side_of_images(images, tmp_path):
-    return ["--img-size", "64"], ["--img-size 64 contradicts --input-size 3 32 32", "--input-size 3 64 64"]
-
-
-def bad_mean(images, tmp_path):
-    return ["--mean", "0.5", "0.5"], ["--mean has 2 values", "3 channels"]
-
-
-def bad_compiler(images, tmp_path):
-    return ["--torchcompile", "induktor"], ["--torchcompile induktor", "did you mean 'inductor'"]
-
-
-def bad_cycles(images, tmp_path):
-    return ["--lr-cycle-mul", "0"], ["--lr-cycle-mul is 0", "above 0"]
-
-
-def bad_key(images, tmp_path):
-    return ["--target-key", "label"], ["cannot open split 'train'", "target_key"]
-
-
-def bad_numbers(images, tmp_path):
-    return ["--mixup", "inf"], ["--mixup is inf", "finite"]
-
-
-def bad_batch(images, tmp_path):
-    return ["-b", "1000"], ["smaller --batch-size"]
-
-
-def bad_blocks(images, tmp_path):
-    return ["--tweo-blocks", "nothing_is_called_so"], ["nothing_is_called_so"]
 
 
 def bad_split(images, tmp_path):
     data = write_images(tmp_path / "odd", train=9, val=9)
     (data / "val" / "class2").rename(data / "val" / "classX")
     return ["--data-dir", str(data)], ["classes", "differ", "class2"]
-
-
-def bad_fsdp(images, tmp_path):
-    return ["--fsdp"], ["single process", "torchrun"]
 
 
 def bad_fp8_backend_that_cannot_run(images, tmp_path):
@@ -210,10 +127,10 @@ def bad_fp8_backend_that_cannot_run(images, tmp_path):
 BAD = [value for name, value in sorted(globals().items()) if name.startswith("bad_")]
 
 
-@pytest.mark.parametrize("case", BAD, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", [*BAD_SETTINGS, *BAD], ids=lambda case: getattr(case, "__name__", case))
 def test_bad_input_is_one_message_and_leaves_an_earlier_run_as_it_was(case, images, tmp_path, earlier, capsys):
     folder, files = earlier
-    words, expected = case(images, tmp_path)
+    words, expected = case(images, tmp_path) if callable(case) else (case.split(), BAD_SETTINGS[case])
     message = failure([*command(images, tmp_path), *words], capsys)
     for word in expected:
         assert word in message
