@@ -19,8 +19,8 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
-from tweo_timm.train.model import check_compiler, check_image_size
-from tweo_timm.train.suggestion import suggest, suggest_path
+from tweo_timm.train.model import check_compiler, check_image_size, suggest_model
+from tweo_timm.train.suggestion import suggest_path
 
 _logger = logging.getLogger(__name__)
 
@@ -191,8 +191,7 @@ def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
             **options.model_kwargs,
         )
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
-        near = suggest(arch, list_models()) if "Unknown model" in str(error) else ""
-        raise ValueError(f"cannot create {arch}: {str(error)[:400]}{near}") from error
+        raise ValueError(f"cannot create {arch}: {str(error)[:400]}{suggest_model(arch, error)}") from error
 
 
 def _metadata(path: Path) -> dict[str, Any]:

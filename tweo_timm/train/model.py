@@ -78,10 +78,15 @@ def _create(options: TrainOptions) -> nn.Module:
         raise ValueError(_why_not(options, error)) from error
 
 
+def suggest_model(name: str, error: Exception) -> str:
+    """Name the model of timm whose name is nearest, if the error is that it knows none of this name."""
+    return suggest(name, list_models()) if "Unknown model" in str(error) else ""
+
+
 def _why_not(options: TrainOptions, error: Exception) -> str:
     text = str(error)
     if "Unknown model" in text:
-        near = suggest(options.model, list_models())
+        near = suggest_model(options.model, error)
         return f"--model {options.model}: timm knows no such model; timm.list_models('*vit*') lists names{near}"
     weights = options.initial_checkpoint or options.pretrained_path
     if weights and (isinstance(error, FileNotFoundError) or "No checkpoint found" in text):

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from timm import list_models
 from timm.loss import load_class_stats, resolve_class_weights
 from timm.task import (
     ClassificationTask,
@@ -19,8 +18,8 @@ from timm.task import (
 )
 from torch import nn
 
+from tweo_timm.train.model import suggest_model
 from tweo_timm.train.options import TrainOptions
-from tweo_timm.train.suggestion import suggest
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def build_task(options: TrainOptions, model: nn.Module, soft_targets: bool, worl
         return _distillation(options, model, shared)
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
         teacher = options.kd_model_name
-        near = suggest(teacher, list_models()) if "Unknown model" in str(error) else ""
+        near = suggest_model(teacher, error)
         raise ValueError(f"--kd-model-name {teacher} cannot teach {options.model}: {error}{near}") from error
 
 
