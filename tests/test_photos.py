@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tweo_timm import quickstart
-from tweo_timm.photos import CROP, TILE, photographs, write_photo_crops
+from tweo_timm.photos import CROP, TILE, main, photographs, write_photo_crops
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,23 @@ def test_same_crops_are_not_written_twice_and_a_strangers_folder_is_left_alone(c
     (tmp_path / "thesis.txt").write_text("important")
     with pytest.raises(ValueError, match="holds other files"):
         write_photo_crops(tmp_path)
+
+
+def test_another_choice_of_crops_replaces_the_one_before_even_where_that_was_never_finished(tmp_path):
+    write_photo_crops(tmp_path, train=3, validation=2)
+    (tmp_path / "photos.json").write_text("{}")
+    write_photo_crops(tmp_path, train=1, validation=1)
+    assert len(list(tmp_path.glob("*/*/*.png"))) == 2 * 14
+
+
+def test_photos_are_a_command_of_their_own(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    assert main([str(folder), "--train", "1", "--validation", "2"]) == 0
+    assert len(list(folder.glob("train/*/*.png"))) == 14
+    assert len(list(folder.glob("validation/*/*.png"))) == 28
+    assert str(folder) in capsys.readouterr().out
+    assert main([str(folder), "--train", "0"]) == 1
+    assert "1 or more" in capsys.readouterr().err
 
 
 def test_quickstart_runs_every_recipe_once_a_seed_and_compares_all(monkeypatch, tmp_path, capsys):

@@ -3,13 +3,18 @@
 scikit-image and scikit-learn ship 14 photographs; which of them a 32-pixel crop comes from is the task. It is an easy
 texture task, made to see activations, not to measure generalisation. Training and validation crops come from disjoint
 64-pixel tiles of each photograph. Refuses to overwrite a folder that it did not write.
+
+    python -m tweo_timm.photos quickstart/photos
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,29 @@ _SKIMAGE = (
     ("stereo_motorcycle", "motorcycle"),
 )
 _SKLEARN = (("china.jpg", "temple"), ("flower.jpg", "flower"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the crops into a folder that train.py and validate.py take as `--data-dir`; see `--help`.
+
+    Args:
+        argv: the words after the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0 if the folder holds the crops.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tweo_timm.photos", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="where to")
+    parser.add_argument("--train", type=int, default=128, metavar="N", help="training crops a photograph (128)")
+    parser.add_argument("--validation", type=int, default=100, metavar="N", help="validation crops of each (100)")
+    options = parser.parse_args(argv)
+    try:
+        write_photo_crops(options.folder, options.train, options.validation)
+    except ValueError as error:
+        print(f"photos: {error}", file=sys.stderr)
+        return 1
+    print(f"14 photographs, {options.train} training and {options.validation} validation crops each: {options.folder}")
+    return 0
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -76,15 +104,22 @@ def write_photo_crops(folder: Path, train: int = 128, validation: int = 100, see
         `folder`.
 
     Raises:
-        ValueError: if the folder holds something else.
+        ValueError: if the folder holds something else, or no crops are asked for.
     """
+    if min(train, validation) < 1:
+        raise ValueError(f"{train} training and {validation} validation crops a photograph: each is 1 or more")
     wanted = {"train": train, "validation": validation, "seed": seed, "tile": TILE, "crop": CROP}
     marker = folder / MARKER
     if marker.exists() and json.loads(marker.read_text()) == wanted:
         return folder
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         raise ValueError(f"{folder} holds other files: name an empty folder, or delete it")
-    for name, photo in photographs().items():
+    photos = photographs()
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text("{}")  # ours from here on, but not complete
+    for split in ("train", "validation"):
+        shutil.rmtree(folder / split, ignore_errors=True)
+    for name, photo in photos.items():
         for split, count, of_split in (("train", train, _is_train), ("validation", validation, _is_validation)):
             target = folder / split / name
             target.mkdir(parents=True, exist_ok=True)
@@ -114,3 +149,7 @@ def _crops(
         i, j = tiles[number % len(tiles)]
         left, top = (TILE * k + choice.randrange(TILE - CROP + 1) for k in (i, j))
         yield photo.crop((left, top, left + CROP, top + CROP))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,5 +1,6 @@
 """validate.py against timm's own parts, and against itself under other conditions."""
 
+import argparse
 import json
 import shutil
 
@@ -253,6 +254,19 @@ def test_model_without_blocks_is_scored_all_the_same(capsys, common, tmp_path):
     status, result, _ = run(capsys, "--checkpoint", path, "--model", "resnet10t", *words)
     assert status == 0
     assert result["peak_abs"] is None
+
+
+@pytest.mark.parametrize("size", [("--img-size", 48), ("--input-size", 1, 48, 48)])
+def test_a_size_on_the_command_line_replaces_that_of_the_training_and_keeps_its_channels(
+    capsys, common, tmp_path, size
+):
+    model = timm.create_model("resnet10t", num_classes=3, in_chans=1)
+    args = argparse.Namespace(num_classes=3, in_chans=None, input_size=[1, 32, 32], mean=[0.5], std=[0.5])
+    path = tmp_path / "last.pth.tar"
+    torch.save({"arch": "resnet10t", "args": args, "state_dict": model.state_dict()}, path)
+    status, result, err = run(capsys, "--checkpoint", path, *size, *common)
+    assert status == 0, err
+    assert result["img_size"] == 48
 
 
 def test_weights_alone_need_a_model_name(capsys, common, tmp_path):

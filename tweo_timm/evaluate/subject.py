@@ -173,6 +173,9 @@ def _describe(content: dict[str, Any], source: Source, options: ValidateOptions)
     if source.path is not None and not own and source.model == default:
         raise ValueError(f"checkpoint {source.path} does not say its architecture: pass --model NAME")
     recorded = vars(content["args"]) if "args" in content else {}
+    if options.img_size or options.input_size:  # instead of whatever the training said of the size
+        channels = recorded.get("in_chans") or (recorded.get("input_size") or [None])[0]
+        recorded = {**recorded, "in_chans": channels, "img_size": None, "input_size": None}
     inherited = {
         name: recorded[name] for name in _INHERITED if recorded.get(name) is not None and not getattr(options, name)
     }
