@@ -26,7 +26,6 @@ images, FP8, TensorBoard, exact resume.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import json
 import logging
@@ -43,6 +42,7 @@ from timm.utils import CheckpointSaver, world_info_from_env
 from torch import Tensor
 
 from tweo_timm.loss import TweoConfig
+from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
 from tweo_timm.train.journal import append_rows, write_atomically
 
@@ -72,9 +72,8 @@ def read_settings(environ: Mapping[str, str]) -> tuple[TweoConfig, str | None]:
     given = {name: value for name, value in environ.items() if name.startswith("TWEO_")}
     for name, value in given.items():
         if name not in VARIABLES:
-            near = difflib.get_close_matches(name, VARIABLES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"unknown environment variable {name}{hint}; known: {', '.join(VARIABLES)}")
+            known = ", ".join(VARIABLES)
+            raise ValueError(f"unknown environment variable {name}; known: {known}{suggest(name, VARIABLES)}")
         if not value.strip():
             raise ValueError(f"the environment variable {name} is empty: give it a value, or unset it for the default")
     fields: dict[str, Any] = {_WORDS[name]: value for name, value in given.items() if name in _WORDS}

@@ -19,8 +19,8 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
+from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.model import check_compiler, check_image_size, suggest_model
-from tweo_timm.train.suggestion import suggest_path
 
 _logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from timm.models import clean_state_dict
 from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, unwrap_model
 
+from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.shard import shard_like, shard_optimizer_like, whole
-from tweo_timm.train.suggestion import suggest_path
 
 _logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
+from tweo_timm.suggestion import suggest, suggest_path
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
-from tweo_timm.train.suggestion import suggest, suggest_path
 from tweo_timm.train.watch import PatientWorker
 from tweo_timm.train.world import World
 

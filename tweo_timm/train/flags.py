@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-from tweo_timm.train.suggestion import suggest
+from tweo_timm.suggestion import suggest
 
 # PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")

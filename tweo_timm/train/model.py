@@ -11,8 +11,8 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.models import create_model, list_models
 from torch import nn
 
+from tweo_timm.suggestion import suggest, suggest_path
 from tweo_timm.train.options import TrainOptions
-from tweo_timm.train.suggestion import suggest, suggest_path
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
