@@ -14,6 +14,7 @@ REFUSED = {
     "alone": ([], World(torch.device("cpu")), None, "torchrun"),
     "compiled": (["--torchcompile"], TWO, None, "--torchcompile"),
     "adaptive clipping": (["--clip-grad", "1", "--clip-mode", "agc"], TWO, None, "--clip-mode agc"),
+    "channels last": (["--channels-last"], TWO, None, "--channels-last"),
     "two models": (["--kd-model-name", "resnet18"], TWO, None, "--kd-model-name"),
     "an EMA elsewhere": (["--model-ema", "--model-ema-force-cpu"], TWO, None, "--model-ema-force-cpu"),
     "an EMA in half precision": (["--model-ema", "--model-dtype", "bfloat16"], TWO, None, "bfloat16"),

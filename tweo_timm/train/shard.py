@@ -6,7 +6,8 @@ sharding, and any timm program can read it.
 
 An EMA is sharded as the model is. FP8 layers see whole weights, gathered for the forward pass, and so the very scales
 they would have without sharding. Refuses what has no counterpart here: Transformer Engine, torch.compile, adaptive
-gradient clipping (its norms are of whole units), tasks of two models, an EMA on the CPU or in half precision.
+gradient clipping (its norms are of whole units), channels-last weights, tasks of two models, an EMA on the CPU or in
+half precision.
 
 Source: torch.distributed.fsdp.fully_shard, torch.distributed.tensor.
 """
@@ -49,6 +50,7 @@ def check_sharding(options: TrainOptions, world: World, fp8: Fp8Report | None) -
         (by_te, "--fp8 te: Transformer Engine's own sharding support has not been tried; use --fp8 native"),
         (compiled, "--torchcompile: the hooks of TWEO and of FSDP would break the graph at every block"),
         (agc, "--clip-mode agc: its norms are those of whole units"),
+        (options.channels_last, "--channels-last: torch cuts weights only along their first axis, laid out in order"),
         (options.kd_model_name is not None, "--kd-model-name: only one model is sharded"),
         (world.device.type not in ("cuda", "cpu"), f"--device {world.device}: only cuda and cpu are known"),
     ]
