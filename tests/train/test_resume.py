@@ -244,3 +244,83 @@ def test_going_back_to_an_earlier_checkpoint_drops_what_came_after_it(images, tm
     assert [row["epoch"] for row in rows(folder)] == [0, 0, 1, 1]
     train(images, tmp_path, "--epochs", "3", "--resume", "auto", name="run")
     assert same_tensors(last(folder)["state_dict"], reference)
+
+
+def rates(folder):
+    with open(folder / "summary.csv") as file:
+        return [float(row["lr"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["--epochs", "2"], ["--epochs", "4"]),
+        (["--epochs", "4", "--stop-epoch", "2", "--lr", "1e-2"], ["--epochs", "4", "--lr", "1e-3"]),
+        (["--epochs", "4", "--stop-epoch", "2", "-b", "4"], ["--epochs", "4", "-b", "8"]),
+        (["--epochs", "4", "--stop-epoch", "2", "-b", "16"], ["--epochs", "4", "-b", "8"]),
+    ],
+    ids=["more epochs", "another rate", "larger batches", "smaller batches"],
+)
+@pytest.mark.parametrize("schedule", [[], ["--sched-on-updates"]], ids=["by epochs", "by updates"])
+def test_a_run_that_goes_on_under_other_settings_has_their_learning_rates(first, second, schedule, images, tmp_path):
+    whole = rates(train(images, tmp_path, *second, *schedule, name="whole"))
+    train(images, tmp_path, *first, *schedule)
+    continued = rates(train(images, tmp_path, *second, *schedule, "--resume", "auto"))
+    assert continued[2:] == pytest.approx(whole[2:], rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("settings", [["-b", "16"], ["--grad-accum-steps", "3"]], ids=" ".join)
+def test_an_epoch_under_way_does_not_go_on_in_another_shape(settings, images, tmp_path, interrupt, capsys):
+    interrupt(5)
+    assert main(command(images, tmp_path)) == 128 + signal.SIGTERM
+    assert main(command(images, tmp_path, *settings, "--resume", "auto")) == 1
+    message = capsys.readouterr().err
+    assert f"{settings[0].replace('-b', '--batch-size')} {8 if '-b' in settings else 1}, now {settings[1]}" in message
+    assert "--start-epoch 0" in message
+
+
+def test_a_run_that_went_back_and_was_interrupted_does_not_return_to_what_it_left(images, tmp_path, interrupt, caplog):
+    folder = train(images, tmp_path, "--epochs", "6", "--stop-epoch", "4")
+    left = last(folder)
+    back = ["--epochs", "6", "--stop-epoch", "3", "--lr", "1e-4"]
+    interrupt(3)
+    words = command(images, tmp_path, *back, "--resume", str(folder / "checkpoint-0.pth.tar"))
+    assert main(words) == 128 + signal.SIGTERM
+    train(images, tmp_path, *back, "--resume", "auto")
+    assert [row["epoch"] for row in rows(folder)] == [0, 0, 1, 1, 2, 2]
+    assert rates(folder)[1] < 1e-4
+    assert same_tensors(load(folder / "last.old1.pth.tar")["state_dict"], left["state_dict"])
+    assert "last.old1.pth.tar" in caplog.text
+
+
+def test_an_interrupted_run_without_a_name_says_by_which_it_goes_on(images, tmp_path, interrupt, caplog):
+    words = [word for word in command(images, tmp_path) if word not in ("--experiment", "run")]
+    interrupt(3)
+    assert main(words) == 128 + signal.SIGTERM
+    (folder,) = tmp_path.iterdir()
+    assert f"--experiment {folder.name} --resume auto" in caplog.text
+    assert main([*words, "--experiment", folder.name, "--resume", "auto"]) == 0
+    assert [row["epoch"] for row in rows(folder)] == [0, 0, 1, 1]
+    caplog.clear()
+    assert main([*words, "--epochs", "1", "--resume", "auto"]) == 0
+    assert "--resume auto finds nothing" in caplog.text
+
+
+def test_a_stop_on_purpose_changes_nothing_of_what_follows(images, tmp_path):
+    settings = ["--epochs", "3", "--val-interval", "2", "--drop", "0.1", "--reprob", "0.3"]
+    whole = train(images, tmp_path, *settings, name="whole")
+    train(images, tmp_path, *settings, "--stop-epoch", "1")
+    folder = train(images, tmp_path, *settings, "--resume", "auto")
+    assert same_tensors(last(folder)["state_dict"], last(whole)["state_dict"])
+
+
+def test_a_table_begun_with_other_columns_is_continued_under_ours(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "1")
+    (folder / "summary.csv").write_text("epoch,train_loss,eval_top1,lr\n0,1.5,33.0,0.001\n")
+    train(images, tmp_path, "--epochs", "2", "--resume", "auto")
+    with open(folder / "summary.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["epoch"] for row in table] == ["0", "1"]
+    assert table[0]["eval_top1"] == "33.0"
+    assert float(table[1]["train_peak_abs"]) > 0
+    assert None not in table[1]

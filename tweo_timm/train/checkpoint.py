@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -71,6 +72,7 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
             content: what `read_checkpoint` returned.
         """
         self.last_good = str(path)
+        self._leave_behind(path, content)
         here = _file_position(path) if path.name.startswith("recovery-") else (_progress(content)[0], 0)
         for stale in recovery_files(path.parent):
             if _file_position(stale) > here:
@@ -89,6 +91,23 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
             self._finishing = True
             super().save_checkpoint(epoch, metric)
             self._finishing = False
+
+    def _leave_behind(self, path: Path, content: dict[str, Any]) -> None:
+        """Let a run that goes back to an earlier checkpoint begin there again, not at the end it turned away from."""
+        last = path.with_name(LAST)
+        if path.name == LAST or not last.exists():
+            return
+        try:
+            further = _progress(read_checkpoint(last)) > _progress(content)
+        except ValueError:  # a damaged file is passed over anyway
+            return
+        if not further:
+            return
+        number = next(n for n in itertools.count(1) if not path.with_name(f"last.old{n}.pth.tar").exists())
+        aside = path.with_name(f"last.old{number}.pth.tar")
+        self._duplicate(str(last), str(aside))
+        self._duplicate(str(path), str(last))
+        _logger.warning("Going back to %s: the later %s is now %s", path, LAST, aside.name)
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         if self._finishing:

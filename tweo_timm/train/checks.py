@@ -126,6 +126,11 @@ def scripting(options: Any) -> Iterator[str]:
 
 def _not_honoured(options: TrainOptions) -> Iterator[str]:
     yield from scripting(options)
+    if "tweo_timm.upstream" in (options.device_modules or ()):
+        yield (
+            "--device-modules tweo_timm.upstream is for timm's own train.py; here --tweo-weight and its fellows do the "
+            "same (from a file: --device-modules with nothing after it)"
+        )
     if options.tta > 1:
         yield (
             f"--tta {options.tta} cannot be honoured: timm averages groups of {options.tta} outputs, but no loader of "
@@ -144,6 +149,13 @@ def _not_honoured(options: TrainOptions) -> Iterator[str]:
 
 
 def _incomplete(options: TrainOptions) -> Iterator[str]:
+    if options.pretrained_path and not options.pretrained:
+        yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
+    if not options.dataset and options.epoch_repeats:
+        yield "--epoch-repeats repeats the streams of tfds/, wds/ and hfids/; a folder of images has none: leave it out"
+    for dest in ("train_num_samples", "val_num_samples"):
+        if not options.dataset and getattr(options, dest) is not None:
+            yield f"{option_name(dest)} is the length of a stream (wds/, tfds/); a folder of images knows its own"
     if options.aug_splits == 1:
         yield "--aug-splits is 1; it must be 0 (off) or at least 2"
     for dest in ("jsd_loss", "split_bn"):

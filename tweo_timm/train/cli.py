@@ -69,7 +69,6 @@ def train(options: TrainOptions) -> int:
         with SignalWatch() as signals:
             result, folder = _run(options, world, signals)
     except Interrupted as interruption:
-        _logger.warning("%s: state saved. The same command with --resume auto goes on from here", interruption)
         return 128 + interruption.number
     except (ValueError, OSError, TrainingStopped) as error:
         return _fail(error)
@@ -88,6 +87,7 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
     from tweo_timm.train.journal import write_atomically
     from tweo_timm.train.loop import Trainer
     from tweo_timm.train.options import as_namespace
+    from tweo_timm.train.watch import Interrupted
 
     session = build_session(options, world)
     folder = world.gather(_run_folder(options, session.data_config))[0]
@@ -103,7 +103,13 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "args.yaml", dump_options(options))
         trainer.open_folder(folder, as_namespace(options), resumed if continues else None)
-    return trainer.fit(), folder
+    del resumed  # as large as the model and its optimizer
+    try:
+        return trainer.fit(), folder
+    except Interrupted as interruption:
+        named = "" if options.experiment else f" --experiment {folder.name}"
+        _logger.warning("%s: state saved. The same command with%s --resume auto goes on from here", interruption, named)
+        raise
 
 
 def _find_checkpoint(options: TrainOptions, folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
@@ -114,6 +120,12 @@ def _find_checkpoint(options: TrainOptions, folder: Path, world: World) -> tuple
         return None
     if options.resume != "auto":
         return Path(options.resume), read_checkpoint(Path(options.resume))
+    if not options.experiment:
+        _logger.warning(
+            "--resume auto finds nothing to go on with: without --experiment NAME the run's folder, %s, is a new one "
+            "every time. To continue a run, name its folder so, or its checkpoint with --resume FILE",
+            folder,
+        )
     found = load_newest(folder) if world.primary else None
     path = world.gather(found[0] if found is not None else None)[0]
     if path is None:

@@ -7,6 +7,7 @@ draw from. Everything is plain tensors and numbers, which torch.load reads witho
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tweo_timm.fp8 import fp8_state, load_fp8_state
 from tweo_timm.train.build import Session
 from tweo_timm.train.meters import EpochMeters
 from tweo_timm.train.replay import Position, RandomState
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,6 +61,7 @@ def capture_exact(
         "epoch": cursor.epoch,
         "batch": cursor.batch,
         "updates": cursor.updates,
+        "shape": _epoch_shape(session),
         "plateau": _plateau(session).state_dict() if session.options.sched == "plateau" else None,
         "processes": session.world.gather(mine),
     }
@@ -79,7 +83,7 @@ def restore_exact(
         Where to enter the epoch, or the random state at its beginning, to be restored when all else is ready.
 
     Raises:
-        ValueError: if the run had another number of processes.
+        ValueError: if the run had another number of processes, or stood inside an epoch of another shape.
     """
     world = session.world
     if len(exact["processes"]) != world.size:
@@ -89,6 +93,15 @@ def restore_exact(
         )
     mine = exact["processes"][world.rank]
     cursor.epoch, cursor.batch, cursor.updates = exact["epoch"], exact["batch"], exact["updates"]
+    changed = _changes(exact, session)
+    if changed and cursor.batch:
+        raise ValueError(
+            f"checkpoint {path} stands after batch {cursor.batch} of an epoch that has another shape now ({changed}): "
+            f"go on with the settings and the data of before, or begin an epoch with --start-epoch {cursor.epoch}"
+        )
+    if changed:
+        _logger.warning("The epochs have another shape than those before checkpoint %s: %s", path, changed)
+        cursor.updates = cursor.epoch * session.updates_per_epoch
     if exact["plateau"] is not None and session.options.sched == "plateau":
         _plateau(session).load_state_dict(exact["plateau"])
     if session.fp8 is not None and mine["fp8"] is not None:
@@ -102,6 +115,23 @@ def restore_exact(
     return Position.from_state_dict(mine["position"])
 
 
+def _epoch_shape(session: Session) -> dict[str, int]:
+    """What a position inside an epoch is a position in."""
+    return {
+        "images": len(session.data.replay.loader.dataset),
+        "batches": len(session.data.train),
+        "--batch-size": session.options.batch_size,
+        "--grad-accum-steps": session.options.grad_accum_steps,
+    }
+
+
+def _changes(exact: dict[str, Any], session: Session) -> str:
+    """What of an epoch's shape has changed since a checkpoint, in words."""
+    now = _epoch_shape(session)
+    before = exact.get("shape", now)
+    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in now if before[name] != now[name])
+
+
 def _plateau(session: Session) -> Any:
     """Torch's scheduler inside timm's: timm's own state leaves out how many epochs were bad."""
     return session.scheduler.lr_scheduler
@@ -109,11 +139,16 @@ def _plateau(session: Session) -> Any:
 
 def _generators(session: Session) -> dict[str, torch.Generator]:
     """What draws random numbers apart from the rest: timm's EMA, to round bfloat16 weights, and AdaHessian."""
-    optimizer: Any = session.inner_optimizer
-    hessian = getattr(optimizer, "generator", None)
-    device = next(session.model.parameters()).device
-    if hessian is not None and hessian.device != device:  # as timm does when it first draws from it
-        hessian = optimizer.generator = torch.Generator(device).manual_seed(optimizer.seed)
     rounding = getattr(session.task.get_trainable_module(ema=True), "_sr_generator", None)
-    found = {"ema_rounding": rounding, "hessian": hessian}
+    found = {"ema_rounding": rounding, "hessian": _hessian_generator(session)}
     return {name: generator for name, generator in found.items() if generator is not None}
+
+
+def _hessian_generator(session: Session) -> torch.Generator | None:
+    """AdaHessian's, on the device of the model, where timm puts it when it first draws from it."""
+    optimizer: Any = session.inner_optimizer
+    generator: torch.Generator | None = getattr(optimizer, "generator", None)
+    device = next(session.model.parameters()).device
+    if generator is not None and generator.device != device:
+        generator = optimizer.generator = torch.Generator(device).manual_seed(optimizer.seed)
+    return generator

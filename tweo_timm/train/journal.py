@@ -54,6 +54,7 @@ class Journal:
         self._columns = ["epoch", "train_loss", *(f"eval_{name}" for name in eval_metrics), "lr", *OWN_COLUMNS]
         self._wandb = wandb
         _keep_rows(self.summary, lambda line: not line[0].isdigit() or int(line.split(",")[0]) < epoch)
+        _align_columns(self.summary, self._columns)
         _keep_rows(self.outliers, lambda line: json.loads(line)["epoch"] < epoch)
         _keep_rows(self.health, lambda line: json.loads(line)["update"] < updates)
         self._board: Any = None
@@ -146,6 +147,22 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _align_columns(path: Path, columns: Sequence[str]) -> None:
+    """Rewrite a table that another program, timm's script say, began with other columns, and keep it beside ours."""
+    if not path.exists():
+        return
+    with open(path, newline="") as file:
+        table = csv.DictReader(file)
+        rows, before = list(table), list(table.fieldnames or ())
+    if not before or before == list(columns):
+        return
+    path.rename(path.with_name(f"{path.name}.before"))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _keep_rows(path: Path, keep: Callable[[str], bool]) -> None:

@@ -123,6 +123,7 @@ class Trainer:
             self.saver.content = content
             done = self.cursor.updates - epoch * self.session.updates_per_epoch
             self.saver.save_recovery(epoch, done)
+            self.saver.content = {}
 
     def _save_epoch(self, epoch: int, metric: float | None) -> None:
         """Write the checkpoint of a finished epoch: ranked if it was validated, for recovery otherwise."""
@@ -134,6 +135,7 @@ class Trainer:
         if self.saver is not None:
             self.saver.content = content
             self.saver.save_checkpoint(epoch, metric=metric)
+            self.saver.content = {}
             self._keep_milestone(epoch + 1)
 
     def _keep_milestone(self, epochs: int) -> None:
@@ -173,10 +175,13 @@ class Trainer:
         session, cursor = self.session, self.cursor
         if self._entry is None:
             cursor.updates = cursor.epoch * session.updates_per_epoch
-            if session.scheduler is not None and cursor.epoch and session.options.sched != "plateau":
+        if session.scheduler is not None and session.options.sched != "plateau":
+            # The rates of a checkpoint are those of the schedule it was written under, which may be another one.
+            if cursor.epoch:
                 session.scheduler.step(cursor.epoch)
+            if cursor.updates:
                 session.scheduler.step_update(cursor.updates)
-        elif isinstance(self._entry, RandomState):
+        if isinstance(self._entry, RandomState):
             self._entry.restore()
             self._entry = None
 
@@ -328,6 +333,8 @@ class Trainer:
         if (epoch + 1) % options.val_interval and epoch + 1 != last_epoch:
             return {}
         position = session.data.replay.position(self.cursor.batch)
+        # A run that goes on after --stop-epoch draws what it would have drawn without the stop.
+        unscheduled = RandomState.capture() if (epoch + 1) % options.val_interval else None
         try:
             recorder = session.recorder
             metrics = evaluate(session, session.task.get_eval_model(), recorder, "Test", self.signals)
@@ -337,6 +344,8 @@ class Trainer:
         except Interrupted:
             self._save_recovery(epoch, position)
             raise
+        if unscheduled is not None:
+            unscheduled.restore()
         if recorder is not None:
             summary = recorder.summary()
             metrics["peak_abs"] = summary["peak_abs"]

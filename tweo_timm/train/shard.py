@@ -78,7 +78,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World) -> None:
 def whole(value: Any) -> Any:
     """Replace every sharded tensor in a nested state by the whole one. A collective, if there are any."""
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().cpu()  # a checkpoint's worth of tensors does not belong on one device
     if isinstance(value, dict):
         return type(value)((key, whole(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):

@@ -42,7 +42,7 @@ class DatasetOptions:
 class AugmentOptions:
     """Augmentation and regularization."""
 
-    no_aug: bool = flag(False, "No training augmentation at all; overrides the flags of this group.")
+    no_aug: bool = flag(False, "Resized and centred crops alone: no flips, colours, erasing. Mixup and CutMix stay.")
     train_crop_mode: str | None = flag(None, "Training crop: rrc (random resized crop), rkrc or rkrr.")
     scale: list[float] = flag([0.08, 1.0], "Area range of the random resized crop, as fractions.")
     ratio: list[float] = flag([3.0 / 4.0, 4.0 / 3.0], "Aspect ratio range of the random resized crop.")
