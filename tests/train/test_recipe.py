@@ -100,6 +100,12 @@ def test_every_sample_is_expected():
     assert len(EXPECTED) == 12
 
 
+def test_yaml_merges_are_read_and_overridden(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("opt_kwargs: &shared {eps: 1.0e-6, amsgrad: true}\nmodel_kwargs: {<<: *shared, eps: 1.0e-5}\n")
+    assert load_recipe(path, TrainOptions).values["model_kwargs"] == {"eps": 1e-5, "amsgrad": True}
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_args_yaml_of_any_age_loads_unchanged(name):
     options = parsed(str(ARGS / f"{name}.yaml"))

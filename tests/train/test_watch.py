@@ -55,13 +55,26 @@ BAD_SETTINGS = {
     "--in-chans 1": ["--in-chans 1 contradicts --input-size 3 32 32"],
     "--opt adamww": ["--opt adamww", "did you mean 'adamw'"],
     "--opt-betas 2": ["--opt adamw", "beta"],
+    "--opt-betas 0.9": ["--opt adamw"],
     "--opt adahessian": ["--opt adahessian", "TIMM_FUSED_ATTN=0"],
     "--opt adahessian --fp8 emulated": ["--opt adahessian", "leave out --fp8"],
     "--sched plateau --sched-on-updates": ["--sched plateau", "--sched-on-updates"],
     "--kd-model-name deit_smal_patch16_224": ["--kd-model-name", "did you mean 'deit_small_patch16_224'"],
+    "--kd-model-name resnet10t --kd-distill-type feature --fp8 emulated": ["--kd-distill-type logit", "--fp8"],
+    "--loss bce --class-weight 1,2": ["--class-weight 1,2", "2 values", "3 classes"],
+    "--task multilabel --eval-metric loss --pos-weight 1,2": ["--pos-weight 1,2", "2 values", "3 classes"],
     "--loss bce --class-weight 1,two,3": ["--class-weight 1,two,3", "two"],
     "--loss bce --bce-pos-weight -1": ["--bce-pos-weight -1", "non-negative"],
     "--input-size 3 48 48": ["built for images of 32x32", "48x48", "img_size=48"],
+    "--input-size 3 64 32": ["built for images of 32x32", "64x32", "img_size=(64,32)"],
+    "--train-split trian": ["no split 'trian'", "did you mean 'train'"],
+    "--val-split vla": ["no split 'vla'", "train, val"],
+    "--pretrained-path weights.pth": ["--pretrained-path", "--pretrained;", "--initial-checkpoint"],
+    "--epoch-repeats 2": ["--epoch-repeats", "leave it out"],
+    "--val-num-samples 5": ["--val-num-samples"],
+    "--device-modules tweo_timm.upstream": ["tweo_timm.upstream", "--tweo-weight"],
+    "--device-modules torch_npuu": ["--device-modules torch_npuu"],
+    "--model-kwargs patch_size=0": ["patch_size"],
     "--aug-repeats 3": ["--aug-repeats 3", "torchrun", "--aug-repeats 0"],
     "--img-size 64": ["--img-size 64 contradicts --input-size 3 32 32", "--input-size 3 64 64"],
     "--mean 0.5 0.5": ["--mean has 2 values", "3 channels"],
@@ -97,6 +110,26 @@ def bad_checkpoint(images, tmp_path):
 def bad_initial_checkpoint(images, tmp_path):
     torch.save({"state_dict": {"conv.weight": torch.ones(1)}}, tmp_path / "other.pth.tar")
     return ["--initial-checkpoint", str(tmp_path / "other.pth.tar")], ["other.pth.tar", "do not fit"]
+
+
+def bad_file_of_weights(images, tmp_path):
+    (tmp_path / "weights.pth").write_text("no weights")
+    return ["--initial-checkpoint", str(tmp_path / "weights.pth")], ["weights.pth", "truncated or no file of weights"]
+
+
+def bad_safetensors(images, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    path = str(tmp_path / "weights.safetensors")
+    return ["--pretrained", "--pretrained-path", path], ["weights.safetensors", "no file of weights"]
+
+
+def bad_optimizer_for_a_checkpoint(images, tmp_path):
+    path = str(tmp_path / "run" / "last.pth.tar")
+    return ["--resume", path, "--opt", "sgd"], ["--opt adamw", "--opt sgd", "--no-resume-opt"]
+
+
+def bad_folder_of_one_split(images, tmp_path):
+    return ["--data-dir", str(images / "train")], ["neither split", "train/ and val/"]
 
 
 def bad_path_of_checkpoint(images, tmp_path):

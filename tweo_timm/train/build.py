@@ -206,6 +206,11 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
         )
     if options.fp8_health_interval and options.fp8 == "off":
         raise ValueError("--fp8-health-interval reports on FP8 layers: give --fp8 auto too, or leave it out")
+    if options.kd_model_name is not None and options.kd_distill_type == "feature" and options.fp8 != "off":
+        raise ValueError(
+            "--kd-distill-type feature calls parts of the model, not the model, and FP8 layers would never learn that "
+            "a step begins: use --kd-distill-type logit or token, or leave out --fp8"
+        )
     if options.aug_splits and options.no_prefetcher:
         raise ValueError("--aug-splits needs timm's prefetcher, which puts the splits together: drop --no-prefetcher")
     if options.aug_repeats and not world.distributed:
@@ -227,7 +232,7 @@ def _optimizer(options: TrainOptions, namespace: argparse.Namespace, module: nn.
         return create_optimizer_v2(  # type: ignore[no-any-return]
             module, **optimizer_kwargs(cfg=namespace), **options.opt_kwargs
         )
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError, IndexError) as error:
         near = suggest(options.opt, list_optimizers()) if "not found in registry" in str(error) else ""
         raise ValueError(f"--opt {options.opt}: {error}{near}") from error
 

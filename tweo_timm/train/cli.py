@@ -57,8 +57,11 @@ def train(options: TrainOptions) -> int:
 
     if not logging.getLogger().hasHandlers():
         setup_default_logging()
-    for name in options.device_modules or ():
-        importlib.import_module(name)
+    try:
+        for name in options.device_modules or ():
+            importlib.import_module(name)
+    except ImportError as error:
+        return _fail(f"--device-modules {name}: {error}")
     try:
         world = join_world(options.device)
     except ValueError as error:

@@ -21,6 +21,8 @@ from tweo_timm.train.replay import ReplayLoader
 from tweo_timm.train.watch import PatientWorker
 from tweo_timm.train.world import World
 
+# Folders that timm takes for one another when a split is asked for.
+_SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 _RESAMPLINGS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -119,6 +121,8 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
     if not options.dataset and not Path(root).exists():
         near = suggest_path(root)
         raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/{near}")
+    if not options.dataset:
+        _check_split(Path(root), split)
     mode = _image_mode(options.input_img_mode, data_config["input_size"][0])
     try:
         dataset = create_dataset(
@@ -136,6 +140,22 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
     except (RuntimeError, TypeError, AssertionError, FileNotFoundError) as error:
         raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {error}") from error
     return StrictImages(dataset) if hasattr(dataset, "_max_retries") else dataset
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """Return the folder of a split under `root`, as timm finds it; None where timm would read all of `root` instead."""
+    name = split.split("[")[0]
+    names = next((names for names in _SPLIT_FOLDERS if name in names), ())
+    return next((root / one for one in (name, *names) if (root / one).exists()), None)
+
+
+def _check_split(root: Path, split: str) -> None:
+    """Refuse a split that is not there, for which timm would read every image of every split under `root`."""
+    if split_folder(root, split) is not None:
+        return
+    splits = [name for names in _SPLIT_FOLDERS for name in names if (root / name).is_dir()]
+    if splits:
+        raise ValueError(f"{root} holds no split {split!r}, but {', '.join(splits)}{suggest(split, splits)}")
 
 
 def _image_mode(mode: str | None, channels: int) -> str:
@@ -250,6 +270,13 @@ def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: i
     val_set = open_dataset(
         options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **details
     )
+    root = str(options.data or options.data_dir)
+    splits = (options.train_split, options.val_split)
+    if not options.dataset and not any(split_folder(Path(root), split) for split in splits):
+        raise ValueError(
+            f"--data-dir {root} holds neither split ({', '.join(splits)}), and all of it would be used for both: pass "
+            "the folder that holds train/ and val/"
+        )
     for dataset in (train_set, val_set):
         check_num_classes(dataset, num_classes, bool(options.class_map))
     names = [class_names(dataset) for dataset in (train_set, val_set)]

@@ -61,6 +61,12 @@ class Trainer:
         """
         session, options = self.session, self.session.options
         optimizer = None if options.no_resume_opt else session.optimizer
+        before = getattr(content.get("args"), "opt", options.opt)
+        if optimizer is not None and before != options.opt:
+            raise ValueError(
+                f"checkpoint {path} was written under --opt {before}, whose state --opt {options.opt} cannot use: "
+                "go on with that one, or begin without its state by --no-resume-opt"
+            )
         epoch = restore(content, path, session.task, optimizer, session.scaler)
         exact = content.get(EXACT_KEY)
         if exact is not None and optimizer is not None and options.start_epoch is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def _create(options: TrainOptions) -> nn.Module:
             **factory,
             **options.model_kwargs,
         )
-    except (RuntimeError, TypeError, ValueError, AssertionError, FileNotFoundError) as error:
+    except Exception as error:  # whatever a damaged file or an odd argument of an architecture leads to
         raise ValueError(_why_not(options, error)) from error
 
 
@@ -84,7 +85,7 @@ def suggest_model(name: str, error: Exception) -> str:
 
 
 def _why_not(options: TrainOptions, error: Exception) -> str:
-    text = str(error)
+    text = str(error) or type(error).__name__
     if "Unknown model" in text:
         near = suggest_model(options.model, error)
         return f"--model {options.model}: timm knows no such model; timm.list_models('*vit*') lists names{near}"
@@ -96,6 +97,8 @@ def _why_not(options: TrainOptions, error: Exception) -> str:
         return f"--pretrained: no weights of {options.model} to be had; give --pretrained-path FILE. {text[:400]}"
     if "state_dict" in text or "size mismatch" in text:
         return f"the weights in {weights} do not fit {options.model}: {text[:400]}"
+    if weights and Path(weights).is_file() and not isinstance(error, TypeError):
+        return f"{weights} is truncated or no file of weights ({type(error).__name__}: {text[:200]})"
     return f"{options.model} does not accept these options (--model-kwargs {options.model_kwargs}): {text[:400]}"
 
 
@@ -131,9 +134,10 @@ def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> 
         return
     if tuple(built_for) != tuple(input_size[1:]):
         size = "x".join(map(str, input_size[1:]))
+        side = input_size[1] if input_size[1] == input_size[2] else f"({input_size[1]},{input_size[2]})"
         raise ValueError(
             f"{arch} is built for images of {'x'.join(map(str, built_for))}, and these are {size}: add --model-kwargs "
-            f"img_size={input_size[1]}, or dynamic_img_size=true where the architecture knows it"
+            f"img_size={side}, or dynamic_img_size=true where the architecture knows it"
         )
 
 
@@ -158,9 +162,10 @@ def check_image_sizes(options: TrainOptions, model: nn.Module, world: World) -> 
     if not options.train_img_sizes:
         return
     weight = next(model.parameters())
+    channels = options.in_chans or (options.input_size[0] if options.input_size is not None else 3)
     model.eval()
     for size in options.train_img_sizes:
-        images = torch.zeros(1, options.in_chans or 3, size, size, dtype=weight.dtype, device=world.device)
+        images = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=world.device)
         try:
             model(images)
         except (AssertionError, RuntimeError, ValueError) as error:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from timm.loss import load_class_stats, resolve_class_weights
 from timm.task import (
     ClassificationTask,
@@ -16,7 +17,7 @@ from timm.task import (
     TokenDistillationTask,
     TrainingTask,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from tweo_timm.train.model import suggest_model
 from tweo_timm.train.options import TrainOptions
@@ -40,8 +41,10 @@ def build_task(options: TrainOptions, model: nn.Module, soft_targets: bool, worl
     shared: dict[str, Any] = {
         "criterion_kwargs": criterion_kwargs(options, soft_targets),
         "device": world.device,
+        "dtype": getattr(torch, options.model_dtype) if options.model_dtype else None,
         "verbose": world.primary,
     }
+    _check_lengths(options, shared["criterion_kwargs"], int(model.num_classes))  # type: ignore[arg-type]
     if options.kd_model_name is None:
         if options.task == "multilabel":
             return MultiLabelClassificationTask(model, threshold=options.multilabel_threshold, **shared)
@@ -122,6 +125,18 @@ def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any
         "db_init_bias": options.db_init_bias,
         "db_focal_gamma": options.db_focal_gamma,
     }
+
+
+def _check_lengths(options: TrainOptions, arguments: dict[str, Any], num_classes: int) -> None:
+    """Refuse weights of another number of classes than the model's."""
+    positive = "bce_pos_weight" if options.pos_weight is None else "pos_weight"
+    for name, dest in (("class_weight", "class_weight"), ("pos_weight", positive)):
+        weights = arguments[name]
+        if isinstance(weights, Tensor) and weights.ndim and len(weights) not in (1, num_classes):
+            raise ValueError(
+                f"--{dest.replace('_', '-')} {getattr(options, dest)} has {len(weights)} values; it needs one for each "
+                f"of {num_classes} classes"
+            )
 
 
 @contextlib.contextmanager

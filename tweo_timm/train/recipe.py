@@ -115,7 +115,8 @@ class _StrictLoader(yaml.SafeLoader):
     """A safe loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`, whose keys those beside it may override
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for index, key in enumerate(keys):
             if key in keys[:index]:
                 raise yaml.constructor.ConstructorError(

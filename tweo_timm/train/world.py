@@ -81,4 +81,8 @@ def join_world(device: str) -> World:
         )
     settings = argparse.Namespace(device=device)
     resolved = init_distributed_device(settings)
+    try:
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device} is not to be had on this machine: {error}. Use --device cpu") from error
     return World(resolved, settings.distributed, settings.rank, settings.local_rank, settings.world_size)
