@@ -25,9 +25,7 @@ images, FP8, TensorBoard, exact resume.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
 import os
 import re
@@ -44,7 +42,7 @@ from torch import Tensor
 from tweo_timm.loss import TweoConfig
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
-from tweo_timm.train.journal import append_rows, write_atomically
+from tweo_timm.train.journal import append_rows, keep_rows_before
 
 _logger = logging.getLogger(__name__)
 
@@ -263,20 +261,10 @@ class TimmPlugin:
         worst = max(by_block, key=lambda name: (by_block[name] != by_block[name], by_block[name]))
         _logger.info("TWEO: largest |A| of epoch %d: %.4g in %s", epoch, by_block[worst], worst)
         path = self._folder / "outliers.jsonl"
-        if self._first_row and path.exists():
-            _keep_epochs_before(path, epoch)
+        if self._first_row:  # a resumed run repeats epochs, and timm drops their rows of summary.csv
+            keep_rows_before(path, "epoch", epoch)
         self._first_row = False
         append_rows(path, [{"epoch": epoch, "block": name, "train_peak_abs": v} for name, v in by_block.items()])
-
-
-def _keep_epochs_before(path: Path, epoch: int) -> None:
-    """Take out the rows that a resumed run repeats, as timm does with summary.csv, and what a crash left of a row."""
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["epoch"] < epoch:
-                kept.append(f"{line}\n")
-    write_atomically(path, "".join(kept))
 
 
 def _subclasses(cls: type) -> list[type]:

@@ -12,11 +12,13 @@ Only the primary process has one. Rows of epochs that a resumed run will repeat 
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,9 @@ class Journal:
         self.health = folder / "fp8_health.jsonl"
         self._columns = ["epoch", "train_loss", *(f"eval_{name}" for name in eval_metrics), "lr", *OWN_COLUMNS]
         self._wandb = wandb
-        _keep_rows(self.summary, lambda line: not line[0].isdigit() or int(line.split(",")[0]) < epoch)
-        _align_columns(self.summary, self._columns)
-        _keep_rows(self.outliers, lambda line: json.loads(line)["epoch"] < epoch)
-        _keep_rows(self.health, lambda line: json.loads(line)["update"] < updates)
+        _continue_table(self.summary, self._columns, epoch)
+        keep_rows_before(self.outliers, "epoch", epoch)
+        keep_rows_before(self.health, "update", updates)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -149,26 +150,36 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _align_columns(path: Path, columns: Sequence[str]) -> None:
-    """Rewrite a table that another program, timm's script say, began with other columns, and keep it beside ours."""
+def keep_rows_before(path: Path, key: str, limit: int) -> None:
+    """Take out the rows of a JSON-lines file that will be written again, and what a crash left of one.
+
+    Args:
+        path: the file; it need not exist.
+        key: what a row's place in the run is called, "epoch" say.
+        limit: the first place that will be written again.
+    """
     if not path.exists():
         return
-    with open(path, newline="") as file:
-        table = csv.DictReader(file)
-        rows, before = list(table), list(table.fieldnames or ())
-    if not before or before == list(columns):
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)[key] < limit:
+                kept.append(f"{line}\n")
+    write_atomically(path, "".join(kept))
+
+
+def _continue_table(path: Path, columns: Sequence[str], epoch: int) -> None:
+    """Keep the rows of earlier epochs under our columns; a table with others, timm's say, stays beside it."""
+    if not path.exists():
         return
-    path.rename(path.with_name(f"{path.name}.before"))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    text = path.read_text()
+    table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    kept = [row for row in table if str(row.get("epoch")).isdigit() and int(row["epoch"]) < epoch]
+    if kept and table.fieldnames != columns:
+        path.rename(path.with_name(f"{path.name}.before"))
+    ours = io.StringIO()
+    writer = csv.DictWriter(ours, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    if kept:
         writer.writeheader()
-        writer.writerows(rows)
-
-
-def _keep_rows(path: Path, keep: Callable[[str], bool]) -> None:
-    """Take out the rows that will be written again, and what a crash left of a last line."""
-    if not path.exists():
-        return
-    whole_lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole_lines if keep(line)]
-    write_atomically(path, "".join(kept) if len(kept) > 1 or path.suffix != ".csv" else "")
+        writer.writerows(kept)
+    write_atomically(path, ours.getvalue())
