@@ -4,9 +4,11 @@ import argparse
 import json
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
 
@@ -193,6 +195,10 @@ BAD = {
     "--mean 0.5 0.5": "--mean has 2 values",
     "--interpolation bicubik": "did you mean 'bicubic'",
     "--crop-pct nan": "--crop-pct is nan",
+    "--task multilabel": "--task multilabel cannot be honoured",
+    "--split vlaidation": "did you mean 'validation'",
+    "--quantize w8a8-tt --calibration-split trian": "no split 'trian'",
+    "--results-file nowhere/r.csv": "no folder nowhere",
 }
 
 
@@ -343,3 +349,110 @@ def test_diagnosis_that_a_model_does_not_allow_is_reported_and_loses_nothing(cap
     record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
     assert "refused" in record["colinearity"]
     assert "No colinearity" in (tmp_path / "r" / "report.md").read_text()
+
+
+def collapsed(checkpoints, folder):
+    """A checkpoint like the first one, whose last block has become NaN."""
+    content = torch.load(checkpoints[0], weights_only=False)
+    weights = {name: value.clone() for name, value in content["state_dict"].items()}
+    weights["blocks.1.mlp.fc2.bias"].fill_(float("nan"))
+    folder.mkdir()
+    torch.save(content | {"state_dict": weights}, folder / "last.pth.tar")
+    return folder / "last.pth.tar"
+
+
+def test_a_model_that_collapsed_is_reported_beside_one_that_did_not(capsys, checkpoints, common, tmp_path):
+    paths = [collapsed(checkpoints, tmp_path / "nan"), checkpoints[0]]
+    words = ["--quantize", "w8a8-tt", "--calibration-images", 8, "--report", tmp_path / "r"]
+    status, results, err = run(capsys, "--checkpoint", *paths, *common, *words)
+    assert status == 1
+    assert "--quantize w8a8-tt is not possible for nan" in err
+    assert [result["peak_abs"] is None for result in results] == [True, False]
+    records = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"]
+    assert [len(record["quantized"]) for record in records] == [0, 1]
+    assert "w8a8-tt" in records[0]["not_quantized"]
+    assert "--quantize w8a8-tt is not possible for nan" in (tmp_path / "r" / "report.md").read_text()
+    assert {"histogram.png", "peak_per_block.png"} <= {path.name for path in (tmp_path / "r").iterdir()}
+
+
+def test_a_bad_checkpoint_does_not_keep_the_others_from_being_measured(capsys, checkpoints, common, tmp_path):
+    bad = tmp_path / "bad.pth.tar"
+    bad.write_bytes(b"PK no checkpoint")
+    status, result, err = run(capsys, "--checkpoint", bad, checkpoints[1], *common)
+    assert status == 1
+    assert "bad.pth.tar" in err
+    assert result["name"] == "tweo"
+
+
+def test_real_labels_decide_the_comparison_and_the_quantized_accuracy_too(capsys, tmp_path):
+    noise = np.random.default_rng(1)
+    for number in range(12):
+        folder = tmp_path / "data" / "val" / f"class{number % 6}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"ILSVRC2012_val_{number + 1:08d}.JPEG")
+    (tmp_path / "real.json").write_text(json.dumps([[] if n == 3 else [n % 6, (n + 1) % 6] for n in range(12)]))
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = timm.create_model(ARCH, num_classes=6, **KWARGS)
+        (tmp_path / str(seed)).mkdir()
+        paths.append(save_checkpoint(tmp_path / str(seed) / "last.pth.tar", model))
+    words = ["--data-dir", tmp_path / "data", "--device", "cpu", "--workers", 0, "--split", "val", "--num-classes", 6]
+    words += ["--real-labels", tmp_path / "real.json", "--report", tmp_path / "r"]
+    words += ["--quantize", "w8a8-tt", "--calibration-split", "val", "--calibration-images", 8]
+    status, results, err = run(capsys, "--checkpoint", *paths, *words)
+    assert status == 0, err
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert report["checkpoints"][0]["data"]["images"] == 11
+    difference = results[1]["top1"] - results[0]["top1"]
+    assert report["comparison"][0]["top1_difference"] == pytest.approx(difference, abs=1e-3)
+    (tmp_path / "real.json").write_text("[[0]]")
+    assert run(capsys, "--checkpoint", *paths, *words)[0] == 1
+
+
+@pytest.mark.parametrize("more", [["--no-prefetcher"], ["--stethoscope", "--quantize", "w8a8-tt"]], ids=" ".join)
+def test_a_model_for_grey_images_needs_no_mean_of_its_own(capsys, common, tmp_path, more):
+    path = tmp_path / "last.pth.tar"
+    args = argparse.Namespace(num_classes=3, in_chans=1, model_kwargs=KWARGS)
+    torch.save({"arch": ARCH, "args": args, "state_dict": make_model(0, in_chans=1).state_dict()}, path)
+    status, result, err = run(capsys, "--checkpoint", path, "--img-size", 32, *common, *more)
+    assert status == 0, err
+    assert result["img_size"] == 32
+
+
+def test_diagnoses_and_quantization_take_a_model_in_half_precision(capsys, checkpoints, common, tmp_path):
+    words = ["--model-dtype", "bfloat16", "--stethoscope", "--colinearity", "--quantize", "w8a8-tt"]
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words, "--report", tmp_path / "r")
+    assert status == 0, err
+    record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
+    assert "refused" not in record["stethoscope"]
+    assert record["quantized"]
+
+
+@pytest.mark.parametrize("args", [None, {"num_classes": 3, "model_kwargs": KWARGS}], ids=["no options", "a dict"])
+def test_options_in_a_checkpoint_may_be_a_dict_or_missing(capsys, common, tmp_path, args):
+    path = tmp_path / "last.pth.tar"
+    torch.save({"arch": ARCH, "args": args, "state_dict": make_model(0).state_dict()}, path)
+    own = [] if args else ["--num-classes", 3, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
+    status, _, err = run(capsys, "--checkpoint", path, "--img-size", 32, *common, *own)
+    assert status == 0, err
+
+
+def test_named_blocks_are_those_of_every_diagnosis(capsys, checkpoints, common, tmp_path):
+    words = ["--tweo-blocks", r"blocks\.1", "--stethoscope", "--report", tmp_path / "r"]
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words)
+    assert status == 0, err
+    record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
+    assert [block["name"] for block in record["blocks"]] == ["blocks.1"]
+    assert "blocks.0" not in json.dumps(record["stethoscope"])
+
+
+def test_averaged_metrics_are_printed_under_timms_names(capsys, checkpoints, common):
+    _, result, _ = run(capsys, "--checkpoint", checkpoints[0], *common, "--metrics-avg", "macro")
+    assert {"macro_precision", "macro_recall", "macro_f1_score"} <= result.keys()
+
+
+def test_test_time_pooling_crops_only_where_it_pools(capsys, checkpoints, common):
+    words = ["--checkpoint", checkpoints[0], *common, "--crop-pct", 0.5]
+    assert run(capsys, *words, "--test-pool")[1] == run(capsys, *words)[1]

@@ -34,7 +34,7 @@ VALIDITY_RULE = (
     "valid when the linear value with biases has the sign of the MLP's real contribution and between half and twice "
     "its size"
 )
-_LAYER_SCALES = ("ls2", "gamma_2", "gamma2", "ls")
+_LAYER_SCALES = ("ls2", "gamma_2", "gamma2", "ls", "gamma")
 
 
 @dataclass

@@ -69,7 +69,8 @@ def validate(options: ValidateOptions, command: str) -> int:
     if not world.primary:
         logging.getLogger().setLevel(logging.WARNING)
     try:
-        _measure_all(options, world, records)
+        _check_outputs(options)
+        status = _measure_all(options, world, records)
     except KeyboardInterrupt:
         _logger.warning("Interrupted: reporting the %d checkpoints that are finished", len(records))
         status = 130
@@ -87,20 +88,41 @@ def validate(options: ValidateOptions, command: str) -> int:
     return status
 
 
-def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, Any]]) -> None:
-    """Append the record of each checkpoint as it is finished."""
+def _check_outputs(options: ValidateOptions) -> None:
+    """Refuse, before anything is measured, results that could not be written afterwards."""
+    if options.results_file and not Path(options.results_file).absolute().parent.is_dir():
+        folder = Path(options.results_file).parent
+        raise ValueError(f"--results-file {options.results_file}: there is no folder {folder}; make it first")
+    if options.report and Path(options.report).exists() and not Path(options.report).is_dir():
+        raise ValueError(f"--report {options.report} is a file: name a folder, which need not exist")
+
+
+def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, Any]]) -> int:
+    """Append the record of each checkpoint as it is finished; one that fails does not stop the others.
+
+    Returns:
+        The exit status: 1 if a checkpoint or a scheme failed.
+    """
     from timm.utils import random_seed
 
     from tweo_timm.evaluate.measure import measure
     from tweo_timm.evaluate.subject import find_sources, load_subject
 
+    status = 0
     for source in find_sources(options):
         random_seed(options.seed, 0)
-        subject = load_subject(source, options, world.device)
-        record = _with_retry(subject, world, measure) if options.retry else measure(subject, world)
+        try:
+            subject = load_subject(source, options, world.device)
+            record = _with_retry(subject, world, measure) if options.retry else measure(subject, world)
+        except (ValueError, OSError) as error:
+            status = _fail(error)
+            continue
         records.append(record)
+        for reason in record["not_quantized"].values():
+            status = _fail(reason)
         peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
         _logger.info("%s: Top-1 %.2f  Top-5 %.2f%s", subject.name, record["top1"], record["top5"], peak)
+    return status
 
 
 def _with_retry(subject: Any, world: Any, measure: Any) -> dict[str, Any]:
@@ -121,21 +143,23 @@ def _with_retry(subject: Any, world: Any, measure: Any) -> dict[str, Any]:
 
 
 def _report(records: list[dict[str, Any]], options: ValidateOptions, command: str) -> None:
+    from tweo_timm.diagnose.record import plain
     from tweo_timm.evaluate.report import print_table, write_report
 
-    results = [_timm_result(record) for record in records]
-    if options.results_file:
-        _write_results(Path(options.results_file), options.results_format, results)
+    results = [plain(_timm_result(record, options.metrics_avg)) for record in records]
     print_table(records)
     if options.report:
         write_report(records, Path(options.report), command)
         _logger.info("Report: %s", Path(options.report) / "report.md")
+    if options.results_file:
+        _write_results(Path(options.results_file), options.results_format, results)
     print(f"--result\n{json.dumps(results if len(results) > 1 else results[0], indent=4)}")
 
 
-def _timm_result(record: dict[str, Any]) -> dict[str, Any]:
+def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
     """The fields that timm's validate.py prints, then the peak."""
     top1, top5 = round(record["top1"], 4), round(record["top5"], 4)
+    averaged = ("precision", "recall", "f1_score") if average else ()
     return {
         "model": record["arch"],
         "top1": top1,
@@ -146,6 +170,7 @@ def _timm_result(record: dict[str, Any]) -> dict[str, Any]:
         "img_size": record["img_size"],
         "crop_pct": record["crop_pct"],
         "interpolation": record["interpolation"],
+        **{f"{average}_{name}": round(record[name], 4) for name in averaged if name in record},
         "name": record["name"],
         "peak_abs": record["peak_abs"],
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.train.data import check_num_classes, open_dataset
+from tweo_timm.train.data import check_num_classes, open_dataset, split_folder
 from tweo_timm.train.world import World
 
 
@@ -26,13 +28,13 @@ class Images:
         loader: yields (images (B, C, H, W), targets) on the device, in the dataset's order.
         dataset: behind it.
         fingerprint: of file names (or of the dataset's name and size); equal for equal data.
-        real_labels: timm's ReaL labels, or None.
+        real_labels: makes timm's scorer of ReaL labels for one pass; None for ordinary labels.
     """
 
     loader: Any
     dataset: Any
     fingerprint: str
-    real_labels: Any
+    real_labels: Callable[[], RealLabelsImagenet] | None
 
 
 def open_images(options: ValidateOptions, data_config: dict[str, Any], num_classes: int, world: World) -> Images:
@@ -46,14 +48,31 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
         check_num_classes(dataset, num_classes, mapped=bool(options.class_map))
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
     names = _names(dataset)
-    real_labels = None
-    if options.real_labels:
-        if names is None:
-            raise ValueError("--real-labels needs file names: use it with an image folder or tar of ImageNet")
-        real_labels = RealLabelsImagenet([name.rsplit("/", 1)[-1] for name in names], real_json=options.real_labels)
+    real_labels = _real_labels(options, names) if options.real_labels else None
     identity = "\n".join(names) if names is not None else f"{options.dataset} {options.data_dir} {options.split}"
-    fingerprint = hashlib.sha256(f"{identity}\n{options.num_samples}".encode()).hexdigest()[:16]
+    identity += f"\n{options.num_samples}"
+    for labels in (options.real_labels, options.valid_labels, options.class_map):  # other labels, other data
+        identity += f"\n{Path(labels).read_text()}" if labels else ""
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return Images(loader, dataset, fingerprint, real_labels)
+
+
+def _real_labels(options: ValidateOptions, names: list[str] | None) -> Callable[[], RealLabelsImagenet]:
+    if names is None:
+        raise ValueError("--real-labels needs file names: use it with an image folder or tar of ImageNet")
+    make = functools.partial(
+        RealLabelsImagenet, [name.rsplit("/", 1)[-1] for name in names], real_json=options.real_labels
+    )
+    try:
+        make()
+    except AssertionError as error:
+        raise ValueError(
+            f"--real-labels {options.real_labels} is for another number of images than the {len(names)} of split "
+            f"{options.split!r}: it goes with the whole validation split of ImageNet"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--real-labels {options.real_labels} is no JSON list of labels: {error}") from error
+    return make
 
 
 def sample_images(
@@ -74,6 +93,12 @@ def sample_images(
     Raises:
         ValueError: if the split cannot be found.
     """
+    root = str(options.data or options.data_dir)
+    if not options.dataset and split != options.split and split_folder(Path(root), split) is None:
+        raise ValueError(
+            f"{root} holds no split {split!r} to calibrate on: pass the folder that holds the training split too, or "
+            f"choose another with --calibration-split"
+        )
     dataset = open_dataset(options, split, data_config, num_samples=None)
     _loader(replace(options, workers=0), data_config, dataset, World(torch.device("cpu")), prefetch=False)
     if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -112,7 +137,7 @@ def _loader(options: ValidateOptions, data_config: dict[str, Any], dataset: Any,
         std=data_config["std"],
         num_workers=options.workers,
         distributed=world.distributed,
-        crop_pct=1.0 if options.test_pool else data_config["crop_pct"],
+        crop_pct=data_config["crop_pct"],
         crop_mode=data_config["crop_mode"],
         crop_border_pixels=options.crop_border_pixels,
         pin_memory=options.pin_mem,

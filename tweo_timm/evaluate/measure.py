@@ -73,7 +73,13 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     if options.export:
         record["exported"] = _exported(subject, None, images, FLOAT)
     samples = _Samples(subject, world)
-    record["quantized"] = [_quantized(subject, scheme, images, samples, world) for scheme in options.quantize]
+    record["quantized"], record["not_quantized"] = [], {}
+    for scheme in options.quantize:
+        try:
+            record["quantized"].append(_quantized(subject, scheme, images, samples, world))
+        except ValueError as error:  # what is measured already is not lost over it
+            _logger.error("%s: %s", subject.name, error)
+            record["not_quantized"][scheme] = str(error)
     record |= _diagnoses(subject, samples)
     return record
 
@@ -82,6 +88,13 @@ def _check_wishes(options: ValidateOptions, world: World) -> None:
     """Refuse what cannot be done before anything is measured."""
     for scheme in options.quantize:
         Scheme.parse(scheme)
+    if options.task == "multilabel":
+        raise ValueError(
+            "--task multilabel cannot be honoured: Top-1, its comparison and the quantized Top-1 are of one label an "
+            "image; train.py measures several in its own validation"
+        )
+    if options.real_labels and world.distributed:
+        raise ValueError("--real-labels counts in one process: validate without torchrun")
     if options.export and world.distributed:
         raise ValueError(
             "--export runs in one process: all of them would write the same file; validate without torchrun"
@@ -106,7 +119,7 @@ def _score_with_outliers(subject: Subject, images: Images, world: World) -> tupl
         if recorder is not None:
             stack.enter_context(recorder.recording())
             stack.callback(recorder.remove)
-        sites = stack.enter_context(record_sites(model)) if options.sites == "all" else None
+        sites = stack.enter_context(record_sites(model, options.tweo_blocks)) if options.sites == "all" else None
         run: Any = model
         if options.torchcompile:
             run = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
@@ -173,8 +186,8 @@ def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples,
     """Top-1 of a statically quantized copy, and how faithful it is."""
     options, batches = subject.options, samples.calibration
     try:
-        model = quantize_static(subject.model, batches, scheme)
-    except (RuntimeError, TypeError) as error:
+        model = quantize_static(subject.model, batches, scheme, options.tweo_blocks)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
     exported = {"exported": _exported(subject, model, images, scheme)} if options.export else {}
@@ -230,7 +243,8 @@ class _Samples:
 
     def _read(self, split: str, count: int, batch_size: int) -> list[Tensor]:
         batches = sample_images(self._subject.options, self._subject.data_config, split, count, batch_size)
-        return [batch.to(self._world.device) for batch in batches]
+        dtype = next(self._subject.model.parameters()).dtype
+        return [batch.to(self._world.device, dtype) for batch in batches]
 
 
 def _diagnoses(subject: Subject, samples: _Samples) -> dict[str, Any]:
@@ -238,11 +252,20 @@ def _diagnoses(subject: Subject, samples: _Samples) -> dict[str, Any]:
     wanted: dict[str, Callable[[nn.Module, Tensor], Any]] = {}
     if options.stethoscope:
         wanted["stethoscope"] = lambda model, images: stethoscope(
-            model, images, mean=subject.data_config["mean"], std=subject.data_config["std"], seed=options.seed
+            model,
+            images,
+            mean=subject.data_config["mean"],
+            std=subject.data_config["std"],
+            seed=options.seed,
+            blocks=options.tweo_blocks,
         )
     if options.colinearity:
         wanted["colinearity"] = lambda model, images: colinearity(
-            model, images, block=options.colinearity_block, channel=options.colinearity_channel
+            model,
+            images,
+            block=options.colinearity_block,
+            channel=options.colinearity_channel,
+            blocks=options.tweo_blocks,
         )
     if options.fp8_readiness:
         wanted["fp8_readiness"] = lambda model, images: fp8_readiness(model, torch.split(images, 16))

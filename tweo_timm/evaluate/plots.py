@@ -47,8 +47,8 @@ def draw_all(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 def _peak_per_block(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     axes = figure.add_subplot()
-    shown = [record for record in records if record.get("blocks")]
-    for index, record in enumerate(shown):
+    shown = [(i, record) for i, record in enumerate(records) if record.get("blocks")]
+    for index, record in shown:
         peaks = [block["peak_abs"] for block in record["blocks"]]
         means = [block["mean_abs"] for block in record["blocks"]]
         colour = _colour(index)
@@ -56,8 +56,9 @@ def _peak_per_block(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
         axes.plot(means, linestyle=":", linewidth=1, color=colour)
     _finish(axes, "Largest activation of each block (dotted: mean |A|)", "block", "max |A|")
     axes.set_yscale("log")
-    if shown and len({len(record["blocks"]) for record in shown}) == 1:
-        names = [block["name"] for block in shown[0]["blocks"]]
+    of_each = [[block["name"] for block in record["blocks"]] for _, record in shown]
+    if of_each and all(names == of_each[0] for names in of_each):
+        names = of_each[0]
         step = -(-len(names) // 16)
         axes.set_xticks(range(0, len(names), step), names[::step], rotation=30, ha="right", fontsize=8)
     return bool(shown)
@@ -82,8 +83,8 @@ def _histogram(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     axes = figure.add_subplot()
     shown = [(i, record) for i, record in enumerate(records) if record.get("blocks")]
     for index, record in shown:
-        block = next(block for block in record["blocks"] if block["name"] == record["peak_block"])
-        if "histogram" not in block:
+        block: dict[str, Any] = next((block for block in record["blocks"] if block["name"] == record["peak_block"]), {})
+        if not block.get("histogram", {}).get("edges"):
             continue
         edges, counts = block["histogram"]["edges"], block["histogram"]["counts"]
         # A bin is a sixteenth of its power of two: the density per octave makes bins of unequal width comparable.
@@ -91,7 +92,7 @@ def _histogram(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
         density = [count / math.log2(end / edge) for edge, end, count in zip(edges, ends, counts, strict=True)]
         label = f"{record['name']}, {block['name']}"
         axes.step([*edges, ends[-1]], [*density, 0], where="post", color=_colour(index), label=label)
-    peaks = [record["peak_abs"] for _, record in shown]
+    peaks = [record["peak_abs"] for _, record in shown if record["peak_abs"]]  # one that is no number has no place
     if peaks:
         axes.set_xlim(max(peaks) * 1e-6, max(peaks) * 2)
     _finish(axes, "Activations of the block with the largest one", "|A|", "elements per octave")
@@ -107,9 +108,9 @@ def _quantized(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     width = 0.8 / max(len(shown), 1)
     for position, (index, record) in enumerate(shown):
         top1 = top1_by_scheme(record)
-        values = [record["top1"], *(top1.get(scheme, 0.0) for scheme in schemes)]
-        places = [place + position * width for place in range(len(values))]
-        axes.bar(places, values, width, color=_colour(index), label=record["name"])
+        values = {0: record["top1"]} | {i: top1[scheme] for i, scheme in enumerate(schemes, 1) if scheme in top1}
+        places = [place + position * width for place in values]
+        axes.bar(places, list(values.values()), width, color=_colour(index), label=record["name"])
     centre = width * (len(shown) - 1) / 2
     axes.set_xticks([place + centre for place in range(len(schemes) + 1)], ["float", *schemes], rotation=20, ha="right")
     _finish(axes, "Top-1 by precision", "", "Top-1, %")

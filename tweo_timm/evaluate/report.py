@@ -55,10 +55,10 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
             "comparison": comparison,
         }
     )
-    pictures = draw_all(report["checkpoints"], folder)
     write_atomically(folder / "report.json", json.dumps(report, indent=1))
-    write_atomically(folder / "report.md", _markdown(report, pictures))
     write_atomically(folder / "report.csv", _csv(report["checkpoints"]))
+    pictures = draw_all(report["checkpoints"], folder)
+    write_atomically(folder / "report.md", _markdown(report, pictures))
 
 
 def versions() -> dict[str, str]:
@@ -150,6 +150,7 @@ def _details(record: dict[str, Any]) -> str:
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
     ]
+    parts += [f"- not measured: {reason}" for reason in record.get("not_quantized", {}).values()]
     for heading, caption, rows in _export_tables(record):
         parts += [f"### {heading}", *([caption] if caption else []), _markdown_table(rows)]
     for name, describe in (

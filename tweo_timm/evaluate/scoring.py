@@ -27,7 +27,8 @@ class Score:
 
     Attributes:
         metrics: loss, top1 and top5, percent; precision, recall and f1 with --metrics-avg.
-        correct: whether each image's first guess was right, in the dataset's order, bool (N,).
+        correct: whether each image's first guess was right, in the dataset's order, bool (N,); with ReaL labels, of
+            the images that have any.
     """
 
     metrics: dict[str, float]
@@ -53,6 +54,7 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     evaluator = ClassificationEvaluator(device=world.device)
     left = evaluation_sample_limit(images.loader)
     keep = _valid_labels(options, world)
+    real_labels = images.real_labels() if images.real_labels is not None else None
     guesses: list[Tensor] = []
     truths: list[Tensor] = []
     with ProgressLine(label, len(images.loader), world.primary) as bar:
@@ -67,8 +69,8 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
                 output = model(batch)
             logits = output[0] if isinstance(output, (tuple, list)) else output
             logits = logits.float() if keep is None else logits.float()[:, keep]
-            if images.real_labels is not None:
-                images.real_labels.add_result(logits)
+            if real_labels is not None:
+                real_labels.add_result(logits)
             evaluator.update(logits, targets)
             guesses.append(logits.argmax(-1))
             truths.append(targets)
@@ -78,11 +80,13 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
                 _logger.info("%s: [%4d/%d]  %s", label, number, len(images.loader), running)
     metrics = dict(evaluator.compute(distributed=world.distributed))
     guess, truth = (_in_order(torch.cat(parts), world) for parts in (guesses, truths))
-    if images.real_labels is not None:
-        metrics |= {f"top{k}": images.real_labels.get_accuracy(k=k) for k in (1, 5)}
+    correct = guess == truth
+    if real_labels is not None:
+        metrics |= {f"top{k}": real_labels.get_accuracy(k=k) for k in (1, 5)}
+        correct = torch.tensor(real_labels.is_correct[1])
     if options.metrics_avg:
         metrics |= _averaged(guess, truth, options.metrics_avg)
-    return Score(metrics, guess == truth)
+    return Score(metrics, correct)
 
 
 def _place(batch: Tensor, options: ValidateOptions, world: World) -> Tensor:
@@ -102,7 +106,11 @@ def _valid_labels(options: ValidateOptions, world: World) -> Tensor | None:
     if not options.valid_labels:
         return None
     with open(options.valid_labels) as file:
-        return torch.tensor(sorted(int(line) for line in file if line.strip()), device=world.device)
+        try:
+            labels = sorted(int(line) for line in file if line.strip())
+        except ValueError as error:
+            raise ValueError(f"--valid-labels {options.valid_labels} takes one class index a line: {error}") from error
+    return torch.tensor(labels, device=world.device)
 
 
 def _in_order(values: Tensor, world: World) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import create_model, list_models, load_checkpoint
 from timm.utils import reparameterize_model
@@ -20,6 +19,7 @@ from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.suggestion import suggest_path
+from tweo_timm.train.data import preprocessing
 from tweo_timm.train.model import check_compiler, check_image_size, suggest_model
 
 _logger = logging.getLogger(__name__)
@@ -146,12 +146,11 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
     model = _create(arch, options, pretrained=source.path is None)
     if source.path is not None:
         _load(model, content, source.path, arch, options.use_ema)
-    data_config = resolve_data_config(
-        vars(as_namespace(options)), model=model, use_test_size=not options.use_train_size
-    )
+    data_config = preprocessing(as_namespace(options), model, use_test_size=not options.use_train_size)
     check_image_size(arch, model, data_config["input_size"])
     if options.test_pool:
-        model, _ = apply_test_time_pool(model, data_config)
+        model, pooled = apply_test_time_pool(model, data_config)
+        data_config |= {"crop_pct": 1.0} if pooled else {}
     if options.reparam:
         model = reparameterize_model(model)
     dtype = getattr(torch, options.model_dtype) if options.model_dtype else None
@@ -172,12 +171,16 @@ def _describe(content: dict[str, Any], source: Source, options: ValidateOptions)
         )
     if source.path is not None and not own and source.model == default:
         raise ValueError(f"checkpoint {source.path} does not say its architecture: pass --model NAME")
-    recorded = vars(content["args"]) if "args" in content else {}
+    args = content.get("args")
+    recorded = dict(args) if isinstance(args, Mapping) else dict(getattr(args, "__dict__", {}))
+    recorded["model_kwargs"] = {**(recorded.get("model_kwargs") or {}), **options.model_kwargs}
     if options.img_size or options.input_size:  # instead of whatever the training said of the size
         channels = recorded.get("in_chans") or (recorded.get("input_size") or [None])[0]
         recorded = {**recorded, "in_chans": channels, "img_size": None, "input_size": None}
     inherited = {
-        name: recorded[name] for name in _INHERITED if recorded.get(name) is not None and not getattr(options, name)
+        name: recorded[name]
+        for name in _INHERITED
+        if recorded.get(name) is not None and (name == "model_kwargs" or not getattr(options, name))
     }
     return own or source.model, replace(options, **inherited)
 
@@ -214,7 +217,7 @@ def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_
         raise ValueError(f"checkpoint {path} has no EMA weights: leave out --use-ema")
     try:
         load_checkpoint(model, str(path), use_ema=use_ema, strict=True)
-    except (RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever else a file may hold
         raise ValueError(f"the weights in {path} do not fit {arch}: {str(error)[:400]}") from error
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
@@ -32,7 +31,7 @@ from tweo_timm.loss import TweoConfig
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
-from tweo_timm.train.data import Data, open_data
+from tweo_timm.train.data import Data, open_data, preprocessing
 from tweo_timm.train.model import build_model, check_compiler, check_image_size, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
@@ -134,7 +133,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     random_seed(options.seed, world.rank)
     model = build_model(options, world)
     namespace = as_namespace(options)
-    data_config = resolve_data_config(vars(namespace), model=model, verbose=world.primary)
+    data_config = preprocessing(namespace, model, verbose=world.primary)
     check_image_size(options.model, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)

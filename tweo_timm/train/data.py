@@ -10,9 +10,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, MultiLabelTarget, create_dataset, create_loader
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    Mixup,
+    MultiLabelTarget,
+    create_dataset,
+    create_loader,
+    resolve_data_config,
+)
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.loader import PrefetchLoader
+from torch import nn
 from torch.utils.data import Dataset
 
 from tweo_timm.suggestion import suggest, suggest_path
@@ -105,6 +114,26 @@ class StrictImages(Dataset[Any]):
                 f"cannot read image {self.inner.filename(index, absolute=True)}: the file is damaged or no image. "
                 "Replace or remove it"
             ) from error
+
+
+def preprocessing(options: Any, model: nn.Module, **details: Any) -> dict[str, Any]:
+    """Return timm's resolved preprocessing, for as many channels as the model takes.
+
+    Where timm knows mean and std of other images, grey ones of a model for colours say, it takes their average: so its
+    prefetching loader does, and here everybody.
+
+    Args:
+        options: `in_chans` and `input_size` say the channels; everything else as timm's `resolve_data_config` reads it.
+        model: its pretrained configuration fills in what the options leave open.
+        details: further arguments of `resolve_data_config`.
+    """
+    config: dict[str, Any] = resolve_data_config(vars(options), model=model, **details)
+    channels = options.in_chans or (options.input_size[0] if options.input_size else 3)
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
 
 
 def open_dataset(options: Any, split: str, data_config: dict[str, Any], **details: Any) -> Any:
