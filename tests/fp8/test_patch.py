@@ -237,3 +237,24 @@ def test_patched_checkpoint_is_a_plain_timm_checkpoint():
     plain.load_state_dict(model.state_dict(), strict=True)
     patched_copy = copy.deepcopy(model)
     patched_copy.load_state_dict(plain.state_dict(), strict=True)
+
+
+def test_a_layer_put_in_place_after_the_patch_is_not_taken_out_with_it():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    qkv = model.blocks[0].attn.qkv
+    patch_fp8(model)
+    model.reset_classifier(10)
+    head = model.head
+    unpatch_fp8(model)
+    assert model.head is head
+    assert model.blocks[0].attn.qkv is qkv
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (2, 3, 31), (4, 0)])
+def test_an_input_of_another_width_is_an_error_as_in_a_plain_linear(shape):
+    model = nn.Sequential(nn.Linear(32, 8))
+    with pytest.raises(RuntimeError):
+        model(torch.ones(shape))
+    patch_fp8(model)
+    with pytest.raises(RuntimeError, match="32 features"):
+        model(torch.ones(shape))

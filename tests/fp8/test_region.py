@@ -268,3 +268,51 @@ def test_inductor_trains_as_eager_does_to_its_own_rounding():
     eager, compiled = tiny_vit(), tiny_vit()
     losses = train(eager, range(3))
     assert train(compiled, range(3), forward=torch.compile(compiled)) == pytest.approx(losses, rel=0.02)
+
+
+class Checkpointed(torch.nn.Module):
+    """Calls a whole model under an activation checkpoint."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images):
+        return checkpoint(self.backbone, images, use_reentrant=False)
+
+
+def test_a_checkpoint_around_the_patched_model_changes_nothing():
+    plain, inside = tiny_vit(), tiny_vit()
+    assert train(plain, range(4)) == train(Checkpointed(inside), range(4))
+    assert_same_training(plain, inside)
+
+
+def test_a_backward_that_an_exception_ended_leaves_nothing_to_an_evaluation():
+    model, images = tiny_vit(), batch(0)[0]
+    train(model, range(3))
+    model.eval()
+    expected = model(20 * images)
+    model.train()
+
+    def interrupt(gradient):
+        raise KeyboardInterrupt
+
+    output = model(images)
+    handle = model.blocks[0].mlp.fc1.weight.register_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        output.sum().backward()
+    handle.remove()
+    model.eval()
+    assert torch.equal(model(20 * images), expected)
+
+
+def test_a_loss_that_does_not_pass_through_the_output_moves_the_gradients_scales():
+    model, images = tiny_vit(), batch(0)[0]
+    kept = []
+    model.blocks[1].register_forward_hook(lambda block, args, output: kept.append(output))
+    for _ in range(3):
+        model.zero_grad()
+        model(images)
+        (1e-4 * kept.pop().square().mean()).backward()
+    assert float(fp8_state(model)["blocks.0.attn.qkv.scaling_bwd.scale"]) > 1
+    assert float(model.blocks[0].attn.qkv.weight.grad.norm()) > 0

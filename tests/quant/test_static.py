@@ -6,12 +6,14 @@ import logging
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tests.quant.families import FAMILIES, make_images, make_model
 from tweo_timm.blocks import find_blocks
+from tweo_timm.fp8 import patch_fp8
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
 from tweo_timm.quant.static import quantization_scales, quantize_static
 
@@ -287,3 +289,26 @@ def test_attention_that_hides_its_products_is_refused():
         ValueError, match=r"'blocks.0': scaled_dot_product_attention multiplies activations out of sight"
     ):
         quantize_static(toy, [torch.randn(2, 3, 8)], "w8a8-tt+attn", blocks=r"blocks\.\d+")
+
+
+def test_a_model_that_is_quantized_or_in_fp8_already_is_refused():
+    model, images = make_model("vit"), make_images("vit")
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_static(quantize_static(model, [images], "w8a8-tt"), [images], "w4a4-tt+res")
+    patch_fp8(model)
+    with pytest.raises(ValueError, match="unpatch_fp8"):
+        quantize_static(model, [images], "w8a8-tt")
+
+
+def test_what_a_model_does_in_its_first_forward_only_shifts_no_scale():
+    """ConViT computes relative positions once, with an addition that no later forward has."""
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "local_up_to_layer": 1}
+    torch.manual_seed(0)
+    fresh = timm.create_model("convit_tiny", num_classes=3, **kwargs).eval()
+    images = torch.randn(8, 3, 32, 32)
+    used = copy.deepcopy(fresh)
+    used(images)
+    batches = list(images.split(4))
+    expected, found = (quantize_static(model, batches, "w8a8-tt+res") for model in (used, fresh))
+    assert quantization_scales(found) == quantization_scales(expected)
+    assert torch.equal(found(images), expected(images))

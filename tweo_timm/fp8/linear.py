@@ -8,7 +8,7 @@ The bias gradient sums the gradient before rounding. What is saved for backward 
 float32 copy.
 
 Each product is rounded to the activation dtype (the autocast dtype, or that of the input where autocast is off),
-then to the dtype of the tensor it is the gradient of. Refuses nothing: odd shapes are the arithmetic's business.
+then to the dtype of the tensor it is the gradient of. Odd numbers of tokens and features are the arithmetic's business.
 Follows the structure of Transformer Engine's Linear.
 """
 
@@ -47,7 +47,15 @@ class Fp8Linear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer to ``[..., in_features]``; the result is ``[..., out_features]`` in the activation dtype."""
+        """Apply the layer to ``[..., in_features]``; the result is ``[..., out_features]`` in the activation dtype.
+
+        Raises:
+            RuntimeError: for another number of features.
+        """
+        if input.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"this layer takes {self.in_features} features in the last dimension and got {tuple(input.shape)}"
+            )
         x_TI = input.reshape(-1, self.in_features)
         region = self._fp8_site.region
         scales = self._fp8_site.scales(x_TI, self.weight, self.training)

@@ -60,7 +60,7 @@ class Fp8Patch:
 
     region: Fp8Region | te.TeRegion
     report: Fp8Report
-    originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    originals: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
     flags: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
         RuntimeError: the backend named by the recipe cannot run here.
     """
     recipe = recipe or Fp8Recipe()
-    if any(_ATTRIBUTE in module.__dict__ for module in model.modules()):
+    if is_patched(model):
         raise ValueError("the model is already in FP8: call unpatch_fp8(model) first")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError(
@@ -110,6 +110,8 @@ def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
 def unpatch_fp8(model: nn.Module) -> None:
     """Put the original layers back; the forward is then bit for bit the one before `patch_fp8`.
 
+    A layer that was replaced in the meantime stays.
+
     Raises:
         ValueError: the model is not patched.
     """
@@ -118,12 +120,20 @@ def unpatch_fp8(model: nn.Module) -> None:
         handle.remove()
     if isinstance(patch.region, te.TeRegion):
         patch.region.close()
-    for parent, name, original in patch.originals:
+    for parent, name, original, face in patch.originals:
+        if parent._modules.get(name) is not face:  # reset_classifier, say, has put another layer there
+            _logger.info("left as it is, since it was replaced after patch_fp8: %s of %s", name, type(parent).__name__)
+            continue
         original.training = parent._modules[name].training  # type: ignore[union-attr]
         parent._modules[name] = original
     for module, name, value in patch.flags:
         setattr(module, name, value)
     del root.__dict__[_ATTRIBUTE]
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return whether a model, or a part of it, is in FP8."""
+    return any(_ATTRIBUTE in module.__dict__ for module in model.modules())
 
 
 def fp8_state(model: nn.Module) -> dict[str, Tensor]:
@@ -250,7 +260,7 @@ def _convert(
     for name, (linear, holders) in places.items():
         layer = Fp8Linear.from_float(linear, region.site(name))
         for parent, attribute in holders:
-            patch.originals.append((parent, attribute, linear))
+            patch.originals.append((parent, attribute, linear, layer))
             parent._modules[attribute] = layer
     return patch
 

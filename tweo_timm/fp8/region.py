@@ -7,7 +7,8 @@ and torch.compile; ``model.forward`` is never replaced.
 
 Evaluation (root in eval mode, or gradients off) opens nothing: operands are scaled by their own maxima and no
 training state is read or written, so the result depends on the weights alone. Activation checkpointing runs a layer
-again inside the backward; the region then hands out the scales of the first run and records nothing twice. A
+again inside the backward; the region then hands out the scales of the first run and records nothing twice. Where the
+loss comes from elsewhere, from outputs of inner layers say, the gradients' scales move when the next forward begins. A
 training call that bypasses the root would train on scales nobody updates: an error.
 """
 
@@ -80,6 +81,7 @@ class Fp8Region:
         self.observer: Observer | None = None
         self.is_open = False
         self._all_ran = False
+        self._awaits_backward = False
         self._replays: list[Tensor] = []
         self._create(device)
 
@@ -102,10 +104,15 @@ class Fp8Region:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, root: nn.Module, args: Any) -> None:
+        if self._replays and _inside_backward():  # a checkpoint around the root: its layers run again, on their scales
+            return
+        self._replays.clear()  # left over where an exception ended a backward
         self.is_open = root.training and torch.is_grad_enabled()
         if self.is_open:
-            self._replays.clear()
             self._follow(next(root.parameters()).device)
+            if self._awaits_backward:  # a loss that did not pass through the root's output; no-op without a backward
+                self._finish_backward()
+            self._awaits_backward = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exit(self, root: nn.Module, args: Any, output: Any) -> None:
@@ -131,6 +138,7 @@ class Fp8Region:
 
     def _finish_backward(self) -> None:
         self._replays.clear()
+        self._awaits_backward = False
         if self.is_delayed:
             _reduce_over_ranks(self.backward.amax)
             self.backward.update(self.recipe, self.backward_format.max)
@@ -286,6 +294,10 @@ class LayerSite:
             self.region.forward.amax[2 * self.index : 2 * self.index + 2].clamp_min_(0.0)
         one = torch.ones((), device=x.device)
         return Scales(one, one, one, None)
+
+
+def _inside_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
 def _reduce_over_ranks(amax: Tensor) -> None:

@@ -31,7 +31,7 @@ class Converter:
     def __init__(self, model: nn.Module, recipe: Fp8Recipe):
         self.model = model
         self.region = TeRegion(recipe)
-        self.originals: list[tuple[nn.Module, str, nn.Module]] = []
+        self.originals: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self._faces: dict[nn.Module, nn.Module] = {}
 
     def convert(self, linears: tuple[str, ...]) -> None:
@@ -121,6 +121,6 @@ class Converter:
         for parent in list(self.model.modules()):
             for attribute, child in list(parent._modules.items()):
                 if child is original:
-                    self.originals.append((parent, attribute, original))
+                    self.originals.append((parent, attribute, original, face))
                     parent._modules[attribute] = face
         return face

@@ -2,7 +2,8 @@
 
 Engines recognise int8 computation by a pattern: operands of a MatMul or Conv come out of DequantizeLinear nodes. The
 modules here stand in for a model's own while it is traced and emit that pattern with the frozen scales, so the integers
-in the file are those of the PyTorch model. They trace, they do not compute: outside of an export they return zeros.
+in the file are those of the PyTorch model, but that an engine's int8 goes to -128 where the model stops at -127. They
+trace, they do not compute: outside of an export they return zeros.
 
 Linear layers become MatMul and Add, with the weight stored (in, out): a Transpose between DequantizeLinear and MatMul
 would hide the pattern. For onnxruntime, which has no int8 convolution with a float result, so does a patch embedding:

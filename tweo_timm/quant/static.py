@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tweo_timm.blocks import find_blocks
+from tweo_timm.fp8.patch import is_patched
 from tweo_timm.quant.compensate import compensate
 from tweo_timm.quant.flow import name_of
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
@@ -72,7 +73,8 @@ def quantize_static(
         for JSON: scheme, calibration_images, unused_layers (stay float), and what +smooth and +qwt did.
 
     Raises:
-        ValueError: for a scheme that cannot be parsed, no calibration images, or activations that are not finite.
+        ValueError: for a scheme that cannot be parsed, no calibration images, activations that are not finite, or a
+            model that is quantized or in FP8 already.
         RuntimeError: if a layer's weight is read past its forward, or a block multiplies activations where +attn cannot
             see the operands.
         TypeError: for scripted models, and layers whose effective weight is not stored.
@@ -140,6 +142,12 @@ def _working_copy(model: nn.Module, *, fused_attention: bool) -> nn.Module:
     model = unwrap_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be quantized: quantize the model that torch.jit.script was given")
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise ValueError("the model is quantized already: pass the float model that it was made from")
+    if is_patched(model):
+        raise ValueError(
+            "the model computes in FP8, where scales of floats mean nothing: call unpatch_fp8(model) first"
+        )
     working = copy.deepcopy(model).eval()
     set_grad_checkpointing: Any = getattr(working, "set_grad_checkpointing", None)
     if callable(set_grad_checkpointing):
@@ -166,6 +174,10 @@ def observe(model: nn.Module, batches: Iterable[Tensor], blocks: Mapping[str, nn
     seen = Observation(blocks={name: BlockSites() for name in blocks})
     watch = _Watch(model, blocks, seen)
     device = next(model.parameters()).device
+    batches = list(batches)
+    with torch.no_grad():
+        for images in batches[:1]:  # some models (ConViT) do more in their first forward than in all others
+            model(images.to(device))
     with watch, torch.no_grad():
         for images in batches:
             seen.num_images += len(images)
