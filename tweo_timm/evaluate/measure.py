@@ -78,7 +78,6 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         try:
             record["quantized"].append(_quantized(subject, scheme, images, samples, world))
         except ValueError as error:  # what is measured already is not lost over it
-            _logger.error("%s: %s", subject.name, error)
             record["not_quantized"][scheme] = str(error)
     record |= _diagnoses(subject, samples)
     return record

@@ -62,7 +62,7 @@ class Trainer:
         session, options = self.session, self.session.options
         optimizer = None if options.no_resume_opt else session.optimizer
         before = getattr(content.get("args"), "opt", options.opt)
-        if optimizer is not None and before != options.opt:
+        if optimizer is not None and before.lower() != options.opt.lower():
             raise ValueError(
                 f"checkpoint {path} was written under --opt {before}, whose state --opt {options.opt} cannot use: "
                 "go on with that one, or begin without its state by --no-resume-opt"
