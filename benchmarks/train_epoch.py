@@ -101,7 +101,7 @@ class PlainLoop:
 class OurLoop:
     """Epochs of train.py with the given options."""
 
-    def __init__(self, session: Session, tweo_weight: float = 0.0, outlier_interval: int = 100) -> None:
+    def __init__(self, session: Session, tweo_weight: float = 0.0, outlier_interval: int = 50) -> None:
         options = replace(session.options, tweo_weight=tweo_weight, outlier_interval=outlier_interval)
         self.session = replace(session, options=options)
 

@@ -5,7 +5,7 @@
 All kinds of step train one model on the same batches, in an order drawn anew in every round, so that whatever else the
 machine does hits all of them alike: ratios are good to some tenths of a percent, those of benchmarks/train_epoch.py to
 a few percent. Left out is what an epoch has beside its steps: the loader and the log lines. `recorded` is the one step
-in --outlier-interval (100) in which the statistics of every block are counted.
+in --outlier-interval (50) in which the statistics of every block are counted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 def measure(session: Session, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each kind of step, in every round."""
     session.train_recorder = OutlierRecorder(session.model, standing=False)
-    session.options = replace(session.options, outlier_interval=100)
+    session.options = replace(session.options, outlier_interval=50)
     trainer = Trainer(session, SignalWatch())
     batches = [(images.clone(), targets.clone()) for images, targets in session.data.train]
     session.model.train()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
 from timm.utils import CheckpointSaver
@@ -179,6 +180,14 @@ def test_a_constant_weight_needs_no_length(host, sched):
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
 def test_a_scheduler_with_a_step_of_its_own_ends_epochs_too(host):
     assert list(peaks_by_epoch(host("--sched", "plateau"))) == [0, 1]
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_script_that_builds_no_task_learns_that_nothing_happened():
+    scheduler = CosineLRScheduler(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), t_initial=2)
+    scheduler.step(0)
+    with pytest.raises(RuntimeError, match="TWEO did nothing"):
+        scheduler.step(1)
 
 
 def test_compiled_checkpointed_and_distilled_models_get_the_penalty(host, dynamo):

@@ -88,6 +88,14 @@ def test_reports_of_several_runs_are_compared_without_a_model(tmp_path, capsys):
     assert report["comparison"][0]["mcnemar_p"] == 1.0
 
 
+def test_equal_names_of_several_reports_are_told_apart_by_the_report(tmp_path):
+    files = []
+    for folder, names in (("plain", ["a", "b"]), ("tweo", ["a", "c"])):
+        (tmp_path / folder).mkdir()
+        files.append(write(tmp_path / folder / "report.json", [record(name, [True]) for name in names]))
+    assert [entry["name"] for entry in read_reports(files)] == ["plain/a", "b", "tweo/a", "c"]
+
+
 @pytest.mark.parametrize(("content", "message"), [("{}", "schema"), ("no json", "no report"), (None, "No such file")])
 def test_file_that_is_no_report_is_named(tmp_path, content, message):
     path = tmp_path / "r.json"

@@ -160,7 +160,7 @@ def _summary(rows: list[dict[str, Any]], num_batches: int) -> dict[str, Any]:
     )
     actions = []
     if odd:
-        actions.append(f"pad {_names(odd)} to multiples of {MULTIPLE}, or leave them out of FP8")
+        actions.append(f"none for shapes: FP8 layers pad {_names(odd)} to multiples of {MULTIPLE} by themselves")
     if above:
         actions.append(f"use scaled FP8 (delayed or current scaling): {_names(above)} overflow unscaled E4M3")
     if risky:

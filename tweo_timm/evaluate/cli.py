@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tweo_timm.evaluate.options import ValidateOptions, parse_validate_options
+from tweo_timm.train.messages import held_messages
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = parse_validate_options(words)
+        with held_messages():
+            options = parse_validate_options(words)
+            if not options.print_config:
+                _set_up_logging()
     except ValueError as error:
         return _fail(error)
     if options.print_config:
@@ -48,14 +52,12 @@ def validate(options: ValidateOptions, command: str) -> int:
     Returns:
         The exit status, as `main`.
     """
-    from timm.utils import setup_default_logging
-
     from tweo_timm.evaluate.compare import read_reports
     from tweo_timm.train.data import UnreadableImage
     from tweo_timm.train.world import join_world
 
     if not logging.getLogger().handlers:  # a program that calls us may have its own
-        setup_default_logging()
+        _set_up_logging()
     records: list[dict[str, Any]] = []
     status = 0
     try:
@@ -86,6 +88,12 @@ def validate(options: ValidateOptions, command: str) -> int:
         except (ValueError, OSError) as error:
             return _fail(error)
     return status
+
+
+def _set_up_logging() -> None:
+    from timm.utils import setup_default_logging
+
+    setup_default_logging()
 
 
 def _check_outputs(options: ValidateOptions) -> None:

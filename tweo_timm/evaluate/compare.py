@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -22,12 +23,13 @@ SCHEMA = 1
 
 
 def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Collect the records of several report.json files.
+    """Collect the records of several report.json files; names that occur in several get their report's before.
 
     Raises:
         ValueError: if a file is no report of this schema.
     """
     records: list[dict[str, Any]] = []
+    origins: list[str] = []
     for path in paths:
         try:
             report = json.loads(Path(path).read_text())
@@ -37,7 +39,13 @@ def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
         if found is None:
             raise ValueError(f"--compare-reports {path} has schema {report['schema']}, this version reads {SCHEMA}")
         records += found
-    return records
+        file = Path(path).resolve()
+        origins += [file.parent.name if file.name == "report.json" else file.stem] * len(found)
+    names = Counter(record["name"] for record in records)
+    return [
+        record | {"name": f"{origin}/{record['name']}"} if names[record["name"]] > 1 else record
+        for record, origin in zip(records, origins, strict=True)
+    ]
 
 
 def schemes_of(records: Sequence[dict[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tweo_timm.train.messages import held_messages
 from tweo_timm.train.options import TrainOptions, parse_train_options
 from tweo_timm.train.recipe import dump_options
 
@@ -34,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 when the run is complete, 1 for an error, 128 + N after signal N.
     """
     try:
-        options = parse_train_options(argv)
+        with held_messages():
+            options = parse_train_options(argv)
+            if not options.print_config:
+                _set_up_logging()
     except ValueError as error:
         return _fail(error)
     if options.print_config:
@@ -49,14 +53,12 @@ def train(options: TrainOptions) -> int:
     Returns:
         The exit status, as `main`.
     """
-    from timm.utils import setup_default_logging
-
     from tweo_timm.train.data import UnreadableImage
     from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
     from tweo_timm.train.world import join_world
 
     if not logging.getLogger().hasHandlers():
-        setup_default_logging()
+        _set_up_logging()
     try:
         for name in options.device_modules or ():
             importlib.import_module(name)
@@ -82,6 +84,12 @@ def train(options: TrainOptions) -> int:
     if world.primary:
         _report(result, folder)
     return 0
+
+
+def _set_up_logging() -> None:
+    from timm.utils import setup_default_logging
+
+    setup_default_logging()
 
 
 def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:

@@ -195,7 +195,7 @@ def _report(path: Path, modern: Modernized, own: dict[str, Any]) -> None:
         _logger.info("%s: %s", path, "; ".join(parts))
     continued = [f"{key}={own[key]}" for key in _CONTINUATIONS if own.get(key) not in (None, "", "auto")]
     if continued:
-        _logger.warning("%s continues an earlier run: %s. Override on the command line to start anew", path, continued)
+        _logger.warning("%s continues an earlier run: %s, unless the command line says otherwise", path, continued)
 
 
 def dump_options(options: Any) -> str:

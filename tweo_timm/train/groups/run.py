@@ -74,7 +74,7 @@ class TweoOptions:
     tweo_start: float = flag(0.0, "Fraction of the run at which the schedule begins.")
     tweo_end: float = flag(1.0, "Fraction of the run at which the schedule ends.")
     tweo_blocks: str | None = flag(None, "Names the transformer blocks where they are not found.", metavar="REGEX")
-    outlier_interval: int = flag(100, "Batches between outlier statistics in training; 0: none.")
+    outlier_interval: int = flag(50, "Batches between outlier statistics in training; 0: none.")
     stop_on_peak: float | None = flag(None, "Stop the run when an activation exceeds this magnitude.")
 
 

@@ -1,0 +1,32 @@
+"""What is logged while the command line is read, kept until logging is set up.
+
+Setting it up is timm's business, and timm takes seconds, for which `-h` and a misspelt flag should not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def held_messages() -> Iterator[None]:
+    """Hold messages back until the end of the context; those of a program that has set logging up pass at once."""
+    root = logging.getLogger()
+    if root.hasHandlers():
+        yield
+        return
+    level, holder = root.level, logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+    root.addHandler(holder)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(holder)
+        if not root.hasHandlers():
+            root.setLevel(level)
+            logging.basicConfig(format="%(message)s")
+        for record in holder.buffer:
+            root.handle(record)
