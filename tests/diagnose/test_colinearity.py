@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -59,6 +60,39 @@ def test_the_layer_scale_is_the_blocks_own(family):
     assert float(mid) + record["mlp_measured"] == pytest.approx(record["measured"], abs=1e-5)
 
 
+def test_the_layer_scale_of_edgenext_is_folded_in():
+    torch.manual_seed(0)
+    model, images = timm.create_model("edgenext_xx_small", num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    name = list(find_blocks(model))[-1]
+    block = model.get_submodule(name)
+    with torch.no_grad():
+        block.gamma.copy_(torch.linspace(0.5, 2, len(block.gamma)))
+    record = colinearity(model, images, block=name)
+    seen = {}
+    block.register_forward_hook(lambda m, args, out: seen.update(gain=(out - args[0]).flatten(2)))
+    with torch.no_grad():
+        model(images)
+    gain = float(seen["gain"][record["image"], record["channel"], record["token"]])
+    assert record["mlp_measured"] == pytest.approx(gain, abs=1e-5)
+    assert record["layer_scale"] == pytest.approx(float(block.gamma.detach()[record["channel"]]))
+
+
+def test_blocks_that_see_an_image_in_several_rows_are_explained():
+    torch.manual_seed(0)
+    model, images = timm.create_model("mobilevit_xxs", num_classes=3).eval(), torch.randn(3, 3, 64, 64)
+    seen = {}
+    name, block = next(iter(find_blocks(model).items()))
+    block.register_forward_hook(lambda m, a, out: seen.update(x=out.detach().reshape(len(out) // 4, -1, out.shape[-1])))
+    with torch.no_grad():
+        model(images)
+    whole = seen["x"]
+    record = colinearity(model, images, block=name)
+    assert abs(record["measured"]) == pytest.approx(float(whole.abs().max()), rel=1e-5)
+    at = whole[record["image"], record["token"], record["channel"]]
+    assert float(at) == pytest.approx(record["measured"], rel=1e-5)
+    assert colinearity(model, images)["block"] in find_blocks(model)
+
+
 def test_the_peak_and_its_place_are_found():
     model, images = make_model("swin"), make_images("swin", 5)
     record = colinearity(model, list(images.split(2)))
@@ -101,8 +135,6 @@ def test_a_linear_form_of_the_wrong_sign_or_size_is_called_invalid():
 
 def test_the_two_halves_of_a_packed_gated_mlp_are_told_apart():
     for arch in ("vit_giant_patch14_reg4_dinov2",):
-        import timm
-
         model = timm.create_model(
             arch, img_size=28, embed_dim=32, depth=2, num_heads=2, num_classes=4, init_values=0.5, pretrained=False
         ).eval()

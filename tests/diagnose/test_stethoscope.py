@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -32,6 +33,23 @@ def test_the_trained_arm_equals_a_float64_computation_on_stored_outputs():
         assert row["mean_abs"] == pytest.approx(float(x.abs().mean()), rel=1e-5)
         assert row["mean_peak"] == pytest.approx(float(x.abs().amax(1).mean()), rel=1e-5)
         assert row["peak_abs"] == pytest.approx(float(x.abs().max()), rel=1e-5)
+
+
+def test_the_rows_of_one_image_are_counted_as_one_image():
+    torch.manual_seed(0)
+    model, images = timm.create_model("mobilevit_xxs", num_classes=3).eval(), torch.randn(3, 3, 64, 64)
+    rows = rows_of(stethoscope(model, images), "trained_data")
+    stored = {}
+    for name, block in find_blocks(model).items():
+        block.register_forward_hook(lambda m, a, out, name=name: stored.update({name: out.detach()}))
+    with torch.no_grad():
+        model(images)
+    for name, row in rows.items():
+        assert len(stored[name]) == 4 * 3  # four patches each
+        x = stored[name].double().abs().reshape(3, -1)
+        assert row["mean_abs"] == pytest.approx(float(x.mean()), rel=1e-5)
+        assert row["mean_peak"] == pytest.approx(float(x.amax(1).mean()), rel=1e-5)
+        assert row["mean_peak"] <= row["peak_abs"]
 
 
 def test_an_outlier_of_the_weights_is_data_independent():
@@ -121,8 +139,6 @@ def test_drawing_again_gives_finite_parameters_like_those_of_a_new_model(family)
 
 
 def test_a_model_that_timm_can_create_by_name_is_created():
-    import timm
-
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3)
     fresh, origin, rules = random_model(model, seed=1)
     assert (origin, rules) == ("created", {})

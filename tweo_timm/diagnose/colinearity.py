@@ -116,7 +116,7 @@ def _readable(model: nn.Module, found: dict[str, nn.Module], image: Tensor) -> l
     """The blocks whose last MLP produces every token of the block's output."""
     readable, reasons = [], []
     tokens: dict[str, int] = {}
-    with BlockTap(found, lambda name, module, out: tokens.__setitem__(name, _tokens(module, out).shape[1])):
+    with BlockTap(found, lambda name, module, out: tokens.__setitem__(name, _tokens(module, out, 1).shape[1])):
         model(image)
     for name, module in found.items():
         try:
@@ -141,7 +141,7 @@ def _find_peak(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Ten
     offset = 0
 
     def observe(name: str, module: nn.Module, output: Tensor) -> None:
-        x = _tokens(module, output)
+        x = _tokens(module, output, len(images))
         if channel is not None and not 0 <= channel < x.shape[-1]:
             raise ValueError(f"channel {channel} is not one of block {name!r}: it has {x.shape[-1]}")
         magnitude = x.abs() if channel is None else x.abs()[..., channel : channel + 1]
@@ -160,10 +160,10 @@ def _find_peak(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Ten
     return best[0]
 
 
-def _tokens(block: nn.Module, output: Tensor) -> Tensor:
-    """A block's output as (images, tokens, channels)."""
+def _tokens(block: nn.Module, output: Tensor, num_images: int) -> Tensor:
+    """A block's output as (images, tokens, channels); MobileViT has an image's patches in consecutive rows."""
     x = output.movedim(channel_axis(block, output), -1)
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(num_images, -1, x.shape[-1])
 
 
 def _mlp_of(block: nn.Module) -> tuple[str, nn.Module, nn.Module]:
@@ -190,7 +190,7 @@ def _explain(model: nn.Module, block: nn.Module, peak: _Peak, image: Tensor) -> 
         first.register_forward_pre_hook(lambda m, args: seen.update(x=args[0].clone())),
         mlp.register_forward_hook(lambda m, args, out: seen.update(out=out.clone())),
     ]
-    with BlockTap({peak.block: block}, lambda n, module, out: seen.update(block=_tokens(module, out))):
+    with BlockTap({peak.block: block}, lambda n, module, out: seen.update(block=_tokens(module, out, 1))):
         model(image)
     for handle in handles:
         handle.remove()

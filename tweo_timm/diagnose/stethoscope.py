@@ -146,12 +146,15 @@ def _shuffled(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _run(model: nn.Module, batches: list[Tensor], blocks: str | None) -> list[dict[str, Any]]:
-    """Return one row a block: means over images of the extremes, summed in float64."""
+    """Return one row a block: means over images of the extremes, summed in float64.
+
+    Blocks that see an image in several rows (the patches of MobileViT) have them one after the other.
+    """
     sums: dict[str, Tensor] = {}
     peaks: dict[str, Tensor] = {}
 
     def observe(name: str, block: nn.Module, output: Tensor) -> None:
-        x = output.detach().flatten(1).float()
+        x = output.detach().reshape(len(images), -1).float()
         peak_B = x.abs().amax(1)
         columns = torch.stack([x.amax(1), x.amin(1), x.abs().mean(1), peak_B]).double().sum(1)
         sums[name] = sums[name] + columns if name in sums else columns
