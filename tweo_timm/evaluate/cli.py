@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tweo_timm.evaluate.options import ValidateOptions, parse_validate_options
-from tweo_timm.train.messages import held_messages
+from tweo_timm.train.messages import held_messages, set_up_logging
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with held_messages():
             options = parse_validate_options(words)
             if not options.print_config:
-                _set_up_logging()
+                set_up_logging()
     except ValueError as error:
         return _fail(error)
     if options.print_config:
@@ -57,7 +57,7 @@ def validate(options: ValidateOptions, command: str) -> int:
     from tweo_timm.train.world import join_world
 
     if not logging.getLogger().handlers:  # a program that calls us may have its own
-        _set_up_logging()
+        set_up_logging()
     records: list[dict[str, Any]] = []
     status = 0
     try:
@@ -88,12 +88,6 @@ def validate(options: ValidateOptions, command: str) -> int:
         except (ValueError, OSError) as error:
             return _fail(error)
     return status
-
-
-def _set_up_logging() -> None:
-    from timm.utils import setup_default_logging
-
-    setup_default_logging()
 
 
 def _check_outputs(options: ValidateOptions) -> None:

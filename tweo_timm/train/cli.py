@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tweo_timm.train.messages import held_messages
+from tweo_timm.train.messages import held_messages, set_up_logging
 from tweo_timm.train.options import TrainOptions, parse_train_options
 from tweo_timm.train.recipe import dump_options
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with held_messages():
             options = parse_train_options(argv)
             if not options.print_config:
-                _set_up_logging()
+                set_up_logging()
     except ValueError as error:
         return _fail(error)
     if options.print_config:
@@ -58,7 +58,7 @@ def train(options: TrainOptions) -> int:
     from tweo_timm.train.world import join_world
 
     if not logging.getLogger().hasHandlers():
-        _set_up_logging()
+        set_up_logging()
     try:
         for name in options.device_modules or ():
             importlib.import_module(name)
@@ -84,12 +84,6 @@ def train(options: TrainOptions) -> int:
     if world.primary:
         _report(result, folder)
     return 0
-
-
-def _set_up_logging() -> None:
-    from timm.utils import setup_default_logging
-
-    setup_default_logging()
 
 
 def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:

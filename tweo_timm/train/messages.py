@@ -30,3 +30,10 @@ def held_messages() -> Iterator[None]:
             logging.basicConfig(format="%(message)s")
         for record in holder.buffer:
             root.handle(record)
+
+
+def set_up_logging() -> None:
+    """Log as timm's scripts do."""
+    from timm.utils import setup_default_logging
+
+    setup_default_logging()
