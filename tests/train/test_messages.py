@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from tweo_timm.train.messages import held_messages
+from tweo_timm.train.messages import held_messages, set_up_logging
 
 
 @contextlib.contextmanager
@@ -62,3 +62,20 @@ def test_a_program_that_has_set_logging_up_hears_it_at_once():
             read()
             assert seen.lines == ["old names: amp_impl"]
     assert seen.lines == ["old names: amp_impl"]
+
+
+def test_logging_that_a_program_has_set_up_stays_as_it_is():
+    seen = Lines()
+    with logging_as_it_starts() as root:
+        root.addHandler(seen)
+        with held_messages():
+            set_up_logging()
+        assert root.handlers == [seen]
+
+
+def test_logging_that_nobody_has_set_up_is_timms():
+    with logging_as_it_starts() as root:
+        with held_messages():
+            set_up_logging()
+        assert root.level == logging.INFO
+        assert len(root.handlers) == 1

@@ -56,8 +56,7 @@ def validate(options: ValidateOptions, command: str) -> int:
     from tweo_timm.train.data import UnreadableImage
     from tweo_timm.train.world import join_world
 
-    if not logging.getLogger().handlers:  # a program that calls us may have its own
-        set_up_logging()
+    set_up_logging()
     records: list[dict[str, Any]] = []
     status = 0
     try:

@@ -57,8 +57,7 @@ def train(options: TrainOptions) -> int:
     from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
     from tweo_timm.train.world import join_world
 
-    if not logging.getLogger().hasHandlers():
-        set_up_logging()
+    set_up_logging()
     try:
         for name in options.device_modules or ():
             importlib.import_module(name)

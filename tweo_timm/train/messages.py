@@ -15,7 +15,7 @@ from collections.abc import Iterator
 def held_messages() -> Iterator[None]:
     """Hold messages back until the end of the context; those of a program that has set logging up pass at once."""
     root = logging.getLogger()
-    if root.hasHandlers():
+    if root.handlers:
         yield
         return
     level, holder = root.level, logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
@@ -25,7 +25,7 @@ def held_messages() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(holder)
-        if not root.hasHandlers():
+        if not root.handlers:
             root.setLevel(level)
             logging.basicConfig(format="%(message)s")
         for record in holder.buffer:
@@ -33,7 +33,9 @@ def held_messages() -> Iterator[None]:
 
 
 def set_up_logging() -> None:
-    """Log as timm's scripts do."""
+    """Log as timm's scripts do, unless a program that calls us has its own ways."""
+    if any(not isinstance(handler, logging.handlers.MemoryHandler) for handler in logging.getLogger().handlers):
+        return
     from timm.utils import setup_default_logging
 
     setup_default_logging()
