@@ -19,6 +19,7 @@ from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.suggestion import suggest_path
+from tweo_timm.train.checks import image_channels
 from tweo_timm.train.data import preprocessing
 from tweo_timm.train.model import check_compiler, check_image_size, suggest_model
 
@@ -186,13 +187,12 @@ def _describe(content: dict[str, Any], source: Source, options: ValidateOptions)
 
 
 def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
-    in_chans = options.in_chans or (options.input_size[0] if options.input_size else 3)
     try:
         return create_model(  # type: ignore[no-any-return]
             arch,
             pretrained=pretrained or options.pretrained,
             num_classes=options.num_classes,
-            in_chans=in_chans,
+            in_chans=image_channels(options),
             global_pool=options.gp,
             **options.model_kwargs,
         )

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tweo_timm.suggestion import suggest, suggest_path
+from tweo_timm.train.checks import image_channels
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
 from tweo_timm.train.watch import PatientWorker
@@ -128,7 +129,7 @@ def preprocessing(options: Any, model: nn.Module, **details: Any) -> dict[str, A
         details: further arguments of `resolve_data_config`.
     """
     config: dict[str, Any] = resolve_data_config(vars(options), model=model, **details)
-    channels = options.in_chans or (options.input_size[0] if options.input_size else 3)
+    channels = image_channels(options)
     config["input_size"] = (channels, *config["input_size"][1:])
     for name in ("mean", "std"):
         if len(config[name]) != channels:

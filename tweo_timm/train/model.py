@@ -13,6 +13,7 @@ from timm.models import create_model, list_models
 from torch import nn
 
 from tweo_timm.suggestion import suggest, suggest_path
+from tweo_timm.train.checks import image_channels
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.world import World
 
@@ -53,9 +54,6 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
 
 
 def _create(options: TrainOptions) -> nn.Module:
-    in_chans = options.in_chans
-    if in_chans is None:
-        in_chans = options.input_size[0] if options.input_size is not None else 3
     factory: dict[str, Any] = {}
     if options.pretrained_path:
         factory["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": -1}
@@ -63,7 +61,7 @@ def _create(options: TrainOptions) -> nn.Module:
         return create_model(  # type: ignore[no-any-return]
             options.model,
             pretrained=options.pretrained,
-            in_chans=in_chans,
+            in_chans=image_channels(options),
             num_classes=options.num_classes,
             drop_rate=options.drop,
             drop_path_rate=options.drop_path,
@@ -162,7 +160,7 @@ def check_image_sizes(options: TrainOptions, model: nn.Module, world: World) -> 
     if not options.train_img_sizes:
         return
     weight = next(model.parameters())
-    channels = options.in_chans or (options.input_size[0] if options.input_size is not None else 3)
+    channels = image_channels(options)
     model.eval()
     for size in options.train_img_sizes:
         images = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=world.device)
