@@ -30,10 +30,11 @@ def common(photos):
     return ["--data-dir", photos, "--device", "cpu", "-j", "0", "-b", "4"]
 
 
-def timm_top1(path, photos):
+def timm_top1(path, photos, size=32):
     """Top-1 as timm's own parts compute it, with no knowledge of this package."""
     model = timm.create_model(ARCH, num_classes=3, checkpoint_path=str(path), **KWARGS).eval()
-    config = resolve_data_config({"input_size": (3, 32, 32), "crop_pct": 1.0}, model=model)
+    model.set_input_size(img_size=(size, size))
+    config = resolve_data_config({"input_size": (3, size, size), "crop_pct": 1.0}, model=model)
     dataset = create_dataset("", root=str(photos), split="validation")
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     loader = create_loader(
@@ -190,7 +191,6 @@ def test_missing_data_folder_is_one_clear_line(capsys, checkpoints):
 
 BAD = {
     "--torchcompile induktor": "did you mean 'inductor'",
-    "--input-size 3 48 48": "built for images of",
     "--gp medium": "pooling",
     "--mean 0.5 0.5": "--mean has 2 values",
     "--interpolation bicubik": "did you mean 'bicubic'",
@@ -273,6 +273,40 @@ def test_a_size_on_the_command_line_replaces_that_of_the_training_and_keeps_its_
     status, result, err = run(capsys, "--checkpoint", path, *size, *common)
     assert status == 0, err
     assert result["img_size"] == 48
+
+
+SIZES = [("--img-size", 48), ("--input-size", 3, 48, 48), ("--model-kwargs", "img_size=48")]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_vit_is_resized_for_images_of_another_size_as_timm_resizes_it(capsys, checkpoints, common, photos, size):
+    status, result, err = run(capsys, "--checkpoint", checkpoints[0], *size, *common)
+    assert status == 0, err
+    top1, summary = timm_top1(checkpoints[0], photos, size=48)
+    assert result["img_size"] == 48
+    assert result["top1"] == pytest.approx(top1, abs=1e-3)
+    assert result["peak_abs"] == pytest.approx(summary["peak_abs"], rel=1e-6)
+
+
+@pytest.mark.parametrize("trained_at", [224, 48])
+def test_weights_alone_fit_at_their_architectures_size_and_at_the_one_asked_for(capsys, common, tmp_path, trained_at):
+    path = tmp_path / "weights.pth"
+    torch.save(make_model(0, img_size=trained_at).state_dict(), path)
+    kwargs = [f"{name}={value}" for name, value in KWARGS.items() if name != "img_size"]
+    words = ["--model", ARCH, "--num-classes", 3, "--img-size", 48, "--model-kwargs", *kwargs]
+    status, result, err = run(capsys, "--checkpoint", path, *words, *common)
+    assert status == 0, err
+    assert result["img_size"] == 48
+
+
+def test_a_model_that_cannot_be_resized_says_so(capsys, common, tmp_path):
+    path = tmp_path / "weights.pth"
+    mixer = timm.create_model("mixer_s32_224", num_classes=3, img_size=32)
+    args = argparse.Namespace(num_classes=3, model_kwargs={"img_size": 32})
+    torch.save({"arch": "mixer_s32_224", "args": args, "state_dict": mixer.state_dict()}, path)
+    status, _, err = run(capsys, "--checkpoint", path, "--img-size", 48, *common)
+    assert status == 1
+    assert "built for images of 32x32" in err
 
 
 def test_weights_alone_need_a_model_name(capsys, common, tmp_path):

@@ -44,6 +44,13 @@ def test_the_checkpoint_is_plain_timm(images, tmp_path):
     assert all(torch.equal(value, ema[key]) for key, value in model.state_dict().items())
 
 
+def test_img_size_says_how_large_the_model_is_built(images, tmp_path):
+    sizes = ["patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
+    model = ["--model", "vit_tiny_patch16_224", "--num-classes", "3", "--img-size", "48", "--model-kwargs", *sizes]
+    folder = train(images, tmp_path, "--epochs", "1", model=model)
+    assert last(folder)["state_dict"]["pos_embed"].shape == (1, 1 + 6 * 6, 32)
+
+
 @pytest.mark.parametrize("scaling", ["delayed", "current"])
 def test_fp8_scales_survive_an_interruption(scaling, images, tmp_path, interrupt):
     settings = ("--fp8", "emulated", "--fp8-scaling", scaling, "--epochs", "2", "--fp8-health-interval", "2")

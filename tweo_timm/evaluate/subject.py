@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import apply_test_time_pool, set_fast_norm
-from timm.models import create_model, list_models, load_checkpoint
+from timm.layers import apply_test_time_pool, set_fast_norm, to_2tuple
+from timm.models import (
+    create_model,
+    get_model_input_config,
+    list_models,
+    load_checkpoint,
+    resolve_model_input_args,
+)
 from timm.utils import reparameterize_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.suggestion import suggest_path
-from tweo_timm.train.checks import image_channels
 from tweo_timm.train.data import preprocessing
-from tweo_timm.train.model import check_compiler, check_image_size, suggest_model
+from tweo_timm.train.model import check_compiler, suggest_model
 
 _logger = logging.getLogger(__name__)
 
@@ -29,11 +34,7 @@ _CHECKPOINTS = ("*.pth.tar", "*.pth", "*.safetensors")
 # What a checkpoint's own training options say about the model and its images, where the command line says nothing.
 _INHERITED = (
     "num_classes",
-    "in_chans",
     "gp",
-    "model_kwargs",
-    "img_size",
-    "input_size",
     "mean",
     "std",
     "crop_pct",
@@ -140,15 +141,16 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         ValueError: if the file cannot be read, is of another architecture than `--model`, or has no EMA weights.
     """
     content = _metadata(source.path) if source.path is not None else {}
-    arch, options = _describe(content, source, options)
+    arch, options, loadable = _describe(content, source, options)
     check_compiler(options.torchcompile)
     if options.fast_norm:
         set_fast_norm()
-    model = _create(arch, options, pretrained=source.path is None)
-    if source.path is not None:
-        _load(model, content, source.path, arch, options.use_ema)
+    if source.path is None:
+        model = _create(arch, options, pretrained=True)
+    else:
+        model = _with_weights(arch, loadable, content, source.path)
+        _resize(model, arch, options)
     data_config = preprocessing(as_namespace(options), model, use_test_size=not options.use_train_size)
-    check_image_size(arch, model, data_config["input_size"])
     if options.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)
         data_config |= {"crop_pct": 1.0} if pooled else {}
@@ -162,8 +164,15 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
     return Subject(source.name, arch, model, data_config, options, source.path, training)
 
 
-def _describe(content: dict[str, Any], source: Source, options: ValidateOptions) -> tuple[str, ValidateOptions]:
-    """Fill in what the checkpoint says about its architecture, model and images, where the command line is silent."""
+def _describe(
+    content: dict[str, Any], source: Source, options: ValidateOptions
+) -> tuple[str, ValidateOptions, list[ValidateOptions]]:
+    """Fill in what the checkpoint says about its architecture, model and images, where the command line is silent.
+
+    Returns:
+        The architecture, the options, and the options under which the weights may fit: with images as large as in the
+        training, as they are to be now, and as the architecture has them, which file and timm's version decide.
+    """
     default = {field.name: field for field in fields(ValidateOptions)}["model"].default
     own = content.get("arch")
     if own and source.model not in (default, own):
@@ -174,28 +183,86 @@ def _describe(content: dict[str, Any], source: Source, options: ValidateOptions)
         raise ValueError(f"checkpoint {source.path} does not say its architecture: pass --model NAME")
     args = content.get("args")
     recorded = dict(args) if isinstance(args, Mapping) else dict(getattr(args, "__dict__", {}))
-    recorded["model_kwargs"] = {**(recorded.get("model_kwargs") or {}), **options.model_kwargs}
-    if options.img_size or options.input_size:  # instead of whatever the training said of the size
-        channels = recorded.get("in_chans") or (recorded.get("input_size") or [None])[0]
-        recorded = {**recorded, "in_chans": channels, "img_size": None, "input_size": None}
     inherited = {
-        name: recorded[name]
-        for name in _INHERITED
-        if recorded.get(name) is not None and (name == "model_kwargs" or not getattr(options, name))
+        name: recorded[name] for name in _INHERITED if recorded.get(name) is not None and not getattr(options, name)
     }
-    return own or source.model, replace(options, **inherited)
+    inherited["in_chans"] = _channels(vars(options)) or _channels(recorded)
+    inherited["model_kwargs"] = {**(recorded.get("model_kwargs") or {}), **options.model_kwargs}
+    unsized = _at_size(replace(options, **inherited), {})
+    trained, asked = _size(recorded), _size(vars(options))
+    return (
+        own or source.model,
+        _at_size(unsized, asked or trained),
+        [_at_size(unsized, size) for size in (trained, asked, {})],
+    )
+
+
+def _channels(settings: Mapping[str, Any]) -> int | None:
+    """How many channels some settings give images; None if they do not say."""
+    channels: int | None = settings.get("in_chans") or (settings.get("input_size") or [None])[0]
+    return channels
+
+
+def _size(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that say how large images are."""
+    sizes = {name: settings[name] for name in ("img_size", "input_size") if settings.get(name)}
+    inner = (settings.get("model_kwargs") or {}).get("img_size")
+    return sizes | ({"model_kwargs": {"img_size": inner}} if inner else {})
+
+
+def _at_size(options: ValidateOptions, size: Mapping[str, Any]) -> ValidateOptions:
+    """The same options but for how large images are, which is as in `size`, or as the architecture has it."""
+    others = {name: value for name, value in options.model_kwargs.items() if name != "img_size"}
+    unsized = replace(options, img_size=None, input_size=None, model_kwargs=others)
+    return replace(unsized, **{**size, "model_kwargs": {**others, **size.get("model_kwargs", {})}})
+
+
+def _with_weights(arch: str, loadable: list[ValidateOptions], content: dict[str, Any], path: Path) -> nn.Module:
+    """Build the model under the first options that its weights fit."""
+    mismatch: ValueError | None = None
+    for options in loadable:
+        model = _create(arch, options, pretrained=False)
+        try:
+            _load(model, content, path, arch, options.use_ema)
+        except ValueError as error:
+            if "size mismatch" not in str(error):
+                raise
+            mismatch = mismatch or error
+        else:
+            return model
+    assert mismatch is not None
+    raise mismatch
+
+
+def _resize(model: Any, arch: str, options: ValidateOptions) -> None:
+    """Let a model that is built for images of one size take those that were asked for, as timm resizes it."""
+    size = _size(vars(options))
+    wanted = size.get("input_size", [])[1:] or size.get("img_size") or size.get("model_kwargs", {}).get("img_size")
+    built = get_model_input_config(model)
+    if not wanted or not built["fixed_input_size"] or to_2tuple(wanted) == tuple(built["input_size"][1:]):
+        return
+    height, width = to_2tuple(wanted)
+    try:
+        model.set_input_size(img_size=(height, width))
+    except (AttributeError, AssertionError, ValueError, RuntimeError) as error:
+        before = "x".join(map(str, built["input_size"][1:]))
+        raise ValueError(
+            f"{arch} is built for images of {before} and cannot be changed to {height}x{width} ({error}): leave out "
+            "--img-size and --input-size"
+        ) from error
 
 
 def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
     try:
-        return create_model(  # type: ignore[no-any-return]
+        arguments = resolve_model_input_args(
             arch,
+            vars(as_namespace(options)),
             pretrained=pretrained or options.pretrained,
             num_classes=options.num_classes,
-            in_chans=image_channels(options),
             global_pool=options.gp,
             **options.model_kwargs,
         )
+        return create_model(**arguments)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
         raise ValueError(f"cannot create {arch}: {str(error)[:400]}{suggest_model(arch, error)}") from error
 

@@ -32,7 +32,7 @@ from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
 from tweo_timm.train.data import Data, open_data, preprocessing
-from tweo_timm.train.model import build_model, check_compiler, check_image_size, check_image_sizes
+from tweo_timm.train.model import build_model, check_compiler, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
@@ -134,7 +134,6 @@ def build_session(options: TrainOptions, world: World) -> Session:
     model = build_model(options, world)
     namespace = as_namespace(options)
     data_config = preprocessing(namespace, model, verbose=world.primary)
-    check_image_size(options.model, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
     data = open_data(options, data_config, num_classes, world)

@@ -17,7 +17,7 @@ from timm.data import (
     MultiLabelTarget,
     create_dataset,
     create_loader,
-    resolve_data_config,
+    resolve_input_data_config,
 )
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.loader import PrefetchLoader
@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tweo_timm.suggestion import suggest, suggest_path
-from tweo_timm.train.checks import image_channels
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
 from tweo_timm.train.watch import PatientWorker
@@ -118,23 +117,20 @@ class StrictImages(Dataset[Any]):
 
 
 def preprocessing(options: Any, model: nn.Module, **details: Any) -> dict[str, Any]:
-    """Return timm's resolved preprocessing, for as many channels as the model takes.
-
-    Where timm knows mean and std of other images, grey ones of a model for colours say, it takes their average: so its
-    prefetching loader does, and here everybody.
+    """Return timm's resolved preprocessing, for images of the channels and the size that the model takes.
 
     Args:
-        options: `in_chans` and `input_size` say the channels; everything else as timm's `resolve_data_config` reads it.
-        model: its pretrained configuration fills in what the options leave open.
-        details: further arguments of `resolve_data_config`.
+        options: as timm's `resolve_input_data_config` reads them; the model fills in what they leave open.
+        model: a timm model.
+        details: further arguments of `resolve_input_data_config`.
+
+    Raises:
+        ValueError: if the options ask for images that the model does not take.
     """
-    config: dict[str, Any] = resolve_data_config(vars(options), model=model, **details)
-    channels = image_channels(options)
-    config["input_size"] = (channels, *config["input_size"][1:])
-    for name in ("mean", "std"):
-        if len(config[name]) != channels:
-            config[name] = (sum(config[name]) / len(config[name]),) * channels
-    return config
+    try:
+        return resolve_input_data_config(model, vars(options), **details)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise ValueError(f"{error} Leave out --img-size and --input-size, or choose another model") from error
 
 
 def open_dataset(options: Any, split: str, data_config: dict[str, Any], **details: Any) -> Any:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import create_model, list_models
+from timm.models import create_model, list_models, resolve_model_input_args
 from torch import nn
 
 from tweo_timm.suggestion import suggest, suggest_path
 from tweo_timm.train.checks import image_channels
-from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.options import TrainOptions, as_namespace
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -58,10 +57,10 @@ def _create(options: TrainOptions) -> nn.Module:
     if options.pretrained_path:
         factory["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": -1}
     try:
-        return create_model(  # type: ignore[no-any-return]
+        arguments = resolve_model_input_args(
             options.model,
+            vars(as_namespace(options)),
             pretrained=options.pretrained,
-            in_chans=image_channels(options),
             num_classes=options.num_classes,
             drop_rate=options.drop,
             drop_path_rate=options.drop_path,
@@ -73,6 +72,7 @@ def _create(options: TrainOptions) -> nn.Module:
             **factory,
             **options.model_kwargs,
         )
+        return create_model(**arguments)  # type: ignore[no-any-return]
     except Exception as error:  # whatever a damaged file or an odd argument of an architecture leads to
         raise ValueError(_why_not(options, error)) from error
 
@@ -94,10 +94,19 @@ def _why_not(options: TrainOptions, error: Exception) -> str:
     if options.pretrained and isinstance(error, OSError):
         return f"--pretrained: no weights of {options.model} to be had; give --pretrained-path FILE. {text[:400]}"
     if "state_dict" in text or "size mismatch" in text:
-        return f"the weights in {weights} do not fit {options.model}: {text[:400]}"
+        return f"the weights in {weights} do not fit {options.model}: {text[:400]}{_how_to_resize(options, text)}"
+    if "Conflicting input" in text:
+        return f"{text} To let --img-size and --input-size decide, leave img_size out of --model-kwargs"
     if weights and Path(weights).is_file() and not isinstance(error, TypeError):
         return f"{weights} is truncated or no file of weights ({type(error).__name__}: {text[:200]})"
     return f"{options.model} does not accept these options (--model-kwargs {options.model_kwargs}): {text[:400]}"
+
+
+def _how_to_resize(options: TrainOptions, text: str) -> str:
+    if "pos_embed" not in text or not options.initial_checkpoint:
+        return ""
+    instead = f"--pretrained --pretrained-path {options.initial_checkpoint}"
+    return f". {instead} would resize them for images of another size"
 
 
 def _initialise_head(model: Any, options: TrainOptions) -> None:
@@ -113,30 +122,6 @@ def _initialise_head(model: Any, options: TrainOptions) -> None:
                 head.bias.mul_(options.head_init_scale)
             if options.head_init_bias is not None:
                 nn.init.constant_(head.bias, options.head_init_bias)
-
-
-def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> None:
-    """Refuse images of another size than a model that takes no other was built for.
-
-    Args:
-        arch: the model's name, for the message.
-        model: a timm model.
-        input_size: channels, height and width of the images.
-
-    Raises:
-        ValueError: if height or width differ.
-    """
-    patches: Any = getattr(model, "patch_embed", None)
-    built_for = getattr(patches, "img_size", None)
-    if built_for is None or not getattr(patches, "strict_img_size", False):
-        return
-    if tuple(built_for) != tuple(input_size[1:]):
-        size = "x".join(map(str, input_size[1:]))
-        side = input_size[1] if input_size[1] == input_size[2] else f"({input_size[1]},{input_size[2]})"
-        raise ValueError(
-            f"{arch} is built for images of {'x'.join(map(str, built_for))}, and these are {size}: add --model-kwargs "
-            f"img_size={side}, or dynamic_img_size=true where the architecture knows it"
-        )
 
 
 def check_compiler(backend: str | None) -> None:
