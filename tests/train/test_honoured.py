@@ -1,5 +1,6 @@
 """No flag is silently ignored: each is read where it acts, read by timm, or refused with a reason."""
 
+import csv
 import dataclasses
 import random
 import re
@@ -11,11 +12,12 @@ import torch
 from PIL import Image
 from timm.data import resolve_data_config
 from timm.data.auto_augment import NAME_TO_OP, posterize
+from timm.loss import compute_class_weights
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
 import tweo_timm.train
-from tests.train.runs import VIT, command, rows, train, write_images
+from tests.train.runs import VIT, command, load, rows, same_tensors, train, write_images
 from tweo_timm.train import data
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
@@ -244,6 +246,35 @@ def test_an_epoch_that_is_not_validated_is_kept_for_recovery_only(images, tmp_pa
     assert (folder / "recovery-0-7.pth.tar").exists()
     assert (folder / "milestone-3.pth.tar").exists()
     assert len(list(folder.glob("checkpoint-*"))) == 1
+
+
+def test_a_milestone_is_validated_whatever_the_interval(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "3", "--val-interval", "3", "--save-epochs", "1")
+    with open(folder / "summary.csv") as file:
+        scored = [row["eval_top1"] != "" for row in csv.DictReader(file)]
+    assert scored == [True, False, True]
+    assert load(folder / "milestone-1.pth.tar")["metric"] is not None
+
+
+def test_class_statistics_give_the_weights_that_timm_computes_from_them(images, tmp_path):
+    stats = tmp_path / "stats.json"
+    stats.write_text('{"pos_counts": [4, 2, 1], "num_samples": 8}')
+    words = ["--task", "multilabel", "--loss", "bce", "--class-stats", str(stats), "--loss-pos-weight", "neg_pos"]
+    words += ["--loss-class-weight", "effective_num", "--loss-weight-power", "0.5"]
+    criterion = session_of(images, tmp_path, *words).task.criterion
+    _, positive = compute_class_weights([4, 2, 1], 8, method="neg_pos", power=0.5)
+    _, weight = compute_class_weights([4, 2, 1], 8, method="effective_num")
+    assert torch.equal(criterion.pos_weight, positive)
+    assert torch.equal(criterion.weight, weight)
+
+
+def test_an_overlay_of_the_pretrained_configuration_is_what_timm_makes_of_it(images, tmp_path):
+    start = session_of(images, tmp_path).model
+    torch.save(start.state_dict(), tmp_path / "weights.pth")
+    overlay = ["--pretrained", "--seed", "7", "--pretrained-cfg-overlay", f"file={tmp_path / 'weights.pth'}"]
+    session = session_of(images, tmp_path, *overlay, "num_classes=3")
+    assert same_tensors(session.model.state_dict(), start.state_dict())
+    assert session.model.pretrained_cfg["file"] == str(tmp_path / "weights.pth")
 
 
 def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tmp_path):

@@ -39,8 +39,8 @@ def test_only_this_packages_flags_and_those_of_timm_1_0_31_go_beyond_the_referen
     ours = {name for name in extra if name.startswith(("tweo_", "fp8", "config", "print_config"))}
     ours |= {"tensorboard", "outlier_interval", "stop_on_peak", "fsdp"}
     timm_1_0_31 = {"task", "target_format", "multilabel_threshold", "loss", "stop_epoch", "save_epochs"}
-    timm_1_0_31 |= {"lr_decay_fn", "lr_stable_timescale", "class_weight", "pos_weight", "class_stats"}
-    timm_1_0_31 |= {"class_weight_power", "class_weight_beta", "class_weight_max"}
+    timm_1_0_31 |= {"lr_decay_fn", "lr_stable_timescale", "loss_class_weight", "loss_pos_weight", "class_stats"}
+    timm_1_0_31 |= {"loss_weight_power", "loss_weight_beta", "loss_weight_max", "pretrained_cfg_overlay"}
     timm_1_0_31 |= {name for name in extra if name.startswith(("asl_", "poly_", "twoway_", "db_"))}
     assert extra == ours | timm_1_0_31
 
@@ -56,7 +56,7 @@ def test_loss_options_have_the_defaults_of_timms_loss_factory():
 def test_class_weight_options_have_the_defaults_of_timms_resolver():
     parameters = inspect.signature(resolve_class_weights).parameters
     for option, parameter in (("power", "power"), ("beta", "beta"), ("max", "max_weight")):
-        assert TABLE[f"class_weight_{option}"].default == parameters[parameter].default
+        assert TABLE[f"loss_weight_{option}"].default == parameters[parameter].default
 
 
 def test_tweo_defaults_are_those_of_the_configuration_except_that_it_is_off():
@@ -186,6 +186,10 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--scale 1 0.1", ["--scale", "smaller first"]),
         ("--cutmix-minmax 0.2", ["--cutmix-minmax", "two numbers"]),
         ("--decay-milestones 90 30", ["--decay-milestones", "increasing"]),
+        ("--task multilabel --loss db", ["--class-stats FILE"]),
+        ("--task multilabel --loss-pos-weight neg_pos", ["neg_pos", "--class-stats FILE"]),
+        ("--task multilabel --bce-pos-weight 2 --loss-pos-weight 3", ["--bce-pos-weight", "--loss-pos-weight"]),
+        ("--pretrained-cfg-overlay custom_load=true", ["--pretrained-cfg-overlay", "--pretrained"]),
         ("--save-epochs 0", ["--save-epochs", "count from 1"]),
         ("--train-batch-sizes 8", ["--train-batch-sizes has 1", "--train-img-sizes"]),
         ("--naflex-patch-size-probs 1", ["--naflex-patch-size-probs has 1", "--naflex-patch-sizes"]),

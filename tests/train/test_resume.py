@@ -301,9 +301,6 @@ def test_an_interrupted_run_without_a_name_says_by_which_it_goes_on(images, tmp_
     assert f"--experiment {folder.name} --resume auto" in caplog.text
     assert main([*words, "--experiment", folder.name, "--resume", "auto"]) == 0
     assert [row["epoch"] for row in rows(folder)] == [0, 0, 1, 1]
-    caplog.clear()
-    assert main([*words, "--epochs", "1", "--resume", "auto"]) == 0
-    assert "--resume auto finds nothing" in caplog.text
 
 
 def test_a_stop_on_purpose_changes_nothing_of_what_follows(images, tmp_path):

@@ -58,12 +58,13 @@ BAD_SETTINGS = {
     "--opt-betas 0.9": ["--opt adamw"],
     "--opt adahessian": ["--opt adahessian", "TIMM_FUSED_ATTN=0"],
     "--opt adahessian --fp8 emulated": ["--opt adahessian", "leave out --fp8"],
+    "--stop-epoch 3": ["--stop-epoch 3", "2 epochs"],
     "--sched plateau --sched-on-updates": ["--sched plateau", "--sched-on-updates"],
     "--kd-model-name deit_smal_patch16_224": ["--kd-model-name", "did you mean 'deit_small_patch16_224'"],
     "--kd-model-name resnet10t --kd-distill-type feature --fp8 emulated": ["--kd-distill-type logit", "--fp8"],
-    "--loss bce --class-weight 1,2": ["--class-weight 1,2", "2 values", "3 classes"],
-    "--task multilabel --eval-metric loss --pos-weight 1,2": ["--pos-weight 1,2", "2 values", "3 classes"],
-    "--loss bce --class-weight 1,two,3": ["--class-weight 1,two,3", "two"],
+    "--loss bce --loss-class-weight 1,2": ["--loss-class-weight 1,2", "2 values", "3 classes"],
+    "--task multilabel --eval-metric loss --loss-pos-weight 1,2": ["--loss-pos-weight 1,2", "2 values", "3 classes"],
+    "--loss bce --loss-class-weight 1,two,3": ["--loss-class-weight 1,two,3", "two"],
     "--loss bce --bce-pos-weight -1": ["--bce-pos-weight -1", "non-negative"],
     "--input-size 3 48 48": ["(48, 48)", "model_kwargs.img_size=32", "leave img_size out of --model-kwargs"],
     "--train-split trian": ["no split 'trian'", "did you mean 'train'"],
@@ -89,6 +90,10 @@ BAD_SETTINGS = {
 
 def bad_folder(images, tmp_path):
     return ["--data-dir", str(tmp_path / "nowhere")], ["nowhere", "does not exist"]
+
+
+def bad_continuation_of_a_run_without_a_name(images, tmp_path):
+    return ["--experiment", "", "--resume", "auto"], ["--resume auto", "--experiment NAME"]
 
 
 def bad_spelling_of_the_folder(images, tmp_path):

@@ -161,6 +161,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
     scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(namespace), updates_per_epoch=updates_per_epoch
     )
+    if options.stop_epoch is not None and options.stop_epoch > num_epochs:
+        raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
     session = Session(
         options=options,
         world=world,
@@ -202,6 +204,8 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
             "--naflex-loader is not supported: its batches of varying length hold padding tokens, which statistics of "
             "outliers would count. Train NaFlexViT at a fixed --img-size, or with timm's train.py"
         )
+    if options.resume == "auto" and not options.experiment:
+        raise ValueError("--resume auto continues the run of a name: give --experiment NAME too, or --resume FILE")
     if options.fp8_health_interval and options.fp8 == "off":
         raise ValueError("--fp8-health-interval reports on FP8 layers: give --fp8 auto too, or leave it out")
     if options.kd_model_name is not None and options.kd_distill_type == "feature" and options.fp8 != "off":

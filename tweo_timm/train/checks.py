@@ -161,6 +161,13 @@ def _incomplete(options: TrainOptions) -> Iterator[str]:
     for dest in ("train_num_samples", "val_num_samples"):
         if not options.dataset and getattr(options, dest) is not None:
             yield f"{option_name(dest)} is the length of a stream (wds/, tfds/); a folder of images knows its own"
+    if options.pretrained_cfg_overlay and not options.pretrained:
+        yield "--pretrained-cfg-overlay is about pretrained weights; give --pretrained too, or leave it out"
+    stats = ("neg_pos", "inv_freq", "effective_num")
+    if options.class_stats is None and (
+        options.loss == "db" or {*stats} & {options.loss_pos_weight, options.loss_class_weight}
+    ):
+        yield "--loss db, neg_pos, inv_freq and effective_num count labels; give --class-stats FILE"
     if options.aug_splits == 1:
         yield "--aug-splits is 1; it must be 0 (off) or at least 2"
     for dest in ("jsd_loss", "split_bn"):
@@ -194,6 +201,8 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
             yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
+    if options.bce_pos_weight is not None and options.loss_pos_weight is not None:
+        yield "--bce-pos-weight is the old form of --loss-pos-weight; give one of them"
     if options.jsd_loss and options.bce_loss:
         yield "--jsd-loss contradicts --bce-loss; give --no-jsd-loss or --no-bce-loss"
     if options.sched == "plateau" and options.val_interval > 1:

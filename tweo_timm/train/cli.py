@@ -124,12 +124,6 @@ def _find_checkpoint(options: TrainOptions, folder: Path, world: World) -> tuple
         return None
     if options.resume != "auto":
         return Path(options.resume), read_checkpoint(Path(options.resume))
-    if not options.experiment:
-        _logger.warning(
-            "--resume auto finds nothing to go on with: without --experiment NAME the run's folder, %s, is a new one "
-            "every time. To continue a run, name its folder so, or its checkpoint with --resume FILE",
-            folder,
-        )
     found = load_newest(folder) if world.primary else None
     path = world.gather(found[0] if found is not None else None)[0]
     if path is None:

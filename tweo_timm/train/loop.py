@@ -134,7 +134,7 @@ class Trainer:
     def _save_epoch(self, epoch: int, metric: float | None) -> None:
         """Write the checkpoint of a finished epoch: ranked if it was validated, for recovery otherwise."""
         self.cursor.epoch, self.cursor.batch = epoch + 1, 0
-        if metric is None and epoch + 1 not in (self.session.options.save_epochs or ()):
+        if metric is None:
             self._save_recovery(epoch)
             return
         content = self._content()
@@ -333,10 +333,15 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------------- validation
 
+    def _is_validated(self, done: int, last_epoch: int) -> bool:
+        """Whether a validation follows when so many epochs are done: as scheduled, for a milestone, at the end."""
+        options = self.session.options
+        return done % options.val_interval == 0 or done == last_epoch or done in (options.save_epochs or ())
+
     def _validate(self, epoch: int, last_epoch: int, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Evaluate the model, or its EMA where there is one, and describe every block in `rows`."""
         session, options = self.session, self.session.options
-        if (epoch + 1) % options.val_interval and epoch + 1 != last_epoch:
+        if not self._is_validated(epoch + 1, last_epoch):
             return {}
         position = session.data.replay.position(self.cursor.batch)
         # A run that goes on after --stop-epoch draws what it would have drawn without the stop.

@@ -53,9 +53,8 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
 
 
 def _create(options: TrainOptions) -> nn.Module:
-    factory: dict[str, Any] = {}
-    if options.pretrained_path:
-        factory["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": -1}
+    file = {"file": options.pretrained_path, "num_classes": -1} if options.pretrained_path else {}
+    overlay = {**file, **options.pretrained_cfg_overlay}
     try:
         arguments = resolve_model_input_args(
             options.model,
@@ -69,7 +68,7 @@ def _create(options: TrainOptions) -> nn.Module:
             bn_momentum=options.bn_momentum,
             bn_eps=options.bn_eps,
             checkpoint_path=options.initial_checkpoint,
-            **factory,
+            pretrained_cfg_overlay=overlay or None,
             **options.model_kwargs,
         )
         return create_model(**arguments)  # type: ignore[no-any-return]

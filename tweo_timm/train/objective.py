@@ -90,15 +90,15 @@ def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any
     with _naming("--class-stats", options.class_stats):
         stats = load_class_stats(options.class_stats)
     weights: dict[str, Any] = {
-        "power": options.class_weight_power,
-        "beta": options.class_weight_beta,
-        "max_weight": options.class_weight_max,
+        "power": options.loss_weight_power,
+        "beta": options.loss_weight_beta,
+        "max_weight": options.loss_weight_max,
         "class_stats": stats,
     }
-    with _naming("--class-weight", options.class_weight):
-        class_weight = resolve_class_weights(options.class_weight, "class_weight", **weights)
-    flag = "--bce-pos-weight" if options.pos_weight is None else "--pos-weight"
-    positive = options.bce_pos_weight if options.pos_weight is None else options.pos_weight
+    with _naming("--loss-class-weight", options.loss_class_weight):
+        class_weight = resolve_class_weights(options.loss_class_weight, "class_weight", **weights)
+    flag = "--bce-pos-weight" if options.loss_pos_weight is None else "--loss-pos-weight"
+    positive = options.bce_pos_weight if options.loss_pos_weight is None else options.loss_pos_weight
     with _naming(flag, positive):
         pos_weight = resolve_class_weights(positive, "pos_weight", **weights)
     return {
@@ -119,8 +119,8 @@ def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any
         "jsd_splits": options.aug_splits,
         "twoway_tp": options.twoway_tp,
         "twoway_tn": options.twoway_tn,
-        "class_counts": stats[0] if stats else None,
-        "num_samples": stats[1] if stats else None,
+        "class_counts": stats[0] if stats and loss == "db" else None,
+        "num_samples": stats[1] if stats and loss == "db" else None,
         "db_neg_scale": options.db_neg_scale,
         "db_init_bias": options.db_init_bias,
         "db_focal_gamma": options.db_focal_gamma,
@@ -129,8 +129,8 @@ def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any
 
 def _check_lengths(options: TrainOptions, arguments: dict[str, Any], num_classes: int) -> None:
     """Refuse weights of another number of classes than the model's."""
-    positive = "bce_pos_weight" if options.pos_weight is None else "pos_weight"
-    for name, dest in (("class_weight", "class_weight"), ("pos_weight", positive)):
+    positive = "bce_pos_weight" if options.loss_pos_weight is None else "loss_pos_weight"
+    for name, dest in (("class_weight", "loss_class_weight"), ("pos_weight", positive)):
         weights = arguments[name]
         if isinstance(weights, Tensor) and weights.ndim and len(weights) not in (1, num_classes):
             raise ValueError(

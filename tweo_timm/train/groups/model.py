@@ -20,6 +20,7 @@ class ModelOptions:
     model: str = flag("resnet50", "Architecture, as timm names it.")
     pretrained: bool = flag(False, "Start from timm's pretrained weights.")
     pretrained_path: str | None = flag(None, "Load this file as if it held the pretrained weights, adapting them.")
+    pretrained_cfg_overlay: dict[str, Any] = flag({}, "Entries of the pretrained configuration to replace.")
     initial_checkpoint: str = flag("", "Load this checkpoint into the model, unadapted.", metavar="FILE")
     resume: str = flag(
         "", "Checkpoint to continue from, or 'auto': the experiment's own last one.", metavar="FILE|auto"

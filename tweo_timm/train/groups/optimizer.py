@@ -99,16 +99,18 @@ class LossOptions:
     db_neg_scale: float = flag(2.0, "Scale of negatives, in the db loss.")
     db_init_bias: float = flag(0.05, "Shift by the class prior, in the db loss.")
     db_focal_gamma: float = flag(2.0, "Focusing, in the db loss.")
-    class_weight: str | None = flag(
+    loss_class_weight: str | None = flag(
         None, "Weight per class in bce and multi-label asl: numbers a,b,c, a file, inv_freq or effective_num."
     )
-    pos_weight: str | None = flag(None, "Weight of positives per class: a number, numbers a,b,c, a file, or neg_pos.")
+    loss_pos_weight: str | None = flag(
+        None, "Weight of positives per class: a number, numbers a,b,c, a file, or neg_pos."
+    )
     class_stats: str | None = flag(
         None, "JSON file with pos_counts and num_samples, for weights and db.", metavar="FILE"
     )
-    class_weight_power: float = flag(1.0, "Exponent of inv_freq and neg_pos.")
-    class_weight_beta: float = flag(0.999, "Beta of effective_num.")
-    class_weight_max: float | None = flag(None, "Cap of the computed weights.")
+    loss_weight_power: float = flag(1.0, "Exponent of inv_freq and neg_pos.")
+    loss_weight_beta: float = flag(0.999, "Beta of effective_num.")
+    loss_weight_max: float | None = flag(None, "Cap of the computed weights.")
 
 
 @dataclass(frozen=True)
