@@ -106,6 +106,7 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
     """
     from timm.utils import random_seed
 
+    from tweo_timm.evaluate.compare import headline
     from tweo_timm.evaluate.measure import measure
     from tweo_timm.evaluate.subject import find_sources, load_subject
 
@@ -122,7 +123,8 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
         for reason in record["not_quantized"].values():
             status = _fail(reason)
         peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
-        _logger.info("%s: Top-1 %.2f  Top-5 %.2f%s", subject.name, record["top1"], record["top5"], peak)
+        field, metric = headline(record)
+        _logger.info("%s: %s %.2f%s", subject.name, metric, record[field], peak)
     return status
 
 
@@ -159,14 +161,10 @@ def _report(records: list[dict[str, Any]], options: ValidateOptions, command: st
 
 def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
     """The fields that timm's validate.py prints, then the peak."""
-    top1, top5 = round(record["top1"], 4), round(record["top5"], 4)
     averaged = ("precision", "recall", "f1_score") if average else ()
     return {
         "model": record["arch"],
-        "top1": top1,
-        "top1_err": round(100 - top1, 4),
-        "top5": top5,
-        "top5_err": round(100 - top5, 4),
+        **_timm_metrics(record),
         "param_count": record["param_count_m"],
         "img_size": record["img_size"],
         "crop_pct": record["crop_pct"],
@@ -175,6 +173,19 @@ def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str
         "name": record["name"],
         "peak_abs": record["peak_abs"],
     }
+
+
+def _timm_metrics(record: dict[str, Any]) -> dict[str, float]:
+    """Accuracy and error for one label an image, mAP and F1 for several; percent."""
+    from tweo_timm.evaluate.compare import headline
+
+    if headline(record)[0] == "map":
+        return {name: round(record[name], 4) for name in ("map", "micro_f1", "macro_f1", "sample_f1")}
+    values = {}
+    for name in ("top1", "top5"):
+        values[name] = round(record[name], 4)
+        values[f"{name}_err"] = round(100 - values[name], 4)
+    return values
 
 
 def _write_results(path: Path, form: str, results: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tweo_timm.evaluate.measure import unpacked
 
 SCHEMA = 1
+_HEADLINES = {"classification": ("top1", "Top-1"), "multilabel": ("map", "mAP")}
 
 
 def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -50,12 +51,18 @@ def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 def schemes_of(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return the quantization schemes that any record was measured at, in the order of first mention."""
-    return list(dict.fromkeys(scheme for record in records for scheme in top1_by_scheme(record)))
+    return list(dict.fromkeys(entry["scheme"] for record in records for entry in record.get("quantized", [])))
 
 
-def top1_by_scheme(record: dict[str, Any]) -> dict[str, float]:
-    """Return scheme -> Top-1 in percent of one record."""
-    return {entry["scheme"]: entry["top1"] for entry in record.get("quantized", [])}
+def headline(record: dict[str, Any]) -> tuple[str, str]:
+    """Return the metric that a record is judged by: its field, and its name in tables."""
+    return _HEADLINES[record.get("task", "classification")]
+
+
+def accuracy_by_scheme(record: dict[str, Any]) -> dict[str, float]:
+    """Return scheme -> headline metric in percent of one record."""
+    field, _ = headline(record)
+    return {entry["scheme"]: entry[field] for entry in record.get("quantized", [])}
 
 
 def check_same_data(records: Sequence[dict[str, Any]]) -> None:
@@ -66,6 +73,8 @@ def check_same_data(records: Sequence[dict[str, Any]]) -> None:
     """
     first = records[0]
     for record in records[1:]:
+        if headline(record) != headline(first):
+            raise ValueError(f"{first['name']} and {record['name']} are of different --task: compare those of one")
         if record["data"] != first["data"]:
             raise ValueError(
                 f"{first['name']} and {record['name']} were validated on different data ({first['data']} and "
@@ -81,7 +90,8 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         One dict for each record after the first: name, against, top1_difference (points), ci95 (low, high), mcnemar_p
-        and peak_ratio (its peak over the first's; None without blocks).
+        and peak_ratio (its peak over the first's; None without blocks). With several labels an image map_difference in
+        place of the three: mAP is no mean over images.
 
     Raises:
         ValueError: if the records are of different data.
@@ -92,18 +102,23 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    count = first["data"]["images"]
-    a, b = (unpacked(record["correct"], count) for record in (first, other))
-    difference, low, high, p = paired_difference(a, b)
     peaks = (first.get("peak_abs"), other.get("peak_abs"))
     return {
         "name": other["name"],
         "against": first["name"],
-        "top1_difference": difference,
-        "ci95": [low, high],
-        "mcnemar_p": p,
+        **_accuracy_difference(first, other),
         "peak_ratio": peaks[1] / peaks[0] if peaks[0] and peaks[1] else None,
     }
+
+
+def _accuracy_difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    field, _ = headline(first)
+    if field != "top1":
+        return {f"{field}_difference": other[field] - first[field]}
+    count = first["data"]["images"]
+    a, b = (unpacked(record["correct"], count) for record in (first, other))
+    difference, low, high, p = paired_difference(a, b)
+    return {"top1_difference": difference, "ci95": [low, high], "mcnemar_p": p}
 
 
 def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.train.data import check_num_classes, open_dataset, split_folder
+from tweo_timm.train.data import check_num_classes, open_dataset, split_folder, target_details
 from tweo_timm.train.world import World
 
 
@@ -43,7 +43,8 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     Raises:
         ValueError: if it cannot be found, or its classes do not fit the model.
     """
-    dataset = open_dataset(options, options.split, data_config, num_samples=options.num_samples)
+    targets = target_details(options, num_classes)
+    dataset = open_dataset(options, options.split, data_config, num_samples=options.num_samples, **targets)
     if not options.valid_labels:
         check_num_classes(dataset, num_classes, mapped=bool(options.class_map))
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
@@ -76,13 +77,14 @@ def _real_labels(options: ValidateOptions, names: list[str] | None) -> Callable[
 
 
 def sample_images(
-    options: ValidateOptions, data_config: dict[str, Any], split: str, count: int, batch_size: int
+    options: ValidateOptions, data_config: dict[str, Any], num_classes: int, split: str, count: int, batch_size: int
 ) -> list[Tensor]:
     """Read a fixed random sample of a split, preprocessed as for validation, without augmentation.
 
     Args:
         options: where the data is; `seed` chooses the images.
         data_config: timm's resolved preprocessing.
+        num_classes: of the model.
         split: for example 'train'.
         count: how many images, fewer if the split is smaller.
         batch_size: images in a batch.
@@ -99,7 +101,7 @@ def sample_images(
             f"{root} holds no split {split!r} to calibrate on: pass the folder that holds the training split too, or "
             f"choose another with --calibration-split"
         )
-    dataset = open_dataset(options, split, data_config, num_samples=None)
+    dataset = open_dataset(options, split, data_config, num_samples=None, **target_details(options, num_classes))
     _loader(replace(options, workers=0), data_config, dataset, World(torch.device("cpu")), prefetch=False)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return list(_rebatched(dataset, count, batch_size))

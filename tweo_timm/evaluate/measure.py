@@ -58,6 +58,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         "name": subject.name,
         "arch": subject.arch,
         "checkpoint": str(subject.path) if subject.path else None,
+        "task": options.task,
         "param_count_m": round(sum(p.numel() for p in subject.model.parameters()) / 1e6, 2),
         "img_size": subject.data_config["input_size"][-1],
         "crop_pct": subject.data_config["crop_pct"],
@@ -87,11 +88,6 @@ def _check_wishes(options: ValidateOptions, world: World) -> None:
     """Refuse what cannot be done before anything is measured."""
     for scheme in options.quantize:
         Scheme.parse(scheme)
-    if options.task == "multilabel":
-        raise ValueError(
-            "--task multilabel cannot be honoured: Top-1, its comparison and the quantized Top-1 are of one label an "
-            "image; train.py measures several in its own validation"
-        )
     if options.real_labels and world.distributed:
         raise ValueError("--real-labels counts in one process: validate without torchrun")
     if options.export and world.distributed:
@@ -110,7 +106,7 @@ def _num_classes(subject: Subject) -> int:
 
 
 def _score_with_outliers(subject: Subject, images: Images, world: World) -> tuple[Score, dict[str, Any]]:
-    """Top-1 and the statistics of every block, in one pass over the data."""
+    """Metrics and the statistics of every block, in one pass over the data."""
     options = subject.options
     recorder = _recorder(subject)
     model = subject.model
@@ -182,7 +178,7 @@ def unpacked(text: str, count: int) -> Tensor:
 
 
 def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples, world: World) -> dict[str, Any]:
-    """Top-1 of a statically quantized copy, and how faithful it is."""
+    """Metrics of a statically quantized copy, and how faithful it is."""
     options, batches = subject.options, samples.calibration
     try:
         model = quantize_static(subject.model, batches, scheme, options.tweo_blocks)
@@ -192,9 +188,7 @@ def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples,
     exported = {"exported": _exported(subject, model, images, scheme)} if options.export else {}
     return exported | {
         "scheme": scheme,
-        "top1": result.metrics["top1"],
-        "top5": result.metrics["top5"],
-        "loss": result.metrics["loss"],
+        **result.metrics,
         "correct": _packed(result.correct),
         "calibration": {
             "split": options.calibration_split,
@@ -241,8 +235,10 @@ class _Samples:
         return torch.cat(self._read(self._subject.options.split, DIAGNOSIS_IMAGES, DIAGNOSIS_IMAGES))
 
     def _read(self, split: str, count: int, batch_size: int) -> list[Tensor]:
-        batches = sample_images(self._subject.options, self._subject.data_config, split, count, batch_size)
-        dtype = next(self._subject.model.parameters()).dtype
+        subject = self._subject
+        num_classes = _num_classes(subject)
+        batches = sample_images(subject.options, subject.data_config, num_classes, split, count, batch_size)
+        dtype = next(subject.model.parameters()).dtype
         return [batch.to(self._world.device, dtype) for batch in batches]
 
 

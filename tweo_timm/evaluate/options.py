@@ -14,7 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.train.checks import image_shape, option_name, out_of_bounds, regular_expressions, scripting
+from tweo_timm.train.checks import (
+    image_shape,
+    option_name,
+    out_of_bounds,
+    regular_expressions,
+    scripting,
+    target_format,
+)
 from tweo_timm.train.flags import CommandLine, as_namespace, flag, freeze
 from tweo_timm.train.groups.run import ConfigOptions
 from tweo_timm.train.recipe import resolve
@@ -216,6 +223,10 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
         )
     if options.amp and options.model_dtype not in (None, "float32"):
         yield f"--amp needs a float32 model, not --model-dtype {options.model_dtype}; give --no-amp or leave it out"
+    yield from target_format(options)
+    for dest in ("real_labels", "valid_labels", "metrics_avg", "export"):
+        if options.task == "multilabel" and getattr(options, dest):
+            yield f"{option_name(dest)} is about one label an image; leave it out with --task multilabel"
     for dest in ("colinearity_block", "colinearity_channel"):
         if getattr(options, dest) is not None and not options.colinearity:
             yield f"{option_name(dest)} does nothing without --colinearity; add it"

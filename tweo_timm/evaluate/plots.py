@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tweo_timm.evaluate.compare import schemes_of, top1_by_scheme
+from tweo_timm.evaluate.compare import accuracy_by_scheme, headline, schemes_of
 
 E4M3_MAX = 448
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -107,13 +107,15 @@ def _quantized(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     schemes = schemes_of(records)
     width = 0.8 / max(len(shown), 1)
     for position, (index, record) in enumerate(shown):
-        top1 = top1_by_scheme(record)
-        values = {0: record["top1"]} | {i: top1[scheme] for i, scheme in enumerate(schemes, 1) if scheme in top1}
+        found = accuracy_by_scheme(record)
+        whole = record[headline(record)[0]]
+        values = {0: whole} | {i: found[scheme] for i, scheme in enumerate(schemes, 1) if scheme in found}
         places = [place + position * width for place in values]
         axes.bar(places, list(values.values()), width, color=_colour(index), label=record["name"])
     centre = width * (len(shown) - 1) / 2
     axes.set_xticks([place + centre for place in range(len(schemes) + 1)], ["float", *schemes], rotation=20, ha="right")
-    _finish(axes, "Top-1 by precision", "", "Top-1, %")
+    metric = headline(records[0])[1]
+    _finish(axes, f"{metric} by precision", "", f"{metric}, %")
     axes.set_ylim(0, 100)
     return bool(shown)
 

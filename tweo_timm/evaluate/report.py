@@ -17,15 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from tweo_timm.diagnose.record import plain
-from tweo_timm.evaluate.compare import SCHEMA, compare, schemes_of, top1_by_scheme
+from tweo_timm.evaluate.compare import SCHEMA, accuracy_by_scheme, compare, headline, schemes_of
 from tweo_timm.evaluate.plots import draw_all
 from tweo_timm.train.journal import write_atomically
 from tweo_timm.version import __version__
 
-_COLUMNS = (
-    ("name", "model", "{}"),
-    ("top1", "Top-1 %", "{:.2f}"),
-    ("top5", "Top-5 %", "{:.2f}"),
+_METRICS = {
+    "top1": (("top1", "Top-1 %", "{:.2f}"), ("top5", "Top-5 %", "{:.2f}")),
+    "map": (("map", "mAP %", "{:.2f}"), ("macro_f1", "macro F1 %", "{:.2f}")),
+}
+_PEAKS = (
     ("training_peak_abs", "training peak", "{:.4g}"),
     ("peak_abs", "peak", "{:.4g}"),
     ("peak_block", "in block", "{}"),
@@ -76,9 +77,10 @@ def table_of(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     schemes = schemes_of(records)
     rows = []
     for record in records:
-        row = {title: _cell(record.get(key), form) for key, title, form in _COLUMNS}
-        top1 = top1_by_scheme(record)
-        rows.append(row | {scheme: _cell(top1.get(scheme), "{:.2f}") for scheme in schemes})
+        columns = (("name", "model", "{}"), *_METRICS[headline(record)[0]], *_PEAKS)
+        row = {title: _cell(record.get(key), form) for key, title, form in columns}
+        found = accuracy_by_scheme(record)
+        rows.append(row | {scheme: _cell(found.get(scheme), "{:.2f}") for scheme in schemes})
     return rows
 
 
@@ -126,26 +128,34 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",
     ]
+    field, metric = headline(records[0])
     for entry in report["comparison"]:
-        low, high = entry["ci95"]
         ratio = f", peak x {entry['peak_ratio']:.3g}" if entry["peak_ratio"] is not None else ""
         parts.append(
-            f"**{entry['name']}** against {entry['against']}: Top-1 {entry['top1_difference']:+.2f} points "
-            f"(95 % interval {low:+.2f} to {high:+.2f}, McNemar p = {entry['mcnemar_p']:.2g}){ratio}."
+            f"**{entry['name']}** against {entry['against']}: {metric} {entry[f'{field}_difference']:+.2f} points"
+            f"{_interval(entry)}{ratio}."
         )
     parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
     parts += [_details(record) for record in records]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _interval(entry: dict[str, Any]) -> str:
+    if "ci95" not in entry:
+        return ""
+    low, high = entry["ci95"]
+    return f" (95 % interval {low:+.2f} to {high:+.2f}, McNemar p = {entry['mcnemar_p']:.2g})"
+
+
 def _details(record: dict[str, Any]) -> str:
+    field, metric = headline(record)
     parts = [f"## {record['name']}"]
     if record["blocks"]:
         keys = ("name", "peak_abs", "p9999_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
         rows = [{key: _number(block.get(key)) for key in keys} for block in record["blocks"]]
         parts.append(_markdown_table(rows))
     parts += [
-        f"- {entry['scheme']}: Top-1 {entry['top1']:.2f} %, relative error of the logits "
+        f"- {entry['scheme']}: {metric} {entry[field]:.2f} %, relative error of the logits "
         f"{_number(entry['fidelity']['relative_error'])}, same first guess as in float for "
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
@@ -276,8 +286,10 @@ def _csv_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     schemes = schemes_of(records)
     rows = []
     for record in records:
-        top1 = top1_by_scheme(record)
-        row = {key: record.get(key) for key in ("name", "arch", "top1", "top5", "loss", "training_peak_abs")}
+        metric = headline(record)[0]
+        names = ("top1", "top5") if metric == "top1" else ("map", "micro_f1", "macro_f1", "sample_f1")
+        row = {key: record.get(key) for key in ("name", "arch", *names, "loss", "training_peak_abs")}
         row |= {key: record.get(key) for key in ("peak_abs", "peak_block", "param_count_m", "img_size")}
-        rows.append(row | {f"top1_{scheme}": top1.get(scheme) for scheme in schemes})
+        found = accuracy_by_scheme(record)
+        rows.append(row | {f"{metric}_{scheme}": found.get(scheme) for scheme in schemes})
     return rows

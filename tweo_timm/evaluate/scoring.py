@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.task import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
@@ -26,9 +26,10 @@ class Score:
     """The outcome of one pass.
 
     Attributes:
-        metrics: loss, top1 and top5, percent; precision, recall and f1 with --metrics-avg.
+        metrics: loss, top1 and top5, percent; precision, recall and f1 with --metrics-avg. With --task multilabel loss,
+            map, micro_f1, macro_f1 and sample_f1.
         correct: whether each image's first guess was right, in the dataset's order, bool (N,); with ReaL labels, of
-            the images that have any.
+            the images that have any; with several labels, whether all of them were right.
     """
 
     metrics: dict[str, float]
@@ -51,7 +52,12 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
         world: device and rank.
         label: for the progress line.
     """
-    evaluator = ClassificationEvaluator(device=world.device)
+    several = options.task == "multilabel"
+    evaluator = (
+        MultiLabelClassificationEvaluator(device=world.device, threshold=options.multilabel_threshold)
+        if several
+        else ClassificationEvaluator(device=world.device)
+    )
     left = evaluation_sample_limit(images.loader)
     keep = _valid_labels(options, world)
     real_labels = images.real_labels() if images.real_labels is not None else None
@@ -72,15 +78,15 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
             if real_labels is not None:
                 real_labels.add_result(logits)
             evaluator.update(logits, targets)
-            guesses.append(logits.argmax(-1))
-            truths.append(targets)
+            guesses.append(logits.sigmoid() >= options.multilabel_threshold if several else logits.argmax(-1))
+            truths.append(targets >= 0.5 if several else targets)
             bar.advance()
             if number % options.log_freq == 0:
                 running = "  ".join(f"{name} {value:.4g}" for name, value in evaluator.summary().items())
                 _logger.info("%s: [%4d/%d]  %s", label, number, len(images.loader), running)
     metrics = dict(evaluator.compute(distributed=world.distributed))
     guess, truth = (_in_order(torch.cat(parts), world) for parts in (guesses, truths))
-    correct = guess == truth
+    correct = (guess == truth).view(len(guess), -1).all(-1)
     if real_labels is not None:
         metrics |= {f"top{k}": real_labels.get_accuracy(k=k) for k in (1, 5)}
         correct = torch.tensor(real_labels.is_correct[1])
@@ -119,7 +125,7 @@ def _in_order(values: Tensor, world: World) -> Tensor:
         return values.cpu()
     parts: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(parts, values.cpu())
-    whole = torch.empty(sum(len(part) for part in parts), dtype=values.dtype)
+    whole = torch.empty(sum(len(part) for part in parts), *values.shape[1:], dtype=values.dtype)
     for rank, part in enumerate(parts):
         whole[rank :: world.size] = part
     return whole

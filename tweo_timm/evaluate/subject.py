@@ -183,6 +183,8 @@ def _describe(
         raise ValueError(f"checkpoint {source.path} does not say its architecture: pass --model NAME")
     args = content.get("args")
     recorded = dict(args) if isinstance(args, Mapping) else dict(getattr(args, "__dict__", {}))
+    if recorded.get("task") == "multilabel" and options.task != "multilabel":
+        raise ValueError(f"checkpoint {source.path} was trained with --task multilabel: give it here too")
     inherited = {
         name: recorded[name] for name in _INHERITED if recorded.get(name) is not None and not getattr(options, name)
     }

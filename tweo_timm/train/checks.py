@@ -118,6 +118,12 @@ def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:
             yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
 
 
+def target_format(options: Any) -> Iterator[str]:
+    """A complaint for a format of targets that the data does not have."""
+    if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
+        yield "--target-format multihot needs --task multilabel and a --dataset whose samples hold 0/1 vectors"
+
+
 def scripting(options: Any) -> Iterator[str]:
     """A complaint for each flag of TorchScript, which neither command honours."""
     if options.torchscript:
@@ -209,8 +215,7 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
         yield f"--sched plateau looks at every epoch's metric; give --val-interval 1, not {options.val_interval}"
     if options.sched == "plateau" and options.sched_on_updates:
         yield "--sched plateau looks at every epoch's metric; leave out --sched-on-updates (from a file: --no-...)"
-    if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
-        yield "--target-format multihot needs --task multilabel and a --dataset whose samples hold 0/1 vectors"
+    yield from target_format(options)
     mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
     odd = [size for size in options.train_batch_sizes or [options.batch_size] if size % 2]
     if mixes and odd:

@@ -278,12 +278,7 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
 
 
 def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: int) -> tuple[Any, Any]:
-    details: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size}
-    if options.task == "multilabel":
-        # A folder's single label is a list of one; the readers of streams know the format themselves.
-        details["target_transform"] = _MultiLabel(num_classes, options.target_format)
-        if options.dataset:
-            details["target_format"] = options.target_format
+    details = {"seed": options.seed, "batch_size": options.batch_size, **target_details(options, num_classes)}
     train_set = open_dataset(
         options,
         options.train_split,
@@ -312,6 +307,20 @@ def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: i
     if options.aug_splits:
         train_set = AugMixDataset(train_set, num_splits=options.aug_splits)
     return train_set, val_set
+
+
+def target_details(options: Any, num_classes: int) -> dict[str, Any]:
+    """Return the arguments of `open_dataset` that make the targets of --task multilabel; empty for one label an image.
+
+    Args:
+        options: `task`, `target_format`, `dataset`.
+        num_classes: of the model.
+    """
+    if options.task != "multilabel":
+        return {}
+    # A folder's single label is a list of one; the readers of streams know the format themselves.
+    transform = {"target_transform": _MultiLabel(num_classes, options.target_format)}
+    return transform | ({"target_format": options.target_format} if options.dataset else {})
 
 
 class _MultiLabel:
