@@ -1,10 +1,10 @@
 """Input as ImageNet comes: tar archives, WebDataset shards, Hugging Face datasets."""
 
-import importlib.util
 import io
 import json
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -90,8 +90,36 @@ def test_tar_archives_train_as_the_folders_that_they_hold(workers, tmp_path):
     assert same_tensors(last(from_tars)["state_dict"], last(from_folders)["state_dict"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed")
-def test_a_hugging_face_dataset_on_disk_trains(tmp_path):
-    data = write_images(tmp_path / "data", train=24, val=6)
-    (data / "val").rename(data / "validation")
-    run(tmp_path, "--dataset", "hfds/imagefolder", "--data-dir", str(data))
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    """A folder as the Hugging Face hub keeps datasets: a Parquet file a split, images and labels inside."""
+    root = tmp_path_factory.mktemp("hub")
+    noise = np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
+    (root / "data").mkdir()
+    for split, count in (("train", 56), ("validation", 12)):
+        pixels = noise.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        columns = {"image": [Image.fromarray(one) for one in pixels], "label": [index % 3 for index in range(count)]}
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(str(root / "data" / f"{split}-00000-of-00001.parquet"))
+    return root
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("reader", ["hfds", "hfids"])
+def test_a_hugging_face_dataset_trains_and_continues_bit_for_bit(reader, workers, hub_folder, tmp_path, interrupt):
+    words = ["--dataset", f"{reader}/{hub_folder}", "--data-dir", str(tmp_path / "cache"), "--val-split", "validation"]
+    words += ["-j", workers, "--reprob", "0.3"]
+    words += ["--train-num-samples", "56", "--val-num-samples", "12"] if reader == "hfids" else []
+    whole = run(tmp_path, *words, name="whole")
+    where = ["--output", str(tmp_path), "--experiment", "cut", "--epochs", "2", "--resume", "auto"]
+    interrupt(11)
+    assert main([*VIT, *RUN, *where, *words]) == 143
+    assert main([*VIT, *RUN, *where, *words]) == 0
+    assert same_tensors(last(tmp_path / "cut")["state_dict"], last(whole)["state_dict"])
+
+
+def test_a_stream_of_unknown_length_asks_for_it(hub_folder, tmp_path, capsys):
+    words = ["--dataset", f"hfids/{hub_folder}", "--data-dir", str(tmp_path / "cache")]
+    assert main([*VIT, *RUN, "--output", str(tmp_path), *words]) == 1
+    assert "--train-num-samples" in capsys.readouterr().err

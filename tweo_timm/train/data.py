@@ -32,6 +32,7 @@ from tweo_timm.train.world import World
 
 # Folders that timm takes for one another when a split is asked for.
 _SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+_LENGTHS = "train.py: --train-num-samples and --val-num-samples; validate.py: --num-samples"
 _RESAMPLINGS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -163,8 +164,9 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
             target_key=options.target_key,
             **details,
         )
-    except (RuntimeError, TypeError, AssertionError, FileNotFoundError) as error:
-        raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {error}") from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, FileNotFoundError) as error:
+        hint = f" ({_LENGTHS})" if "num_samples" in str(error) else ""
+        raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {error}{hint}") from error
     return StrictImages(dataset) if hasattr(dataset, "_max_retries") else dataset
 
 
