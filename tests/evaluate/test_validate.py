@@ -419,6 +419,34 @@ def test_a_bad_checkpoint_does_not_keep_the_others_from_being_measured(capsys, c
     assert result["name"] == "tweo"
 
 
+def test_valid_labels_say_which_of_the_models_classes_those_of_the_data_are(capsys, common, photos, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(ARCH, num_classes=7, **KWARGS)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "labels.txt").write_text("5\n0\n3\n")
+    kwargs = [f"{name}={value}" for name, value in KWARGS.items()]
+    words = ["--checkpoint", tmp_path / "weights.pth", "--model", ARCH, "--num-classes", 7, "--model-kwargs", *kwargs]
+    status, result, err = run(capsys, *words, *common, "--valid-labels", tmp_path / "labels.txt")
+    assert status == 0, err
+    head = timm.create_model(ARCH, num_classes=3, **KWARGS)
+    weights = model.state_dict() | {f"head.{name}": getattr(model.head, name)[[5, 0, 3]] for name in ("weight", "bias")}
+    head.load_state_dict(weights)
+    torch.save(head.state_dict(), tmp_path / "three.pth")
+    words[1], words[5] = tmp_path / "three.pth", 3
+    _, expected, _ = run(capsys, *words, *common)
+    assert result["top1"] == expected["top1"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"), [("0\n1\n3\n", "index 3"), ("0\n0\n1\n", "twice"), ("1\n2\n", "lists 2")]
+)
+def test_valid_labels_that_cannot_be_are_refused(lines, complaint, capsys, checkpoints, common, tmp_path):
+    (tmp_path / "labels.txt").write_text(lines)
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--valid-labels", tmp_path / "labels.txt")
+    assert status == 1
+    assert complaint in err
+
+
 def test_real_labels_decide_the_comparison_and_the_quantized_accuracy_too(capsys, tmp_path):
     noise = np.random.default_rng(1)
     for number in range(12):

@@ -286,6 +286,14 @@ def test_a_metric_that_is_not_measured_is_refused(images, tmp_path, capsys):
     assert "top1" in capsys.readouterr().err
 
 
+def test_settings_that_an_optimizer_does_not_take_are_named(images, tmp_path, caplog):
+    session_of(images, tmp_path, "--opt", "sgd", "--opt-betas", "0.8", "0.9", "--opt-eps", "1e-8")
+    assert "--opt sgd takes no --opt-eps, --opt-betas" in caplog.text
+    caplog.clear()
+    session_of(images, tmp_path, "--opt", "lookahead_adamw", "--opt-betas", "0.8", "0.9", "--opt-eps", "1e-8")
+    assert "takes no" not in caplog.text
+
+
 def test_head_options_scale_and_fill_the_classifier(images, tmp_path):
     plain = session_of(images, tmp_path).model.head
     head = session_of(images, tmp_path, "--head-init-scale", "0.5", "--head-init-bias", "-2").model.head

@@ -28,12 +28,14 @@ class Images:
         loader: yields (images (B, C, H, W), targets) on the device, in the dataset's order.
         dataset: behind it.
         fingerprint: of file names (or of the dataset's name and size); equal for equal data.
+        valid_labels: which of the model's classes those of the data are, in the data's order; None if they are alike.
         real_labels: makes timm's scorer of ReaL labels for one pass; None for ordinary labels.
     """
 
     loader: Any
     dataset: Any
     fingerprint: str
+    valid_labels: list[int] | None
     real_labels: Callable[[], RealLabelsImagenet] | None
 
 
@@ -45,8 +47,9 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     """
     targets = target_details(options, num_classes)
     dataset = open_dataset(options, options.split, data_config, num_samples=options.num_samples, **targets)
-    if not options.valid_labels:
-        check_num_classes(dataset, num_classes, mapped=bool(options.class_map))
+    valid_labels = _valid_labels(options.valid_labels, num_classes) if options.valid_labels else None
+    classes = num_classes if valid_labels is None else len(valid_labels)
+    check_num_classes(dataset, classes, mapped=bool(options.class_map), chosen=valid_labels is not None)
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
     names = _names(dataset)
     real_labels = _real_labels(options, names) if options.real_labels else None
@@ -55,7 +58,20 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     for labels in (options.real_labels, options.valid_labels, options.class_map):  # other labels, other data
         identity += f"\n{Path(labels).read_text()}" if labels else ""
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return Images(loader, dataset, fingerprint, real_labels)
+    return Images(loader, dataset, fingerprint, valid_labels, real_labels)
+
+
+def _valid_labels(path: str, num_classes: int) -> list[int]:
+    """Read the file of --valid-labels: line i says which class of the model is class i of the data, as in timm."""
+    try:
+        labels = [int(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"--valid-labels {path} takes one class index a line: {error}") from error
+    odd = [label for label in labels if not 0 <= label < num_classes]
+    if odd or len(set(labels)) < len(labels) or not labels:
+        what = f"index {odd[0]}" if odd else "an index twice" if labels else "no index"
+        raise ValueError(f"--valid-labels {path} holds {what}; it takes each at most once, from 0 to {num_classes - 1}")
+    return labels
 
 
 def _real_labels(options: ValidateOptions, names: list[str] | None) -> Callable[[], RealLabelsImagenet]:

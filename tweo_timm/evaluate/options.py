@@ -65,7 +65,7 @@ class DatasetOptions:
     )
     multilabel_threshold: float = flag(0.5, "Probability above which a label counts as predicted (F1).")
     real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE")
-    valid_labels: str = flag("", "Text file of the class indices to keep.", metavar="FILE")
+    valid_labels: str = flag("", "Text file: line i is the model's class of the data's class i.", metavar="FILE")
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,11 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     for dest in ("real_labels", "valid_labels", "metrics_avg", "export"):
         if options.task == "multilabel" and getattr(options, dest):
             yield f"{option_name(dest)} is about one label an image; leave it out with --task multilabel"
+    if options.real_labels and options.valid_labels:
+        yield "--real-labels are of all classes of ImageNet; leave out --valid-labels"
+    for dest in ("real_labels", "valid_labels"):
+        if options.export and getattr(options, dest):
+            yield f"--export counts by the data's own labels; leave out {option_name(dest)}"
     for dest in ("colinearity_block", "colinearity_channel"):
         if getattr(options, dest) is not None and not options.colinearity:
             yield f"{option_name(dest)} does nothing without --colinearity; add it"

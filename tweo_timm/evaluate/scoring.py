@@ -59,7 +59,7 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
         else ClassificationEvaluator(device=world.device)
     )
     left = evaluation_sample_limit(images.loader)
-    keep = _valid_labels(options, world)
+    keep = None if images.valid_labels is None else torch.tensor(images.valid_labels, device=world.device)
     real_labels = images.real_labels() if images.real_labels is not None else None
     guesses: list[Tensor] = []
     truths: list[Tensor] = []
@@ -106,17 +106,6 @@ def _autocast(options: ValidateOptions, world: World) -> contextlib.AbstractCont
     if not options.amp:
         return contextlib.nullcontext()
     return torch.autocast(device_type=world.device.type, dtype=getattr(torch, options.amp_dtype))
-
-
-def _valid_labels(options: ValidateOptions, world: World) -> Tensor | None:
-    if not options.valid_labels:
-        return None
-    with open(options.valid_labels) as file:
-        try:
-            labels = sorted(int(line) for line in file if line.strip())
-        except ValueError as error:
-            raise ValueError(f"--valid-labels {options.valid_labels} takes one class index a line: {error}") from error
-    return torch.tensor(labels, device=world.device)
 
 
 def _in_order(values: Tensor, world: World) -> Tensor:

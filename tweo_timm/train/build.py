@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, random_seed, unwrap_model
@@ -231,12 +231,16 @@ def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
 
 def _optimizer(options: TrainOptions, namespace: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
     try:
-        return create_optimizer_v2(  # type: ignore[no-any-return]
-            module, **optimizer_kwargs(cfg=namespace), **options.opt_kwargs
-        )
+        optimizer = create_optimizer_v2(module, **optimizer_kwargs(cfg=namespace), **options.opt_kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError, IndexError) as error:
         near = suggest(options.opt, list_optimizers()) if "not found in registry" in str(error) else ""
         raise ValueError(f"--opt {options.opt}: {error}{near}") from error
+    info = get_optimizer_info(options.opt.lower().split("_")[-1])
+    known = {"--opt-eps": (options.opt_eps, info.has_eps), "--opt-betas": (options.opt_betas, info.has_betas)}
+    unused = [flag for flag, (value, takes) in known.items() if value is not None and not takes]
+    if unused:  # no error: files of timm's first years hold an epsilon for every optimizer
+        _logger.warning("--opt %s takes no %s: without effect", options.opt, ", ".join(unused))
+    return optimizer  # type: ignore[no-any-return]
 
 
 def _set_up_ema(options: TrainOptions, task: TrainingTask) -> nn.Module | None:

@@ -214,13 +214,14 @@ def class_names(dataset: Any) -> dict[str, int] | None:
     return dict(mapping) if mapping else None
 
 
-def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False) -> None:
+def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False, chosen: bool = False) -> None:
     """Refuse a dataset whose classes the model cannot tell apart.
 
     Args:
         dataset: what `open_dataset` returned.
         num_classes: of the model.
         mapped: whether --class-map chose the indices, which may then leave some out.
+        chosen: whether `num_classes` are those that --valid-labels chose of the model's.
 
     Raises:
         ValueError: if the numbers differ, or a mapped index is out of range.
@@ -231,6 +232,10 @@ def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False) -> N
     if mapped and max(names.values()) < num_classes:
         return
     if mapped or len(names) != num_classes:
+        if chosen:
+            raise ValueError(
+                f"the data has {len(names)} classes and --valid-labels lists {num_classes}: list each once"
+            )
         what = f"up to index {max(names.values())}" if mapped else f"{len(names)}"
         raise ValueError(
             f"the data has {what} classes ({', '.join(list(names)[:3])}, ...) and the model {num_classes}: "
