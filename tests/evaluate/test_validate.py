@@ -192,6 +192,7 @@ def test_missing_data_folder_is_one_clear_line(capsys, checkpoints):
 BAD = {
     "--torchcompile induktor": "did you mean 'inductor'",
     "--gp medium": "pooling",
+    "--gp=": "--gp ''",
     "--mean 0.5 0.5": "--mean has 2 values",
     "--interpolation bicubik": "did you mean 'bicubic'",
     "--crop-pct nan": "--crop-pct is nan",

@@ -180,6 +180,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--amp --model-dtype bfloat16", ["--amp needs a float32 model", "--no-amp"]),
         ("--task multilabel --loss ce", ["--loss ce", "bce"]),
         ("--loss zlpr", ["--loss zlpr", "--task multilabel"]),
+        ("--gp=", ["--gp ''", "avg"]),
         ("--batch-size 0", ["--batch-size is 0", "at least 1"]),
         ("--mixup-prob 1.5", ["--mixup-prob is 1.5", "between 0 and 1"]),
         ("--lr 0", ["--lr is 0", "--lr-base"]),

@@ -303,6 +303,16 @@ def test_an_interrupted_run_without_a_name_says_by_which_it_goes_on(images, tmp_
     assert [row["epoch"] for row in rows(folder)] == [0, 0, 1, 1]
 
 
+def test_settings_that_changed_since_the_checkpoint_are_named(images, tmp_path, caplog):
+    train(images, tmp_path, "--epochs", "1")
+    caplog.clear()
+    train(images, tmp_path, "--epochs", "1", "--resume", "auto")
+    assert "other settings" not in caplog.text
+    train(images, tmp_path, "--epochs", "2", "--resume", "auto", "--clip-grad", "1", "-j", "1")
+    assert "epochs 1, now 2; clip_grad None, now 1.0" in caplog.text
+    assert "workers 0, now 1" in caplog.text
+
+
 def test_a_stop_on_purpose_changes_nothing_of_what_follows(images, tmp_path):
     settings = ["--epochs", "3", "--val-interval", "2", "--drop", "0.1", "--reprob", "0.3"]
     whole = train(images, tmp_path, *settings, name="whole")

@@ -18,6 +18,7 @@ from tweo_timm.train.checks import (
     image_shape,
     option_name,
     out_of_bounds,
+    pooling,
     regular_expressions,
     scripting,
     target_format,
@@ -208,6 +209,7 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     yield from out_of_bounds(options, _BOUNDS)
     yield from image_shape(options)
     yield from scripting(options)
+    yield from pooling(options)
     yield from regular_expressions("tweo_blocks", options.tweo_blocks)
     if options.num_gpu != 1:
         yield (

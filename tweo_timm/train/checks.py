@@ -118,6 +118,12 @@ def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:
             yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
 
 
+def pooling(options: Any) -> Iterator[str]:
+    """A complaint for a pooling that leaves no logits."""
+    if options.gp == "":
+        yield "--gp '' would leave the features of every place unpooled; leave it out, or give avg, max, token or map"
+
+
 def target_format(options: Any) -> Iterator[str]:
     """A complaint for a format of targets that the data does not have."""
     if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
@@ -160,6 +166,7 @@ def _not_honoured(options: TrainOptions) -> Iterator[str]:
 
 
 def _incomplete(options: TrainOptions) -> Iterator[str]:
+    yield from pooling(options)
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
     if not options.dataset and options.epoch_repeats:

@@ -15,6 +15,7 @@ from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, tr
 from tweo_timm.train.exact import Cursor, capture_exact, restore_exact
 from tweo_timm.train.journal import Journal, append_rows
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
+from tweo_timm.train.options import changed_settings
 from tweo_timm.train.progress import ProgressLine
 from tweo_timm.train.replay import Position, RandomState
 from tweo_timm.train.step import TrainStep
@@ -69,6 +70,8 @@ class Trainer:
             )
         epoch = restore(content, path, session.task, optimizer, session.scaler)
         exact = content.get(EXACT_KEY)
+        if exact is not None and (changed := changed_settings(content["args"], options)):
+            _logger.warning("%s was written under other settings: %s", path, changed)
         if exact is not None and optimizer is not None and options.start_epoch is None:
             self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
             _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.cursor.epoch, self.cursor.batch)

@@ -9,6 +9,7 @@ Source: timm's training script, 1.0.29 to 1.0.31. Imports neither torch nor timm
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class TrainOptions(
         if self.data:
             object.__setattr__(self, "data_dir", self.data_dir or self.data)
         object.__setattr__(self, "data", None)
-        for name in ("model_kwargs", "opt_kwargs"):
+        for name in ("model_kwargs", "opt_kwargs", "pretrained_cfg_overlay"):
             object.__setattr__(self, name, freeze(getattr(self, name)))
         check_train_options(self)
 
@@ -95,6 +96,19 @@ def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     if explicit.get("task") == "multilabel":
         defaults.update(smoothing=0.0, eval_metric="map")
     return {**defaults, **explicit}
+
+
+def changed_settings(before: argparse.Namespace, options: TrainOptions) -> str:
+    """Say which settings are not those of an earlier run: 'lr 0.1, now 0.2; ...'; empty if all that both know are.
+
+    Args:
+        before: the earlier run's settings, as `as_namespace` gave them.
+        options: today's. Where the run lies, and how it is continued, are no settings of it.
+    """
+    now, elsewhere = vars(as_namespace(options)), ("resume", "output", "experiment", "config")
+    known = [name for name in now if name not in elsewhere and hasattr(before, name)]
+    pairs = [(name, getattr(before, name), now[name]) for name in known]
+    return "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
 
 
 def resolved_lr(options: TrainOptions, global_batch: int) -> float:
