@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import random
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
 import tweo_timm.train
-from tests.train.runs import VIT, command, load, rows, same_tensors, train, write_images
+from tests.train.runs import VIT, command, last, load, rows, same_tensors, train, write_images
 from tweo_timm.train import data
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
@@ -32,6 +33,7 @@ REFUSED = {
     "tta": ["--tta", "2"],
     "drop_connect": ["--drop-connect", "0.1"],
     "naflex_loader": ["--naflex-loader"],
+    "persistent_workers": ["--persistent-workers"],
 }
 # Read before there are options: by the parser, and by timm from the environment that torchrun sets.
 OF_THE_PARSER = {"config", "config_unknown", "data", "local_rank"}
@@ -246,6 +248,65 @@ def test_an_epoch_that_is_not_validated_is_kept_for_recovery_only(images, tmp_pa
     assert (folder / "recovery-0-7.pth.tar").exists()
     assert (folder / "milestone-3.pth.tar").exists()
     assert len(list(folder.glob("checkpoint-*"))) == 1
+
+
+def test_without_a_validation_split_the_training_loss_decides(images, tmp_path, interrupt, capsys):
+    settings = ("--val-split", "", "--epochs", "3", "--checkpoint-hist", "1", "--resume", "auto")
+    interrupt(10)
+    assert main(command(images, tmp_path, *settings)) == 143
+    folder = train(images, tmp_path, *settings)
+    with open(folder / "summary.csv") as file:
+        table = list(csv.DictReader(file))
+    losses = [float(row["train_loss"]) for row in table]
+    assert not any(name.startswith("eval_") and name != "eval_peak_abs" for name in table[0])
+    assert load(folder / "model_best.pth.tar")["metric"] == pytest.approx(min(losses))
+    printed = json.loads(capsys.readouterr().out.split("--result\n")[1])
+    assert printed[-1]["train"]["loss"] == pytest.approx(min(losses[1:]))  # of this process
+    assert "validation" not in printed[-1]
+
+
+def test_images_are_validated_with_the_models_crop_and_normalized_in_its_dtype(images, tmp_path, monkeypatch):
+    calls = []
+    original = data.create_loader
+    monkeypatch.setattr(
+        data, "create_loader", lambda *args, **kwargs: (calls.append(kwargs), original(*args, **kwargs))[1]
+    )
+    session = session_of(images, tmp_path, "--model-dtype", "bfloat16")
+    assert [call["img_dtype"] for call in calls] == [torch.bfloat16] * 2
+    assert calls[1]["crop_mode"] == session.data_config["crop_mode"]
+    batch, _ = next(iter(session.data.val))
+    assert batch.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model-dtype", "bfloat16"], torch.bfloat16),
+        (["--model-dtype", "bfloat16", "--model-ema-force-fp32"], torch.float32),
+        (["--model-dtype", "float16"], torch.float32),
+        ([], torch.float32),
+    ],
+    ids=str,
+)
+def test_the_average_is_kept_in_a_dtype_that_holds_its_steps(words, expected, images, tmp_path):
+    session = session_of(images, tmp_path, *words, "--model-ema", "--seed", "7")
+    ema = session.task.get_trainable_module(ema=True)
+    assert {p.dtype for p in ema.parameters()} == {expected} == {session.ema_dtype}
+    assert ema._sr_generator.initial_seed() == 7
+
+
+def test_a_float32_average_of_a_bfloat16_model_is_validated_in_float32(images, tmp_path):
+    words = ("--model-dtype", "bfloat16", "--model-ema", "--model-ema-force-fp32", "--epochs", "1")
+    folder = train(images, tmp_path, *words)
+    assert {tensor.dtype for tensor in last(folder)["state_dict_ema"].values()} == {torch.float32}
+    assert {tensor.dtype for tensor in last(folder)["state_dict"].values()} == {torch.bfloat16}
+
+
+def test_the_base_rate_grows_with_the_average_of_several_batch_sizes(images, tmp_path):
+    sizes = ["--train-img-sizes", "32", "32", "--train-batch-sizes", "8", "4", "--train-size-probs", "1", "1"]
+    words = [word for word in command(images, tmp_path, *sizes, "--opt", "sgd") if word not in ("--lr", "1e-3")]
+    session = build_session(parse_train_options(words), World(torch.device("cpu")))
+    assert session.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 6 / 256)
 
 
 def test_a_milestone_is_validated_whatever_the_interval(images, tmp_path):

@@ -41,6 +41,7 @@ def test_only_this_packages_flags_and_those_of_timm_1_0_31_go_beyond_the_referen
     timm_1_0_31 = {"task", "target_format", "multilabel_threshold", "loss", "stop_epoch", "save_epochs"}
     timm_1_0_31 |= {"lr_decay_fn", "lr_stable_timescale", "loss_class_weight", "loss_pos_weight", "class_stats"}
     timm_1_0_31 |= {"loss_weight_power", "loss_weight_beta", "loss_weight_max", "pretrained_cfg_overlay"}
+    timm_1_0_31 |= {"persistent_workers", "model_ema_force_fp32"}
     timm_1_0_31 |= {name for name in extra if name.startswith(("asl_", "poly_", "twoway_", "db_"))}
     assert extra == ours | timm_1_0_31
 
@@ -191,6 +192,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--task multilabel --loss-pos-weight neg_pos", ["neg_pos", "--class-stats FILE"]),
         ("--task multilabel --bce-pos-weight 2 --loss-pos-weight 3", ["--bce-pos-weight", "--loss-pos-weight"]),
         ("--pretrained-cfg-overlay custom_load=true", ["--pretrained-cfg-overlay", "--pretrained"]),
+        ("--model-ema-force-fp32", ["--model-ema-force-fp32", "--model-ema"]),
         ("--save-epochs 0", ["--save-epochs", "count from 1"]),
         ("--train-batch-sizes 8", ["--train-batch-sizes has 1", "--train-img-sizes"]),
         ("--naflex-patch-size-probs 1", ["--naflex-patch-size-probs has 1", "--naflex-patch-sizes"]),

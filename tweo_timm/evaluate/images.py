@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.train.data import check_num_classes, open_dataset, split_folder, target_details
+from tweo_timm.train.data import check_num_classes, image_dtype, open_dataset, split_folder, target_details
 from tweo_timm.train.world import World
 
 
@@ -162,6 +162,7 @@ def _loader(options: ValidateOptions, data_config: dict[str, Any], dataset: Any,
         device=world.device,
         use_prefetcher=prefetch,
         persistent_workers=False,
+        img_dtype=image_dtype(options),
         tf_preprocessing=options.tf_preprocessing,
     )
 

@@ -31,7 +31,7 @@ from tweo_timm.loss import TweoConfig
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
-from tweo_timm.train.data import Data, open_data, preprocessing
+from tweo_timm.train.data import Data, image_dtype, open_data, preprocessing
 from tweo_timm.train.model import build_model, check_compiler, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
@@ -99,12 +99,17 @@ class Session:
         """Whether the optimizer differentiates the gradients once more."""
         return bool(getattr(self.inner_optimizer, "is_second_order", False))
 
-    def place(self, images: torch.Tensor) -> torch.Tensor:
-        """Bring a batch of images to the device, memory layout and dtype of the model."""
+    def place(self, images: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Bring a batch of images to the device, the memory layout, and a dtype: None is that of the model."""
         images = images.to(self.world.device)
         if self.options.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images.to(getattr(torch, self.options.model_dtype)) if self.options.model_dtype else images
+        return images.to(dtype or image_dtype(self.options))
+
+    @property
+    def ema_dtype(self) -> torch.dtype:
+        """The dtype of the EMA's weights."""
+        return _ema_dtype(self.options) or image_dtype(self.options)
 
     def wrap(self) -> None:
         """Compile and distribute the task; the last step, after weights have been resumed."""
@@ -147,7 +152,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
     if options.fsdp:
         check_sharding(options, world, fp8)
     task = build_task(options, model, data.soft_targets, world)
-    _check_eval_metric(options, task)
+    if data.val is not None:
+        _check_eval_metric(options, task)
     ema_model = _set_up_ema(options, task)
     validated_ema = None if options.model_ema_force_cpu else ema_model
     if options.fsdp:
@@ -156,10 +162,12 @@ def build_session(options: TrainOptions, world: World) -> Session:
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
     watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
     tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
-    namespace.lr = resolved_lr(options, options.batch_size * world.size * options.grad_accum_steps)
+    namespace.lr = resolved_lr(options, data.batch_size * world.size * options.grad_accum_steps)
     optimizer = _optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(namespace), updates_per_epoch=updates_per_epoch
+        optimizer,
+        **scheduler_kwargs(namespace, decreasing_metric=data.val is None or "loss" in options.eval_metric),
+        updates_per_epoch=updates_per_epoch,
     )
     if options.stop_epoch is not None and options.stop_epoch > num_epochs:
         raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
@@ -250,9 +258,22 @@ def _set_up_ema(options: TrainOptions, task: TrainingTask) -> nn.Module | None:
     device = torch.device("cpu") if options.model_ema_force_cpu else None
     decay, warmup = options.model_ema_decay, options.model_ema_warmup
     # With --fsdp one by one: torch's operators on lists do not take sharded weights together with whole buffers.
-    task.setup_ema(decay=decay, use_warmup=warmup, device=device, foreach=not options.fsdp)
+    task.setup_ema(
+        decay=decay,
+        use_warmup=warmup,
+        device=device,
+        foreach=not options.fsdp,
+        dtype=_ema_dtype(options),
+        stochastic_rounding_seed=options.seed,
+    )
     ema_model: nn.Module = unwrap_model(task.get_eval_model(ema=True))
     return ema_model
+
+
+def _ema_dtype(options: TrainOptions) -> torch.dtype | None:
+    """float32 where the model's own dtype could not hold an EMA's small steps, or need not; None is the model's."""
+    whole = options.model_dtype == "float16" or (options.model_dtype == "bfloat16" and options.model_ema_force_fp32)
+    return torch.float32 if whole else None
 
 
 def _buffer_settings(options: TrainOptions) -> dict[str, bool]:

@@ -143,6 +143,11 @@ def scripting(options: Any) -> Iterator[str]:
 
 def _not_honoured(options: TrainOptions) -> Iterator[str]:
     yield from scripting(options)
+    if options.persistent_workers:
+        yield (
+            "--persistent-workers cannot be honoured: loader processes that outlive an epoch hold random state that no "
+            "checkpoint can; leave it out"
+        )
     if "tweo_timm.upstream" in (options.device_modules or ()):
         yield (
             "--device-modules tweo_timm.upstream is for timm's own train.py; here --tweo-weight and its fellows do the "
@@ -223,6 +228,8 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
     if options.sched == "plateau" and options.sched_on_updates:
         yield "--sched plateau looks at every epoch's metric; leave out --sched-on-updates (from a file: --no-...)"
     yield from target_format(options)
+    if options.model_ema_force_fp32 and not options.model_ema:
+        yield "--model-ema-force-fp32 does nothing without --model-ema; give both or neither"
     mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
     odd = [size for size in options.train_batch_sizes or [options.batch_size] if size % 2]
     if mixes and odd:

@@ -155,10 +155,11 @@ def _run_folder(options: TrainOptions, data_config: dict[str, Any]) -> Path:
 
 
 def _report(result: dict[str, Any], folder: Path) -> None:
+    """Say the best epoch and the folder, and print, as timm does, the ten best epochs with the best at the end."""
     if result["best_metric"] is not None:
         _logger.info("*** Best metric: %s (epoch %s)", result["best_metric"], result["best_epoch"])
     _logger.info("Run folder: %s", folder)
-    print(f"--result\n{json.dumps(result, indent=4)}")
+    print(f"--result\n{json.dumps(result['epochs'][:10][::-1], indent=4)}")
 
 
 def _fail(error: Exception | str) -> int:

@@ -43,10 +43,11 @@ class Data:
     Attributes:
         train: yields (images float (B, C, H, W), targets) on the device, augmented.
         replay: the loader inside `train` that knows where it is.
-        val: yields (images, targets) on the device.
+        val: yields (images, targets) on the device; None with an empty --val-split.
         mixup: mixes a batch on the device; None where the loader's workers do it, or nobody.
         soft_targets: whether targets are dense distributions, because of Mixup or CutMix.
         class_names: name -> index where the dataset has names, else None.
+        batch_size: of training batches, on average where --train-batch-sizes gives several.
         loss_scale: what the loss of a batch of so many images is multiplied by, for --variable-batch-loss-scale.
     """
 
@@ -56,6 +57,7 @@ class Data:
     mixup: Mixup | None
     soft_targets: bool
     class_names: dict[str, int] | None
+    batch_size: float
     loss_scale: Callable[[int], float]
 
     def start_epoch(self, epoch: int, mixup_off_epoch: int) -> None:
@@ -115,6 +117,12 @@ class StrictImages(Dataset[Any]):
                 f"cannot read image {self.inner.filename(index, absolute=True)}: the file is damaged or no image. "
                 "Replace or remove it"
             ) from error
+
+
+def image_dtype(options: Any) -> torch.dtype:
+    """Return the dtype in which timm's prefetching loader normalizes images: the model's, by `model_dtype`."""
+    dtype: torch.dtype = getattr(torch, options.model_dtype or "float32")
+    return dtype
 
 
 def preprocessing(options: Any, model: nn.Module, **details: Any) -> dict[str, Any]:
@@ -268,8 +276,9 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         raise ValueError(f"the training loader cannot be made: {error}") from error
     lookahead = isinstance(train, PrefetchLoader)
     replay = ReplayLoader(train.loader if lookahead else train, lookahead)
-    val = _val_loader(options, data_config, val_set, world)
-    for loader in (replay.loader, getattr(val, "loader", val)):
+    batch_size = getattr(replay.loader.batch_sampler, "average_batch_size", float(options.batch_size))
+    val = _val_loader(options, data_config, val_set, world) if val_set is not None else None
+    for loader in (replay.loader, *([getattr(val, "loader", val)] if val is not None else [])):
         loader.worker_init_fn = PatientWorker(loader.worker_init_fn)
     if lookahead:
         train.loader = replay
@@ -280,7 +289,8 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         mixup=Mixup(**mixup_kwargs) if mixup_kwargs and options.no_prefetcher else None,
         soft_targets=bool(mixup_kwargs),
         class_names=class_names(train_set),
-        loss_scale=_loss_scale(options, replay),
+        batch_size=batch_size,
+        loss_scale=_loss_scale(options, batch_size),
     )
 
 
@@ -295,21 +305,24 @@ def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         num_samples=options.train_num_samples,
         **details,
     )
-    val_set = open_dataset(
-        options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **details
-    )
+    val_set = None
+    if options.val_split:
+        val_set = open_dataset(
+            options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **details
+        )
     root = str(options.data or options.data_dir)
-    splits = (options.train_split, options.val_split)
+    splits = [split for split in (options.train_split, options.val_split) if split]
     if not options.dataset and not any(split_folder(Path(root), split) for split in splits):
         raise ValueError(
             f"--data-dir {root} holds neither split ({', '.join(splits)}), and all of it would be used for both: pass "
             "the folder that holds train/ and val/"
         )
-    for dataset in (train_set, val_set):
+    datasets = [dataset for dataset in (train_set, val_set) if dataset is not None]
+    for dataset in datasets:
         check_num_classes(dataset, num_classes, bool(options.class_map))
-    names = [class_names(dataset) for dataset in (train_set, val_set)]
-    if None not in names and names[0] != names[1]:
-        odd = sorted(set(names[0] or ()) ^ set(names[1] or ()))[:3]
+    names = [class_names(dataset) for dataset in datasets]
+    if None not in names and names[0] != names[-1]:
+        odd = sorted(set(names[0] or ()) ^ set(names[-1] or ()))[:3]
         raise ValueError(f"the classes of the training and the validation split differ ({', '.join(odd)}, ...)")
     if options.aug_splits:
         train_set = AugMixDataset(train_set, num_splits=options.aug_splits)
@@ -341,12 +354,11 @@ class _MultiLabel:
         return encoded
 
 
-def _loss_scale(options: TrainOptions, loader: Any) -> Callable[[int], float]:
+def _loss_scale(options: TrainOptions, batch_size: float) -> Callable[[int], float]:
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[options.variable_batch_loss_scale]
-    average = getattr(loader.batch_sampler, "average_batch_size", None)
-    if power == 0.0 or average is None:
+    if power == 0.0 or not options.train_img_sizes:
         return lambda samples: 1.0
-    return lambda samples: float((samples / average) ** power)
+    return lambda samples: float((samples / batch_size) ** power)
 
 
 def _mixup_kwargs(options: TrainOptions, num_classes: int) -> dict[str, Any]:
@@ -404,6 +416,7 @@ def _train_loader(
         device=world.device,
         use_prefetcher=not options.no_prefetcher,
         use_multi_epochs_loader=options.use_multi_epochs_loader,
+        img_dtype=image_dtype(options),
         persistent_workers=False,  # workers that outlive an epoch carry random state that no checkpoint can hold
         worker_seeding=options.worker_seeding,
         **_size_schedule(options),
@@ -447,6 +460,7 @@ def _size_schedule(options: TrainOptions) -> dict[str, Any]:
 
 
 def _val_loader(options: TrainOptions, data_config: dict[str, Any], dataset: Any, world: World) -> Any:
+    streamed = any(kind in options.dataset for kind in ("tfds", "wds"))
     return create_loader(
         dataset,
         input_size=data_config["input_size"],
@@ -455,9 +469,12 @@ def _val_loader(options: TrainOptions, data_config: dict[str, Any], dataset: Any
         interpolation=data_config["interpolation"],
         mean=data_config["mean"],
         std=data_config["std"],
-        num_workers=options.workers,
+        # Streams are cut by processes and workers: the fewer, the less padding.
+        num_workers=min(2, options.workers) if streamed and world.distributed else options.workers,
         distributed=world.distributed,
         crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+        img_dtype=image_dtype(options),
         pin_memory=options.pin_mem,
         device=world.device,
         use_prefetcher=not options.no_prefetcher,

@@ -23,6 +23,8 @@ _OF_THE_PROCESS = (
 )
 # Options of libraries or experiments that timm has dropped; none changes what is trained.
 _RETIRED = ("aot_autograd", "bench_labeler", "eval_checkpoint")
+# What a file of timm 1.0.31 leaves to the task by a null.
+_LEFT_OPEN = ("eval_metric", "target_format", "smoothing")
 _OLD_VALUES = {("eval_metric", "prec1"): "top1", ("eval_metric", "prec5"): "top5"}
 
 
@@ -51,6 +53,9 @@ def modernize(values: Values, known: Container[str]) -> Modernized:
         if values.get(key) == old_value:
             result.values[key] = value
             result.renamed.append(f"{key}={old_value} -> {value}")
+    for key in _LEFT_OPEN:
+        if key in values and values[key] is None:
+            del result.values[key]
     for old in sorted(_TRANSLATIONS.keys() & values.keys()):
         _translate(old, result, known)
     for old in (*_OF_THE_PROCESS, *_RETIRED):
@@ -99,4 +104,6 @@ _TRANSLATIONS: dict[str, Callable[[Any, Values], Values]] = {
     "drop_connect": _rename("drop_path"),
     "validation_batch_size_multiplier": _validation_batch,
     "bn_tf": _bn_tf,
+    # Loader processes start anew every epoch here, whatever timm's default.
+    "persistent_workers": lambda value, values: {},
 }

@@ -89,16 +89,20 @@ class Trainer:
         """
         session, options = self.session, self.session.options
         self.saver = AtomicSaver(
-            folder, args, decreasing="loss" in options.eval_metric, max_history=options.checkpoint_hist
+            folder, args, decreasing=self._falls_with_progress(), max_history=options.checkpoint_hist
         )
         if resumed is not None:
             self.saver.take_over(*resumed)
             if resumed[0].name == LAST:
                 self._keep_milestone(self.cursor.epoch)
-        names = session.task.create_evaluator().metric_names
+        names = session.task.create_evaluator().metric_names if session.data.val is not None else ()
         self.journal = Journal(
             folder, self.cursor.epoch, self._updates_at_start(), names, options.tensorboard, self._wandb(folder)
         )
+
+    def _falls_with_progress(self) -> bool:
+        """Whether the metric that ranks checkpoints is a loss."""
+        return self.session.data.val is None or "loss" in self.session.options.eval_metric
 
     def _updates_at_start(self) -> int:
         return self.cursor.updates if self.cursor.batch else self.cursor.epoch * self.session.updates_per_epoch
@@ -160,7 +164,7 @@ class Trainer:
         """Train to the last epoch.
 
         Returns:
-            best_metric and best_epoch (None without validation), and the last epoch's metrics.
+            best_metric and best_epoch, and epochs: the metrics of each that was ranked, the best first.
 
         Raises:
             TrainingStopped: for a loss, an activation or a gradient that is not finite, or above --stop-on-peak.
@@ -169,15 +173,22 @@ class Trainer:
         session = self.session
         last_epoch = min(session.num_epochs, session.options.stop_epoch or session.num_epochs)
         self._set_off()
-        row: dict[str, Any] = {}
+        rows = []
         for epoch in range(self.cursor.epoch, last_epoch):
-            row = self._epoch(epoch, last_epoch)
+            rows.append(self._epoch(epoch, last_epoch))
             self._raise_if_interrupted()
         if self.journal is not None:
             self.journal.close()
         saver = self.saver
         best = (saver.best_metric, saver.best_epoch) if saver is not None else (None, None)
-        return {"best_metric": best[0], "best_epoch": best[1], "last": row}
+        return {"best_metric": best[0], "best_epoch": best[1], "epochs": self._best_first(rows, last_epoch)}
+
+    def _best_first(self, rows: list[dict[str, Any]], last_epoch: int) -> list[dict[str, Any]]:
+        name = "loss" if self.session.data.val is None else self.session.options.eval_metric
+        ranked = [row for row in rows if self._is_validated(row["epoch"] + 1, last_epoch)]
+        return sorted(
+            ranked, key=lambda row: row.get("validation", row["train"])[name], reverse=not self._falls_with_progress()
+        )
 
     def _set_off(self) -> None:
         """Bring schedule, counters and random state to where the first epoch begins."""
@@ -202,6 +213,8 @@ class Trainer:
             train["peak_abs"] = max(row["train_peak_abs"] for row in rows)
         val = self._validate(epoch, last_epoch, rows)
         metric = val.get(session.options.eval_metric)
+        if session.data.val is None and self._is_validated(epoch + 1, last_epoch):
+            metric = train["loss"]
         lr = self._lr()
         if session.scheduler is not None:
             session.scheduler.step(epoch + 1, metric)
@@ -214,7 +227,7 @@ class Trainer:
                 if recorder is not None:
                     self.journal.histograms(label, recorder.stats, updates)
         self._save_epoch(epoch, metric)
-        return {"epoch": epoch, "train": train, "validation": val}
+        return {"epoch": epoch, "train": train} | ({"validation": val} if val else {})
 
     def _lr(self) -> float:
         groups = self.session.optimizer.param_groups
@@ -344,7 +357,7 @@ class Trainer:
     def _validate(self, epoch: int, last_epoch: int, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Evaluate the model, or its EMA where there is one, and describe every block in `rows`."""
         session, options = self.session, self.session.options
-        if not self._is_validated(epoch + 1, last_epoch):
+        if self.session.data.val is None or not self._is_validated(epoch + 1, last_epoch):
             return {}
         position = session.data.replay.position(self.cursor.batch)
         # A run that goes on after --stop-epoch draws what it would have drawn without the stop.
@@ -354,7 +367,8 @@ class Trainer:
             metrics = evaluate(session, session.task.get_eval_model(), recorder, "Test", self.signals)
             if session.task.has_ema() and not options.model_ema_force_cpu:
                 recorder = session.ema_recorder
-                metrics = evaluate(session, session.task.get_eval_model(ema=True), recorder, "Test (EMA)", self.signals)
+                averaged = session.task.get_eval_model(ema=True)
+                metrics = evaluate(session, averaged, recorder, "Test (EMA)", self.signals, session.ema_dtype)
         except Interrupted:
             self._save_recovery(epoch, position)
             raise

@@ -111,7 +111,7 @@ def changed_settings(before: argparse.Namespace, options: TrainOptions) -> str:
     return "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
 
 
-def resolved_lr(options: TrainOptions, global_batch: int) -> float:
+def resolved_lr(options: TrainOptions, global_batch: float) -> float:
     """The learning rate of a run, by timm's rule.
 
     Args:

@@ -20,7 +20,12 @@ _logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def evaluate(
-    session: Session, model: Any, recorder: OutlierRecorder | None, label: str, signals: SignalWatch
+    session: Session,
+    model: Any,
+    recorder: OutlierRecorder | None,
+    label: str,
+    signals: SignalWatch,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Run a model over the validation split.
 
@@ -30,6 +35,8 @@ def evaluate(
         recorder: counts that model's block outputs anew; None without blocks.
         label: for the log.
         signals: a signal ends the pass where there is one process; several finish it together.
+
+        dtype: of the images; None is that of the trained model.
 
     Returns:
         The evaluator's metrics: loss, top1 and top5 in percent for single labels.
@@ -47,7 +54,7 @@ def evaluate(
     recording = recorder.recording() if recorder is not None else contextlib.nullcontext()
     with recording, ProgressLine(label, len(session.data.val), world.primary) as bar:
         for images, targets in session.data.val:
-            images, targets = session.place(images), targets.to(world.device)
+            images, targets = session.place(images, dtype), targets.to(world.device)
             with session.autocast():
                 output = model(images)
             evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, targets)

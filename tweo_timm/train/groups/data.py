@@ -24,7 +24,7 @@ class DatasetOptions:
         "", "Dataset as TYPE/NAME, e.g. wds/imagenet, hfds/NAME, torch/NAME; empty: image folder or tar."
     )
     train_split: str = flag("train", "Training split.")
-    val_split: str = flag("validation", "Validation split.")
+    val_split: str = flag("validation", "Validation split; empty: none, and the training loss decides.")
     train_num_samples: int | None = flag(None, "Number of training samples, for iterable datasets that do not know.")
     val_num_samples: int | None = flag(None, "Number of validation samples, for iterable datasets that do not know.")
     dataset_download: bool = flag(False, "Let torch/ and tfds/ datasets download themselves.")

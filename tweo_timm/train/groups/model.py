@@ -91,5 +91,6 @@ class EmaOptions:
 
     model_ema: bool = flag(False, "Keep a moving average of the weights, and evaluate it.")
     model_ema_force_cpu: bool = flag(False, "Keep it on the CPU, on the first process only, unevaluated.")
+    model_ema_force_fp32: bool = flag(False, "Keep it in float32 for a bfloat16 model; for a float16 one it always is.")
     model_ema_decay: float = flag(0.9998, "Its decay per update.")
     model_ema_warmup: bool = flag(False, "Ramp the decay up over the first updates.")

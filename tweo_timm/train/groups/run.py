@@ -42,6 +42,7 @@ class RunOptions:
     checkpoint_hist: int = flag(10, "Best checkpoints to keep.")
     save_epochs: list[int] | None = flag(None, "Epochs after which a checkpoint is kept for good.")
     workers: int = flag(4, "Loader processes per process.", "-j", "--workers")
+    persistent_workers: bool = flag(False, "Refused: loader processes start anew every epoch, for exact continuation.")
     save_images: bool = flag(False, "Save input batches at each log line.")
     pin_mem: bool = flag(False, "Pin the loader's memory.")
     no_prefetcher: bool = flag(False, "No prefetching to the device.")
