@@ -30,6 +30,8 @@ from tweo_timm.train.model import check_compiler, suggest_model
 
 _logger = logging.getLogger(__name__)
 
+# Pretrained weights whose classes are not ImageNet's 1000, or that have none: no part of --model all, as in timm.
+_NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
 _CHECKPOINTS = ("*.pth.tar", "*.pth", "*.safetensors")
 # What a checkpoint's own training options say about the model and its images, where the command line says nothing.
 _INHERITED = (
@@ -84,8 +86,8 @@ def find_sources(options: ValidateOptions) -> list[Source]:
     """List what the options ask to validate.
 
     Args:
-        options: checkpoints (files, or folders that stand for all in them) or model names ('all', a wildcard, a text
-            file of names).
+        options: checkpoints (files, or folders that stand for all in them) or model names ('all' of ImageNet's 1000
+            classes, a wildcard, a text file of names).
 
     Raises:
         ValueError: if a checkpoint does not exist, a folder holds none, or no model matches.
@@ -96,8 +98,9 @@ def find_sources(options: ValidateOptions) -> list[Source]:
     if Path(options.model).is_file():
         models = Path(options.model).read_text().split()
     elif options.model == "all" or any(sign in options.model for sign in "*?["):
-        pattern = "*" if options.model == "all" else options.model
-        models = [name for name in list_models(pretrained=True) if fnmatch.fnmatch(name, pattern)]
+        pattern, others = ("*", _NOT_IMAGENET_1K) if options.model == "all" else (options.model, [])
+        names = list_models(pretrained=True, exclude_filters=others)
+        models = [name for name in names if fnmatch.fnmatch(name, pattern)]
     else:
         models = [options.model]
     if not models:
