@@ -109,8 +109,14 @@ class TweoHandle:
         self._seen: list[_Kept | _Measured] = []
         self._tap = BlockTap(self._blocks, self._observe)
         self._handles = self._hook_task(task)
+        acts = config.weight > 0 or config.end_weight > 0
         _logger.info(
-            "TWEO on %d blocks, %s to %s: %s", len(self._blocks), self.block_names[0], self.block_names[-1], config
+            "%s %d blocks, %s to %s%s",
+            "TWEO on" if acts else "No TWEO; peaks are watched on",
+            len(self._blocks),
+            self.block_names[0],
+            self.block_names[-1],
+            f": {config}" if acts else "",
         )
 
     @property

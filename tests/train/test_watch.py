@@ -10,7 +10,7 @@ from timm.data import ImageDataset
 
 from tests.train.runs import command, last, load, same_tensors, train, write_images
 from tweo_timm.train.cli import main
-from tweo_timm.train.data import StrictImages
+from tweo_timm.train.splits import StrictImages
 from tweo_timm.train.step import TrainStep
 from tweo_timm.train.watch import HealthWatch, SignalWatch, TrainingStopped
 from tweo_timm.train.world import World

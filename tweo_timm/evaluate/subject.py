@@ -25,8 +25,8 @@ from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.suggestion import suggest_path
-from tweo_timm.train.data import preprocessing
 from tweo_timm.train.model import check_compiler, suggest_model
+from tweo_timm.train.splits import preprocessing
 
 _logger = logging.getLogger(__name__)
 

@@ -31,11 +31,12 @@ from tweo_timm.loss import TweoConfig
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
-from tweo_timm.train.data import Data, image_dtype, open_data, preprocessing
+from tweo_timm.train.data import Data, open_data
 from tweo_timm.train.model import build_model, check_compiler, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
+from tweo_timm.train.splits import image_dtype, preprocessing
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)

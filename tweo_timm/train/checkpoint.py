@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from timm.models import clean_state_dict
 from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, unwrap_model
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.shard import shard_like, shard_optimizer_like, whole
@@ -41,7 +43,6 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
         max_history: how many of the best checkpoints are kept.
 
     Attributes:
-        content: the entries of the next file, beside epoch, arch, args, metric and the saver's own: set before a save.
         last_good: path of the newest whole file, for messages.
     """
 
@@ -55,11 +56,23 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
             decreasing=decreasing,
             max_history=max_history,
         )
-        self.content: dict[str, Any] = {}
+        self._content: dict[str, Any] = {}
         self.last_good = "none"
         self._finishing = False
         for leftover in (*folder.glob("*tmp.pth.tar"), *folder.glob("*.pth.tar.tmp")):
             leftover.unlink()
+
+    @contextlib.contextmanager
+    def holding(self, content: dict[str, Any]) -> Iterator[None]:
+        """Write these entries into what is saved meanwhile, beside epoch, arch, args, metric and the saver's own.
+
+        timm's methods that save have no argument for them; kept longer, they would hold a second model in memory.
+        """
+        self._content = content
+        try:
+            yield
+        finally:
+            self._content = {}
 
     def take_over(self, path: Path, content: dict[str, Any]) -> None:
         """Go on with the files of the process that wrote a checkpoint into this folder.
@@ -98,8 +111,8 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
         if path.name == LAST or not last.exists():
             return
         try:
-            further = _progress(read_checkpoint(last)) > _progress(content)
-        except ValueError:  # a damaged file is passed over anyway
+            further = _progress(load_checkpoint_metadata(str(last))) > _progress(content)
+        except Exception:  # torch raises whatever the damage looks like; such a file is passed over anyway
             return
         if not further:
             return
@@ -112,7 +125,7 @@ class AtomicSaver(CheckpointSaver):  # type: ignore[misc]
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         if self._finishing:
             return
-        state = {"epoch": epoch, "arch": self.args.model, "version": 2, "args": self.args, **self.content}
+        state = {"epoch": epoch, "arch": self.args.model, "version": 2, "args": self.args, **self._content}
         if metric is not None:
             state["metric"] = metric
         state["saver"] = self.state_dict(epoch, metric)

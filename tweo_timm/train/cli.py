@@ -53,7 +53,7 @@ def train(options: TrainOptions) -> int:
     Returns:
         The exit status, as `main`.
     """
-    from tweo_timm.train.data import UnreadableImage
+    from tweo_timm.train.splits import UnreadableImage
     from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
     from tweo_timm.train.world import join_world
 

@@ -133,10 +133,9 @@ class Trainer:
         self.health.check(self.session.world, self._last_good())
         content = self._content(position)
         if self.saver is not None:
-            self.saver.content = content
             done = self.cursor.updates - epoch * self.session.updates_per_epoch
-            self.saver.save_recovery(epoch, done)
-            self.saver.content = {}
+            with self.saver.holding(content):
+                self.saver.save_recovery(epoch, done)
 
     def _save_epoch(self, epoch: int, metric: float | None) -> None:
         """Write the checkpoint of a finished epoch: ranked if it was validated, for recovery otherwise."""
@@ -146,9 +145,8 @@ class Trainer:
             return
         content = self._content()
         if self.saver is not None:
-            self.saver.content = content
-            self.saver.save_checkpoint(epoch, metric=metric)
-            self.saver.content = {}
+            with self.saver.holding(content):
+                self.saver.save_checkpoint(epoch, metric=metric)
             self._keep_milestone(epoch + 1)
 
     def _keep_milestone(self, epochs: int) -> None:
