@@ -64,6 +64,7 @@ BAD_SETTINGS = {
     "--kd-model-name resnet10t --kd-distill-type feature --fp8 emulated": ["--kd-distill-type logit", "--fp8"],
     "--loss bce --loss-class-weight 1,2": ["--loss-class-weight 1,2", "2 values", "3 classes"],
     "--task multilabel --eval-metric loss --loss-pos-weight 1,2": ["--loss-pos-weight 1,2", "2 values", "3 classes"],
+    "--loss bce --loss-class-weight weights.json": ["--loss-class-weight weights.json", "nor a file"],
     "--loss bce --loss-class-weight 1,two,3": ["--loss-class-weight 1,two,3", "two"],
     "--loss bce --bce-pos-weight -1": ["--bce-pos-weight -1", "non-negative"],
     "--input-size 3 48 48": ["(48, 48)", "model_kwargs.img_size=32", "leave img_size out of --model-kwargs"],

@@ -19,6 +19,7 @@ from timm.task import (
 )
 from torch import Tensor, nn
 
+from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.model import suggest_model
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.world import World
@@ -145,4 +146,6 @@ def _naming(flag: str, value: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if "could not convert" in str(error):
+            raise ValueError(f"{flag} {value} is neither numbers nor a file{suggest_path(value)}") from error
         raise ValueError(f"{flag} {value}: {error}") from error
