@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import apply_test_time_pool, set_fast_norm, to_2tuple
+from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import (
     create_model,
-    get_model_input_config,
     list_models,
     load_checkpoint,
     resolve_model_input_args,
@@ -24,6 +23,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
+from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
 from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.model import check_compiler, suggest_model
 from tweo_timm.train.splits import preprocessing
@@ -152,7 +152,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         model = _create(arch, options, pretrained=True)
     else:
         model = _with_weights(arch, loadable, content, source.path)
-        _resize(model, arch, options)
+        resize(model, arch, options)
     data_config = preprocessing(as_namespace(options), model, use_test_size=not options.use_train_size)
     if options.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)
@@ -191,35 +191,15 @@ def _describe(
     inherited = {
         name: recorded[name] for name in _INHERITED if recorded.get(name) is not None and not getattr(options, name)
     }
-    inherited["in_chans"] = _channels(vars(options)) or _channels(recorded)
+    inherited["in_chans"] = channels_of(vars(options)) or channels_of(recorded)
     inherited["model_kwargs"] = {**(recorded.get("model_kwargs") or {}), **options.model_kwargs}
-    unsized = _at_size(replace(options, **inherited), {})
-    trained, asked = _size(recorded), _size(vars(options))
+    unsized = at_size(replace(options, **inherited), {})
+    trained, asked = size_of(recorded), size_of(vars(options))
     return (
         own or source.model,
-        _at_size(unsized, asked or trained),
-        [_at_size(unsized, size) for size in (trained, asked, {})],
+        at_size(unsized, asked or trained),
+        [at_size(unsized, size) for size in (trained, asked, {})],
     )
-
-
-def _channels(settings: Mapping[str, Any]) -> int | None:
-    """How many channels some settings give images; None if they do not say."""
-    channels: int | None = settings.get("in_chans") or (settings.get("input_size") or [None])[0]
-    return channels
-
-
-def _size(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some settings that say how large images are."""
-    sizes = {name: settings[name] for name in ("img_size", "input_size") if settings.get(name)}
-    inner = (settings.get("model_kwargs") or {}).get("img_size")
-    return sizes | ({"model_kwargs": {"img_size": inner}} if inner else {})
-
-
-def _at_size(options: ValidateOptions, size: Mapping[str, Any]) -> ValidateOptions:
-    """The same options but for how large images are, which is as in `size`, or as the architecture has it."""
-    others = {name: value for name, value in options.model_kwargs.items() if name != "img_size"}
-    unsized = replace(options, img_size=None, input_size=None, model_kwargs=others)
-    return replace(unsized, **{**size, "model_kwargs": {**others, **size.get("model_kwargs", {})}})
 
 
 def _with_weights(arch: str, loadable: list[ValidateOptions], content: dict[str, Any], path: Path) -> nn.Module:
@@ -237,24 +217,6 @@ def _with_weights(arch: str, loadable: list[ValidateOptions], content: dict[str,
             return model
     assert mismatch is not None
     raise mismatch
-
-
-def _resize(model: Any, arch: str, options: ValidateOptions) -> None:
-    """Let a model that is built for images of one size take those that were asked for, as timm resizes it."""
-    size = _size(vars(options))
-    wanted = size.get("input_size", [])[1:] or size.get("img_size") or size.get("model_kwargs", {}).get("img_size")
-    built = get_model_input_config(model)
-    if not wanted or not built["fixed_input_size"] or to_2tuple(wanted) == tuple(built["input_size"][1:]):
-        return
-    height, width = to_2tuple(wanted)
-    try:
-        model.set_input_size(img_size=(height, width))
-    except (AttributeError, AssertionError, ValueError, RuntimeError) as error:
-        before = "x".join(map(str, built["input_size"][1:]))
-        raise ValueError(
-            f"{arch} is built for images of {before} and cannot be changed to {height}x{width} ({error}): leave out "
-            "--img-size and --input-size"
-        ) from error
 
 
 def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
