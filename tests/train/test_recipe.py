@@ -73,6 +73,10 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "timm_2024_convnext": {"opt_kwargs": {"caution": True}, "color_jitter": None, "wandb_tags": ["a", "b"]},
     "timm_2026_full": {"train_img_sizes": [160, 192, 224], "kd_distill_type": "token", "device": "cuda:0"},
+    "timm_2026_defaults": {
+        **{"eval_metric": "top1", "target_format": "indices", "smoothing": 0.1, "decay_epochs": None},
+        **{"loss": "bce", "loss_pos_weight": "2.0", "bce_pos_weight": 2.0, "persistent_workers": False},
+    },
     "timm_2026_multilabel": {
         **{"task": "multilabel", "loss": "asl", "save_epochs": [10, 20], "decay_epochs": None},
         **{"eval_metric": "map", "target_format": "indices", "persistent_workers": False},
@@ -100,7 +104,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 def test_every_sample_is_expected():
     assert {path.stem for path in ARGS.glob("*.yaml")} == set(EXPECTED)
-    assert len(EXPECTED) == 12
+    assert len(EXPECTED) == 13
 
 
 def test_yaml_merges_are_read_and_overridden(tmp_path):

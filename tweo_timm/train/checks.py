@@ -219,7 +219,8 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
             yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
-    if options.bce_pos_weight is not None and options.loss_pos_weight is not None:
+    # timm writes both into its args.yaml when the old one is given.
+    if options.bce_pos_weight is not None and options.loss_pos_weight not in (None, str(options.bce_pos_weight)):
         yield "--bce-pos-weight is the old form of --loss-pos-weight; give one of them"
     if options.jsd_loss and options.bce_loss:
         yield "--jsd-loss contradicts --bce-loss; give --no-jsd-loss or --no-bce-loss"
