@@ -311,6 +311,20 @@ def test_a_model_that_cannot_be_resized_says_so(capsys, common, tmp_path):
     assert "built for images of 32x32" in err
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:timm")  # while it resizes tables of positions
+def test_a_size_that_a_model_cannot_take_is_one_line(capsys, common, tmp_path):
+    sizes = {"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1)}
+    model = timm.create_model("maxvit_tiny_rw_224", num_classes=3, **sizes)
+    path = save_checkpoint(tmp_path / "max" / "last.pth.tar", model, arch="maxvit_tiny_rw_224")
+    content = torch.load(path, weights_only=False)
+    content["args"].model_kwargs, content["args"].input_size = sizes, None
+    torch.save(content, path)
+    status, _, err = run(capsys, "--checkpoint", path, "--img-size", 100, *common)
+    assert status == 1
+    assert "maxvit_tiny_rw_224 does not accept images of 100x100" in err
+    assert "Traceback" not in err
+
+
 def test_weights_alone_need_a_model_name(capsys, common, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(make_model(0).state_dict(), path)

@@ -51,6 +51,14 @@ def test_img_size_says_how_large_the_model_is_built(images, tmp_path):
     assert last(folder)["state_dict"]["pos_embed"].shape == (1, 1 + 6 * 6, 32)
 
 
+def test_a_size_that_the_model_cannot_take_is_one_line(images, tmp_path, capsys):
+    sizes = ["embed_dim=(32,32)", "depths=(1,1)"]
+    model = ["--model", "maxvit_tiny_rw_224", "--num-classes", "3", "--img-size", "100", "--model-kwargs", *sizes]
+    assert main(command(images, tmp_path, model=model)) == 1
+    assert "maxvit_tiny_rw_224 does not accept images of 100x100" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("scaling", ["delayed", "current"])
 def test_fp8_scales_survive_an_interruption(scaling, images, tmp_path, interrupt):
     settings = ("--fp8", "emulated", "--fp8-scaling", scaling, "--epochs", "2", "--fp8-health-interval", "2")

@@ -25,7 +25,7 @@ from torch import nn
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
 from tweo_timm.suggestion import suggest_path
-from tweo_timm.train.model import check_compiler, suggest_model
+from tweo_timm.train.model import check_compiler, check_image_size, suggest_model
 from tweo_timm.train.splits import preprocessing
 
 _logger = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
     model.to(device=device, dtype=dtype).eval()
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
+    check_image_size(arch, model, data_config["input_size"])
     training = _training_rows(source.path.parent / "outliers.jsonl") if source.path is not None else []
     return Subject(source.name, arch, model, data_config, options, source.path, training)
 

@@ -140,6 +140,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     model = build_model(options, world)
     namespace = as_namespace(options)
     data_config = preprocessing(namespace, model, verbose=world.primary)
+    check_image_sizes(options, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
     data = open_data(options, data_config, num_classes, world)
@@ -148,7 +149,6 @@ def build_session(options: TrainOptions, world: World) -> Session:
         raise ValueError(
             f"the training split holds less than one batch of {options.batch_size}: use a smaller --batch-size"
         )
-    check_image_sizes(options, model, world)
     blocks = _blocks(options, model)
     if options.fsdp:
         check_sharding(options, world, fp8)

@@ -64,14 +64,9 @@ def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Itera
             yield f"{option_name(dest)} is {value}; it must be {accepted}"
 
 
-def image_channels(options: Any) -> int:
-    """Return how many channels the images have, by `in_chans` and `input_size`; 3 where neither says."""
-    return int(options.in_chans or (options.input_size[0] if options.input_size else 3))
-
-
 def image_shape(options: Any) -> Iterator[str]:
     """A complaint for each flag that speaks of images of another shape than the others."""
-    expected = image_channels(options)
+    expected = options.in_chans or (options.input_size[0] if options.input_size else 3)
     if options.input_size is not None:
         channels, *size = options.input_size
         given = f"--input-size {channels} {' '.join(map(str, size))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from timm.models import create_model, list_models, resolve_model_input_args
 from torch import nn
 
 from tweo_timm.suggestion import suggest, suggest_path
-from tweo_timm.train.checks import image_channels
 from tweo_timm.train.options import TrainOptions, as_namespace
 from tweo_timm.train.world import World
 
@@ -135,24 +135,38 @@ def check_compiler(backend: str | None) -> None:
 
 
 @torch.no_grad()
-def check_image_sizes(options: TrainOptions, model: nn.Module, world: World) -> None:
-    """Try the model at each of --train-img-sizes.
+def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> None:
+    """Try a model on one blank image: windows, strides and heads set conditions that nothing else tells.
+
+    Args:
+        arch: its name, for the message.
+        model: on its device, in any mode, which it keeps.
+        input_size: channels, height and width.
+
+    Raises:
+        ValueError: if the model does not accept it.
+    """
+    weight, mode = next(model.parameters()), model.training
+    model.eval()
+    try:
+        model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = "x".join(map(str, input_size[1:]))
+        raise ValueError(f"{arch} does not accept images of {size}: {str(error)[:400]}") from error
+    finally:
+        model.train(mode)
+
+
+def check_image_sizes(options: TrainOptions, model: nn.Module, input_size: Sequence[int]) -> None:
+    """Try the model at the size of the run and at each of --train-img-sizes.
 
     Raises:
         ValueError: if it does not accept one of them.
     """
-    if not options.train_img_sizes:
-        return
-    weight = next(model.parameters())
-    channels = image_channels(options)
-    model.eval()
-    for size in options.train_img_sizes:
-        images = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=world.device)
+    check_image_size(options.model, model, input_size)
+    for size in options.train_img_sizes or ():
         try:
-            model(images)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"--train-img-sizes {size}: {options.model} does not accept it ({error}); a ViT needs "
-                "--model-kwargs dynamic_img_size=true"
-            ) from error
-    model.train()
+            check_image_size(options.model, model, (input_size[0], size, size))
+        except ValueError as error:
+            remedy = "a ViT needs --model-kwargs dynamic_img_size=true"
+            raise ValueError(f"--train-img-sizes {size}: {error}; {remedy}") from error
