@@ -138,5 +138,27 @@ def test_reports_of_different_tasks_are_not_compared(runs, shards, checkpoints, 
     one = ["--checkpoint", str(checkpoints[0]), "--data-dir", str(photos), "--device", "cpu", "-j", "0"]
     assert main([*one, "--report", str(tmp_path / "one")]) == 0
     files = [str(tmp_path / name / "report.json") for name in ("several", "one")]
+    capsys.readouterr()
+    assert main(["--compare-reports", *files]) == 1
+    out, err = capsys.readouterr()
+    assert "different --task" in err
+    assert "mAP" not in out
+
+
+def test_reports_at_different_thresholds_are_not_compared(runs, shards, tmp_path, capsys):
+    words = ["--checkpoint", checkpoint(runs[0]), *MODEL, *shards]
+    for name in ("0.4", "0.5"):
+        assert main([*words, "--multilabel-threshold", name, "--report", str(tmp_path / name)]) == 0
+    files = [str(tmp_path / name / "report.json") for name in ("0.4", "0.5")]
     assert main(["--compare-reports", *files, "--report", str(tmp_path / "both")]) == 1
-    assert "different --task" in capsys.readouterr().err
+    assert "'threshold': 0.4" in capsys.readouterr().err
+
+
+def test_a_stream_in_two_processes_is_refused(runs, shards, capfd):
+    assert run_together(lambda: main(["--checkpoint", checkpoint(runs[0]), *MODEL, *shards])) == [1, 1]
+    assert "without torchrun" in capfd.readouterr().err
+
+
+def test_labels_in_lists_ask_for_the_task(checkpoints, shards, capsys):
+    assert main(["--checkpoint", str(checkpoints[0]), "--device", "cpu", "-j", "0", "-b", "4", *shards]) == 1
+    assert "give --task multilabel" in capsys.readouterr().err

@@ -192,6 +192,12 @@ def test_missing_data_folder_is_one_clear_line(capsys, checkpoints):
 BAD = {
     "--torchcompile induktor": "did you mean 'inductor'",
     "--gp medium": "pooling",
+    "--model-kwargs img_size=abc": "cannot create",
+    "--crop-pct 0": "--crop-pct is 0",
+    "--multilabel-threshold 0.3": "--multilabel-threshold does nothing",
+    "--task multilabel --multilabel-threshold 1": "--multilabel-threshold is 1",
+    "--compare-reports r.json": "--compare-reports validates nothing",
+    "--valid-labels nowhere.txt": "--valid-labels nowhere.txt",
     "--gp=": "--gp ''",
     "--mean 0.5 0.5": "--mean has 2 values",
     "--interpolation bicubik": "did you mean 'bicubic'",
@@ -306,9 +312,46 @@ def test_a_model_that_cannot_be_resized_says_so(capsys, common, tmp_path):
     mixer = timm.create_model("mixer_s32_224", num_classes=3, img_size=32)
     args = argparse.Namespace(num_classes=3, model_kwargs={"img_size": 32})
     torch.save({"arch": "mixer_s32_224", "args": args, "state_dict": mixer.state_dict()}, path)
-    status, _, err = run(capsys, "--checkpoint", path, "--img-size", 48, *common)
+    status, _, err = run(capsys, "--checkpoint", path, "--img-size", 64, *common)
     assert status == 1
     assert "built for images of 32x32" in err
+
+
+SWIN = {"window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("alone", [False, True], ids=["checkpoint", "weights alone"])
+def test_a_swin_is_built_for_the_images_as_timm_builds_it(size, alone, capsys, common, photos, tmp_path):
+    arch = "swin_tiny_patch4_window7_224"
+    torch.manual_seed(3)
+    weights = timm.create_model(arch, num_classes=3, img_size=32, **SWIN).state_dict()
+    args = argparse.Namespace(num_classes=3, model_kwargs=SWIN, img_size=32, crop_pct=1.0)
+    torch.save(weights if alone else {"arch": arch, "args": args, "state_dict": weights}, tmp_path / "swin.pth")
+    model = timm.create_model(arch, num_classes=3, img_size=size, **SWIN).eval()
+    model.load_state_dict(weights)
+    config = resolve_data_config({"input_size": (3, size, size), "crop_pct": 1.0}, model=model)
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    dataset = create_dataset("", root=str(photos), split="validation")
+    loader = create_loader(
+        dataset, batch_size=21, num_workers=0, device=torch.device("cpu"), **{key: config[key] for key in keys}
+    )
+    with torch.no_grad(), record_outliers(model) as record:
+        model(next(iter(loader))[0])
+    words = ["--model", arch, "--num-classes", 3, "--crop-pct", 1.0, "--model-kwargs"]
+    words += [f"{name}={str(value).replace(' ', '')}" for name, value in SWIN.items()]
+    words += ["--img-size", size] if alone or size != 32 else []
+    status, result, err = run(capsys, "--checkpoint", tmp_path / "swin.pth", *words, *common)
+    assert status == 0, err
+    assert result["peak_abs"] == pytest.approx(record.summary()["peak_abs"], rel=1e-5)
+
+
+def test_a_model_without_blocks_keeps_its_record_when_all_sites_are_wanted(capsys, common, tmp_path):
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "weights.pth")
+    words = ["--checkpoint", tmp_path / "weights.pth", "--model", "resnet10t", "--num-classes", 3, "--img-size", 32]
+    status, result, err = run(capsys, *words, "--sites", "all", *common)
+    assert status == 0, err
+    assert "top1" in result
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm")  # while it resizes tables of positions

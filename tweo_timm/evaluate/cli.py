@@ -60,6 +60,8 @@ def validate(options: ValidateOptions, command: str) -> int:
     records: list[dict[str, Any]] = []
     status = 0
     try:
+        if options.compare_reports and options.checkpoint:
+            raise ValueError("--compare-reports validates nothing: leave out --checkpoint, and compare its --report")
         if options.compare_reports:
             records = read_reports(options.compare_reports)
             _report(records, options, command)
@@ -119,6 +121,10 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
         except (ValueError, OSError) as error:
             status = _fail(error)
             continue
+        except RuntimeError as error:
+            if "should be of equal size" not in str(error):  # torch's words for lists of labels in a batch
+                raise
+            return _fail("the images have lists of labels: give --task multilabel")
         records.append(record)
         for reason in record["not_quantized"].values():
             status = _fail(reason)

@@ -27,7 +27,7 @@ def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
     """Collect the records of several report.json files; names that occur in several get their report's before.
 
     Raises:
-        ValueError: if a file is no report of this schema.
+        ValueError: if a file is no report of this schema, or they are of different tasks.
     """
     records: list[dict[str, Any]] = []
     origins: list[str] = []
@@ -42,6 +42,7 @@ def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
         records += found
         file = Path(path).resolve()
         origins += [file.parent.name if file.name == "report.json" else file.stem] * len(found)
+    check_same_task(records)
     names = Counter(record["name"] for record in records)
     return [
         record | {"name": f"{origin}/{record['name']}"} if names[record["name"]] > 1 else record
@@ -65,16 +66,28 @@ def accuracy_by_scheme(record: dict[str, Any]) -> dict[str, float]:
     return {entry["scheme"]: entry[field] for entry in record.get("quantized", [])}
 
 
+def check_same_task(records: Sequence[dict[str, Any]]) -> None:
+    """Refuse records that are judged by different metrics.
+
+    Raises:
+        ValueError: naming two of them.
+    """
+    for record in records[1:]:
+        if headline(record) != headline(records[0]):
+            raise ValueError(
+                f"{records[0]['name']} and {record['name']} are of different --task: compare those of one task"
+            )
+
+
 def check_same_data(records: Sequence[dict[str, Any]]) -> None:
     """Refuse records that were not made on the same images.
 
     Raises:
         ValueError: naming two records and their data.
     """
+    check_same_task(records)
     first = records[0]
     for record in records[1:]:
-        if headline(record) != headline(first):
-            raise ValueError(f"{first['name']} and {record['name']} are of different --task: compare those of one")
         if record["data"] != first["data"]:
             raise ValueError(
                 f"{first['name']} and {record['name']} were validated on different data ({first['data']} and "

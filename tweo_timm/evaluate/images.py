@@ -50,11 +50,17 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     valid_labels = _valid_labels(options.valid_labels, num_classes) if options.valid_labels else None
     classes = num_classes if valid_labels is None else len(valid_labels)
     check_num_classes(dataset, classes, mapped=bool(options.class_map), chosen=valid_labels is not None)
+    if world.distributed and isinstance(dataset, torch.utils.data.IterableDataset):
+        raise ValueError(
+            f"--dataset {options.dataset} is a stream, which processes cut unevenly and repeat in part: validate it in "
+            "one process, without torchrun"
+        )
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
     names = _names(dataset)
     real_labels = _real_labels(options, names) if options.real_labels else None
     identity = "\n".join(names) if names is not None else f"{options.dataset} {options.data_dir} {options.split}"
     identity += f"\n{options.num_samples}"
+    identity += "".join(f"\n{key}" for key in (options.input_key, options.target_key) if key)
     for labels in (options.real_labels, options.valid_labels, options.class_map):  # other labels, other data
         identity += f"\n{Path(labels).read_text()}" if labels else ""
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -65,8 +71,8 @@ def _valid_labels(path: str, num_classes: int) -> list[int]:
     """Read the file of --valid-labels: line i says which class of the model is class i of the data, as in timm."""
     try:
         labels = [int(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"--valid-labels {path} takes one class index a line: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--valid-labels {path} takes a file with one class index a line: {error}") from error
     odd = [label for label in labels if not 0 <= label < num_classes]
     if odd or len(set(labels)) < len(labels) or not labels:
         what = f"index {odd[0]}" if odd else "an index twice" if labels else "no index"

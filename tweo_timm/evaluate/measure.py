@@ -68,6 +68,8 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     whole, outliers = _score_with_outliers(subject, images, world)
     record |= {**whole.metrics, "correct": _packed(whole.correct)}
     record["data"]["images"] = whole.count
+    if options.task == "multilabel":
+        record["data"]["threshold"] = options.multilabel_threshold
     record |= outliers
     record["training_peak_abs"] = subject.training_peak_abs
     record["training"] = _training_peaks(subject)
@@ -114,7 +116,8 @@ def _score_with_outliers(subject: Subject, images: Images, world: World) -> tupl
         if recorder is not None:
             stack.enter_context(recorder.recording())
             stack.callback(recorder.remove)
-        sites = stack.enter_context(record_sites(model, options.tweo_blocks)) if options.sites == "all" else None
+        wants_sites = options.sites == "all" and recorder is not None
+        sites = stack.enter_context(record_sites(model, options.tweo_blocks)) if wants_sites else None
         run: Any = model
         if options.torchcompile:
             run = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)

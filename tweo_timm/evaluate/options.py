@@ -229,6 +229,10 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     for dest in ("real_labels", "valid_labels", "metrics_avg", "export"):
         if options.task == "multilabel" and getattr(options, dest):
             yield f"{option_name(dest)} is about one label an image; leave it out with --task multilabel"
+    if options.multilabel_threshold != 0.5 and options.task != "multilabel":
+        yield "--multilabel-threshold does nothing without --task multilabel; give both or neither"
+    if options.multilabel_threshold in (0, 1):
+        yield f"--multilabel-threshold is {options.multilabel_threshold:g}; it must be between 0 and 1, and neither"
     if options.real_labels and options.valid_labels:
         yield "--real-labels are of all classes of ImageNet; leave out --valid-labels"
     for dest in ("real_labels", "valid_labels"):

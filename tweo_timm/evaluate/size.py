@@ -1,8 +1,8 @@
 """How large the images of a checkpoint are: as in its training, or as is asked for now.
 
 Three settings of timm speak of it: --img-size, --input-size, which says the channels too, and the architecture's own
-img_size among --model-kwargs. Where the architecture fixes its size, weights fit only a model of the training's, which
-is then resized.
+img_size among --model-kwargs. Where weights have the size in their shape (position embeddings), they fit only a model
+of the training's, which is then resized.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def resize(model: Any, arch: str, options: ValidateOptions) -> None:
     height, width = to_2tuple(wanted)
     try:
         model.set_input_size(img_size=(height, width))
-    except (AttributeError, AssertionError, ValueError, RuntimeError) as error:
+    except (AttributeError, AssertionError, TypeError, ValueError, RuntimeError) as error:
         before = "x".join(map(str, built["input_size"][1:]))
         raise ValueError(
             f"{arch} is built for images of {before} and cannot be changed to {height}x{width} ({error}): leave out "

@@ -30,7 +30,7 @@ from tweo_timm.train.splits import preprocessing
 
 _logger = logging.getLogger(__name__)
 
-# Pretrained weights whose classes are not ImageNet's 1000, or that have none: no part of --model all, as in timm.
+# What timm leaves out of --model all: pretrained weights named after other classes than ImageNet's 1000, or none.
 _NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
 _CHECKPOINTS = ("*.pth.tar", "*.pth", "*.safetensors")
 # What a checkpoint's own training options say about the model and its images, where the command line says nothing.
@@ -86,8 +86,8 @@ def find_sources(options: ValidateOptions) -> list[Source]:
     """List what the options ask to validate.
 
     Args:
-        options: checkpoints (files, or folders that stand for all in them) or model names ('all' of ImageNet's 1000
-            classes, a wildcard, a text file of names).
+        options: checkpoints (files, or folders that stand for all in them) or model names ('all' but those that timm
+            leaves out, a wildcard, a text file of names).
 
     Raises:
         ValueError: if a checkpoint does not exist, a folder holds none, or no model matches.
@@ -174,8 +174,9 @@ def _describe(
     """Fill in what the checkpoint says about its architecture, model and images, where the command line is silent.
 
     Returns:
-        The architecture, the options, and the options under which the weights may fit: with images as large as in the
-        training, as they are to be now, and as the architecture has them, which file and timm's version decide.
+        The architecture, the options, and the options under which the weights may fit: with images as large as now
+        asked for, which is what timm does and what models without a size of their own need; as in the training; and as
+        the architecture has them, for weights that do not say.
     """
     default = {field.name: field for field in fields(ValidateOptions)}["model"].default
     own = content.get("arch")
@@ -199,7 +200,7 @@ def _describe(
     return (
         own or source.model,
         at_size(unsized, asked or trained),
-        [at_size(unsized, size) for size in (trained, asked, {})],
+        [at_size(unsized, size) for size in (asked or trained, trained, {})],
     )
 
 

@@ -75,6 +75,8 @@ def image_shape(options: Any) -> Iterator[str]:
         if options.img_size is not None and size != [options.img_size] * 2:
             side = options.img_size
             yield f"--img-size {side} contradicts {given}, which timm takes; use --input-size {channels} {side} {side}"
+    if options.crop_pct == 0:
+        yield "--crop-pct is 0; it must be above 0 (leave it out for the architecture's)"
     for dest in ("mean", "std"):
         values = getattr(options, dest)
         if values is not None and len(values) not in (1, expected):

@@ -152,7 +152,8 @@ def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> 
         model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
     except (AssertionError, RuntimeError, ValueError) as error:
         size = "x".join(map(str, input_size[1:]))
-        raise ValueError(f"{arch} does not accept images of {size}: {str(error)[:400]}") from error
+        reason = str(error)[:400] or type(error).__name__
+        raise ValueError(f"{arch} does not accept images of {size}: {reason}") from error
     finally:
         model.train(mode)
 

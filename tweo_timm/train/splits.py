@@ -186,7 +186,8 @@ def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False, chos
         what = f"up to index {max(names.values())}" if mapped else f"{len(names)}"
         raise ValueError(
             f"the data has {what} classes ({', '.join(list(names)[:3])}, ...) and the model {num_classes}: "
-            f"pass --num-classes {max(names.values()) + 1}, or --class-map FILE for a subset"
+            f"pass --num-classes {max(names.values()) + 1}, or --class-map FILE for a subset (validate.py: or "
+            "--valid-labels FILE, which says which of the model's classes those of the data are)"
         )
 
 
