@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.loss import compute_class_weights
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
+from timm.utils import unwrap_model
 
 import tweo_timm.train
 from tests.train.runs import VIT, command, last, load, rows, same_tensors, train, write_images
-from tweo_timm.train import data
+from tweo_timm.train import data, loop
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import TrainOptions, parse_train_options
+from tweo_timm.train.watch import SignalWatch
 from tweo_timm.train.world import World
 
 # Files that define and check flags, but act on none.
@@ -309,6 +312,37 @@ def test_the_base_rate_grows_with_the_average_of_several_batch_sizes(images, tmp
     assert session.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 6 / 256)
 
 
+def test_the_average_of_a_convnet_shares_its_batch_norm_too(images, tmp_path, monkeypatch):
+    shared = []
+    monkeypatch.setattr(loop, "distribute_bn", lambda model, size, reduce: shared.append((model, size, reduce)))
+    convnet = ["--model", "resnet10t", "--num-classes", "3", "--img-size", "32"]
+    session = session_of(images, tmp_path, "--model-ema", model=convnet)
+    session.world = World(torch.device("cpu"), distributed=True, size=2)
+    loop.Trainer(session, SignalWatch())._share_batch_norm()
+    averaged = unwrap_model(session.task.get_eval_model(ema=True))
+    assert [(model is session.model, model is averaged) for model, _, _ in shared] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("layout", ["flat folder", "tar"])
+def test_without_validation_the_data_need_no_split(layout, images, tmp_path):
+    data_dir = images / "train"
+    if layout == "tar":
+        data_dir = tmp_path / "train.tar"
+        with tarfile.open(data_dir, "w") as tar:
+            for path in sorted((images / "train").rglob("*.png")):
+                tar.add(path, arcname=str(path.relative_to(images / "train")))
+    train(images, tmp_path, "--data-dir", str(data_dir), "--val-split", "", "--epochs", "1")
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
+def test_a_plateau_schedule_begins_its_warm_up_where_the_run_does(images, tmp_path):
+    words = ("--sched", "plateau", "--warmup-epochs", "5", "--start-epoch", "3", "--epochs", "4", "--val-interval", "2")
+    folder = train(images, tmp_path, *words)
+    with open(folder / "summary.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["lr"]) == pytest.approx(1e-5 + 3 / 5 * (1e-3 - 1e-5))
+
+
 def test_a_milestone_is_validated_whatever_the_interval(images, tmp_path):
     folder = train(images, tmp_path, "--epochs", "3", "--val-interval", "3", "--save-epochs", "1")
     with open(folder / "summary.csv") as file:
@@ -396,7 +430,6 @@ def test_a_gpu_that_is_not_there_is_one_message(images, tmp_path, capsys):
         (["--aug-splits", "2", "--mixup", "0.2"], "cannot be mixed"),
         (["--aug-splits", "2", "--no-prefetcher"], "prefetcher"),
         (["--target-format", "multihot"], "multilabel"),
-        (["--sched", "plateau", "--val-interval", "2"], "--val-interval 1"),
         (["--mixup", "0.2", "--mixup-off-epoch", "1", "--use-multi-epochs-loader", "-j", "2"], "leave out one"),
         (["--task", "multilabel", "--kd-model-name", "resnet10t"], "single-label"),
     ],

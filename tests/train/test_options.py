@@ -174,7 +174,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--naflex-loader --tweo-weight 0.1", ["--naflex-loader", "padding"]),
         ("--aug-splits 1", ["--aug-splits is 1", "at least 2"]),
         ("--jsd-loss", ["--jsd-loss needs --aug-splits"]),
-        ("--split-bn", ["--split-bn needs --aug-splits"]),
+        ("--split-bn", ["--split-bn needs --resplit", "--aug-splits"]),
         ("--loss jsd", ["--loss jsd needs --aug-splits"]),
         ("--bce-loss --loss asl", ["--bce-loss contradicts --loss asl"]),
         ("--bce-loss --jsd-loss --aug-splits 3", ["--jsd-loss contradicts --bce-loss"]),

@@ -74,12 +74,12 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "timm_2024_convnext": {"opt_kwargs": {"caution": True}, "color_jitter": None, "wandb_tags": ["a", "b"]},
     "timm_2026_full": {"train_img_sizes": [160, 192, 224], "kd_distill_type": "token", "device": "cuda:0"},
     "timm_2026_defaults": {
-        **{"eval_metric": "top1", "target_format": "indices", "smoothing": 0.1, "decay_epochs": None},
+        **{"eval_metric": "top1", "target_format": None, "smoothing": 0.1, "decay_epochs": None},
         **{"loss": "bce", "loss_pos_weight": "2.0", "bce_pos_weight": 2.0, "persistent_workers": False},
     },
     "timm_2026_multilabel": {
         **{"task": "multilabel", "loss": "asl", "save_epochs": [10, 20], "decay_epochs": None},
-        **{"eval_metric": "map", "target_format": "indices", "persistent_workers": False},
+        **{"eval_metric": "map", "target_format": None, "persistent_workers": False},
     },
     "hub_train_hparams_vit": {"input_size": [3, 256, 256], "bce_target_thresh": 0.2, "epochs": 300, "lr": 4e-3},
     "hub_train_args_swin": {

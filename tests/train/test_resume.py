@@ -10,11 +10,16 @@ import time
 
 import pytest
 import torch
+from timm.utils import unwrap_model
 
 from tests.train.runs import command, last, load, rows, same_tensors, start, train
 from tweo_timm.train import validation
+from tweo_timm.train.build import build_session
+from tweo_timm.train.checkpoint import restore
 from tweo_timm.train.cli import main
+from tweo_timm.train.options import parse_train_options
 from tweo_timm.train.progress import ProgressLine
+from tweo_timm.train.world import World
 
 ALL_RANDOM = [
     *("--model-ema", "--model-ema-decay", "0.9", "--mixup", "0.5", "--cutmix", "0.5", "--reprob", "0.5"),
@@ -219,6 +224,18 @@ def test_a_checkpoint_of_timm_continues_at_the_next_epoch(images, tmp_path, capl
     second = train(images, tmp_path, "--resume", str(tmp_path / "timm.pth.tar"), "--sched-on-updates", name="second")
     assert [row["epoch"] for row in rows(second)] == [1, 1]
     assert last(second)["exact"]["updates"] == 14
+
+
+def test_an_average_under_its_old_name_is_the_average(images, tmp_path):
+    words = command(images, tmp_path, "--epochs", "1", "--model-ema", "--model-ema-decay", "0.5")
+    assert main(words) == 0
+    content = last(tmp_path / "run")
+    session = build_session(parse_train_options(words), World(torch.device("cpu")))
+    old = {"model": content["state_dict"], "model_ema": content["state_dict_ema"], "epoch": 0}
+    restore(old, tmp_path / "old.pth.tar", session.task, None, None)
+    averaged = unwrap_model(session.task.get_eval_model(ema=True))
+    assert same_tensors(averaged.state_dict(), content["state_dict_ema"])
+    assert same_tensors(session.model.state_dict(), content["state_dict"])
 
 
 def test_start_epoch_overrides_the_position_of_a_checkpoint(images, tmp_path):

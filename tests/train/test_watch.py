@@ -58,6 +58,7 @@ BAD_SETTINGS = {
     "--opt-betas 0.9": ["--opt adamw"],
     "--opt adahessian": ["--opt adahessian", "TIMM_FUSED_ATTN=0"],
     "--opt adahessian --fp8 emulated": ["--opt adahessian", "leave out --fp8"],
+    "--log-interval 0": ["--log-interval is 0"],
     "--stop-epoch 3": ["--stop-epoch 3", "2 epochs"],
     "--sched plateau --sched-on-updates": ["--sched plateau", "--sched-on-updates"],
     "--kd-model-name deit_smal_patch16_224": ["--kd-model-name", "did you mean 'deit_small_patch16_224'"],
@@ -148,6 +149,12 @@ def bad_path_of_weights(images, tmp_path):
 
 def bad_statistics_of_classes(images, tmp_path):
     return ["--class-stats", str(tmp_path / "nothing.json")], ["--class-stats", "nothing.json"]
+
+
+def bad_statistics_of_other_classes(images, tmp_path):
+    (tmp_path / "stats.json").write_text('{"pos_counts": [4, 2], "num_samples": 8}')
+    words = ["--task", "multilabel", "--eval-metric", "map", "--loss", "db"]
+    return [*words, "--class-stats", str(tmp_path / "stats.json")], ["--class-stats", "2 values", "3 classes"]
 
 
 def bad_split(images, tmp_path):

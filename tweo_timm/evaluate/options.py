@@ -61,8 +61,8 @@ class DatasetOptions:
     target_key: str | None = flag(None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.")
     dataset_trust_remote_code: bool = flag(False, "Let a Hugging Face dataset run code of its own repository.")
     task: str = flag("classification", "What the labels are.", choices=("classification", "multilabel"))
-    target_format: str = flag(
-        "indices", "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
+    target_format: str | None = flag(
+        None, "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
     )
     multilabel_threshold: float = flag(0.5, "Probability above which a label counts as predicted (F1).")
     real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE")

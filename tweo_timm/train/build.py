@@ -162,7 +162,10 @@ def build_session(options: TrainOptions, world: World) -> Session:
             shard(unit, [unit.get_submodule(name) for name in blocks], world)
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
     watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
-    tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
+    try:
+        tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
+    except RuntimeError as error:
+        raise ValueError(f"{error} (or watch nothing: --tweo-weight 0 --outlier-interval 0)") from error
     namespace.lr = resolved_lr(options, data.batch_size * world.size * options.grad_accum_steps)
     optimizer = _optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(

@@ -272,7 +272,7 @@ def restore(
         ValueError: if the checkpoint is of another architecture or another optimizer.
     """
     weights = content.get("state_dict", content.get("model"))
-    averaged = content.get("state_dict_ema") or weights
+    averaged = content.get("state_dict_ema") or content.get("model_ema") or weights
     try:
         _load_weights(task, weights, content.get("task_state"))
         if task.has_ema():

@@ -185,9 +185,10 @@ def _incomplete(options: TrainOptions) -> Iterator[str]:
         yield "--loss db, neg_pos, inv_freq and effective_num count labels; give --class-stats FILE"
     if options.aug_splits == 1:
         yield "--aug-splits is 1; it must be 0 (off) or at least 2"
-    for dest in ("jsd_loss", "split_bn"):
-        if getattr(options, dest) and options.aug_splits < 2:
-            yield f"{option_name(dest)} needs --aug-splits 2 or more, which is {options.aug_splits}"
+    if options.jsd_loss and options.aug_splits < 2:
+        yield f"--jsd-loss needs --aug-splits 2 or more, which is {options.aug_splits}"
+    if options.split_bn and options.aug_splits < 2 and not options.resplit:
+        yield f"--split-bn needs --resplit, or --aug-splits 2 or more, which is {options.aug_splits}"
     if options.loss == "jsd" and options.aug_splits < 2:
         yield f"--loss jsd needs --aug-splits 2 or more, which is {options.aug_splits}"
     sizes = options.train_img_sizes
@@ -221,8 +222,6 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
         yield "--bce-pos-weight is the old form of --loss-pos-weight; give one of them"
     if options.jsd_loss and options.bce_loss:
         yield "--jsd-loss contradicts --bce-loss; give --no-jsd-loss or --no-bce-loss"
-    if options.sched == "plateau" and options.val_interval > 1:
-        yield f"--sched plateau looks at every epoch's metric; give --val-interval 1, not {options.val_interval}"
     if options.sched == "plateau" and options.sched_on_updates:
         yield "--sched plateau looks at every epoch's metric; leave out --sched-on-updates (from a file: --no-...)"
     yield from target_format(options)

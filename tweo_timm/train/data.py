@@ -121,8 +121,9 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
 def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: int) -> tuple[Any, Any]:
     details = {"seed": options.seed, "batch_size": options.batch_size, **target_details(options, num_classes)}
     root = Path(str(options.data or options.data_dir))
-    splits = [split for split in (options.train_split, options.val_split) if split]
-    if not options.dataset and root.exists() and not any(split_folder(root, split) for split in splits):
+    splits = (options.train_split, options.val_split)
+    both = not options.dataset and root.is_dir() and bool(options.val_split)
+    if both and not any(split_folder(root, split) for split in splits):
         raise ValueError(
             f"--data-dir {root} holds neither split ({', '.join(splits)}), and all of it would be used for both: pass "
             "the folder that holds train/ and val/"

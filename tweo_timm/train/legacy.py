@@ -24,7 +24,7 @@ _OF_THE_PROCESS = (
 # Options of libraries or experiments that timm has dropped; none changes what is trained.
 _RETIRED = ("aot_autograd", "bench_labeler", "eval_checkpoint")
 # What a file of timm 1.0.31 leaves to the task by a null.
-_LEFT_OPEN = ("eval_metric", "target_format", "smoothing")
+_LEFT_OPEN = ("eval_metric", "smoothing")
 _OLD_VALUES = {("eval_metric", "prec1"): "top1", ("eval_metric", "prec5"): "top5"}
 
 

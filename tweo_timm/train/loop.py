@@ -193,7 +193,8 @@ class Trainer:
         session, cursor = self.session, self.cursor
         if self._entry is None:
             cursor.updates = cursor.epoch * session.updates_per_epoch
-        if session.scheduler is not None and session.options.sched != "plateau":
+        remembers = session.options.sched == "plateau" and self._entry is not None
+        if session.scheduler is not None and not remembers:
             # The rates of a checkpoint are those of the schedule it was written under, which may be another one.
             if cursor.epoch:
                 session.scheduler.step(cursor.epoch)
@@ -273,7 +274,7 @@ class Trainer:
         if not session.world.distributed or options.dist_bn not in ("broadcast", "reduce"):
             return
         models = [session.task.get_eval_model()]
-        if session.ema_recorder is not None:
+        if session.task.has_ema() and not options.model_ema_force_cpu:
             models.append(session.task.get_eval_model(ema=True))
         for model in models:
             distribute_bn(unwrap_model(model), session.world.size, options.dist_bn == "reduce")
@@ -281,7 +282,7 @@ class Trainer:
     def _after_batch(self, images: Tensor, num_batches: int, pace: Pace) -> None:
         """What happens between two batches: log lines, health, recovery checkpoints, signals."""
         options, world, cursor = self.session.options, self.session.world, self.cursor
-        logs = cursor.batch % options.log_interval == 0 or cursor.batch == num_batches
+        logs = cursor.batch % (options.log_interval * options.grad_accum_steps) == 0 or cursor.batch == num_batches
         if logs or (world.device.type == "cpu" and not world.distributed):
             self.health.check(world, self._last_good())
         if logs:

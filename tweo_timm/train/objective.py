@@ -131,7 +131,8 @@ def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any
 def _check_lengths(options: TrainOptions, arguments: dict[str, Any], num_classes: int) -> None:
     """Refuse weights of another number of classes than the model's."""
     positive = "bce_pos_weight" if options.loss_pos_weight is None else "loss_pos_weight"
-    for name, dest in (("class_weight", "loss_class_weight"), ("pos_weight", positive)):
+    counted = (("class_weight", "loss_class_weight"), ("pos_weight", positive), ("class_counts", "class_stats"))
+    for name, dest in counted:
         weights = arguments[name]
         if isinstance(weights, Tensor) and weights.ndim and len(weights) not in (1, num_classes):
             raise ValueError(

@@ -202,13 +202,13 @@ def target_details(options: Any, num_classes: int) -> dict[str, Any]:
         return {}
     # A folder's single label is a list of one; the readers of streams know the format themselves.
     transform = {"target_transform": _MultiLabel(num_classes, options.target_format)}
-    return transform | ({"target_format": options.target_format} if options.dataset else {})
+    return transform | ({"target_format": options.target_format} if options.target_format else {})
 
 
 class _MultiLabel:
     """timm's multi-label target; a single class index counts as a list of one."""
 
-    def __init__(self, num_classes: int, target_format: str) -> None:
+    def __init__(self, num_classes: int, target_format: str | None) -> None:
         self._encode = MultiLabelTarget(num_classes, dense=target_format == "multihot")
 
     def __call__(self, target: Any) -> torch.Tensor:

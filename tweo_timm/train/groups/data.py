@@ -32,8 +32,8 @@ class DatasetOptions:
     input_img_mode: str | None = flag(None, "PIL mode that images are converted to, e.g. RGB or L.")
     input_key: str | None = flag(None, "Dataset field that holds the image.")
     target_key: str | None = flag(None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.")
-    target_format: str = flag(
-        "indices", "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
+    target_format: str | None = flag(
+        None, "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
     )
     dataset_trust_remote_code: bool = flag(False, "Let a Hugging Face dataset run code of its own repository.")
 

@@ -36,9 +36,9 @@ class RunOptions:
 
     seed: int = flag(42, "Random seed; each process adds its rank.")
     worker_seeding: str = flag("all", "Which generators a loader's workers seed: all, or all but NumPy's (part).")
-    log_interval: int = flag(50, "Batches between log lines.")
+    log_interval: int = flag(50, "Updates between log lines.")
     val_interval: int = flag(1, "Epochs between validations.")
-    recovery_interval: int = flag(0, "Batches between recovery checkpoints; 0: none.")
+    recovery_interval: int = flag(0, "Updates between recovery checkpoints; 0: none.")
     checkpoint_hist: int = flag(10, "Best checkpoints to keep.")
     save_epochs: list[int] | None = flag(None, "Epochs after which a checkpoint is kept for good.")
     workers: int = flag(4, "Loader processes per process.", "-j", "--workers")
