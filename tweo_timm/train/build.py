@@ -108,6 +108,11 @@ class Session:
         return images.to(dtype or image_dtype(self.options))
 
     @property
+    def falling_metric(self) -> bool:
+        """Whether what ranks checkpoints is a loss: as --eval-metric says, and without a validation split."""
+        return _falling_metric(self.options, self.data)
+
+    @property
     def ema_dtype(self) -> torch.dtype:
         """The dtype of the EMA's weights."""
         return _ema_dtype(self.options) or image_dtype(self.options)
@@ -170,7 +175,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     optimizer = _optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(
         optimizer,
-        **scheduler_kwargs(namespace, decreasing_metric=data.val is None or "loss" in options.eval_metric),
+        **scheduler_kwargs(namespace, decreasing_metric=_falling_metric(options, data)),
         updates_per_epoch=updates_per_epoch,
     )
     if options.stop_epoch is not None and options.stop_epoch > num_epochs:
@@ -272,6 +277,10 @@ def _set_up_ema(options: TrainOptions, task: TrainingTask) -> nn.Module | None:
     )
     ema_model: nn.Module = unwrap_model(task.get_eval_model(ema=True))
     return ema_model
+
+
+def _falling_metric(options: TrainOptions, data: Data) -> bool:
+    return data.val is None or "loss" in options.eval_metric
 
 
 def _ema_dtype(options: TrainOptions) -> torch.dtype | None:

@@ -70,7 +70,7 @@ class Trainer:
             )
         epoch = restore(content, path, session.task, optimizer, session.scaler)
         exact = content.get(EXACT_KEY)
-        if exact is not None and (changed := changed_settings(content["args"], options)):
+        if exact is not None and (changed := changed_settings(content.get("args"), options)):
             _logger.warning("%s was written under other settings: %s", path, changed)
         if exact is not None and optimizer is not None and options.start_epoch is None:
             self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
@@ -88,9 +88,7 @@ class Trainer:
             resumed: the checkpoint that the run continues from and its content, if it lies in this folder.
         """
         session, options = self.session, self.session.options
-        self.saver = AtomicSaver(
-            folder, args, decreasing=self._falls_with_progress(), max_history=options.checkpoint_hist
-        )
+        self.saver = AtomicSaver(folder, args, decreasing=session.falling_metric, max_history=options.checkpoint_hist)
         if resumed is not None:
             self.saver.take_over(*resumed)
             if resumed[0].name == LAST:
@@ -99,10 +97,6 @@ class Trainer:
         self.journal = Journal(
             folder, self.cursor.epoch, self._updates_at_start(), names, options.tensorboard, self._wandb(folder)
         )
-
-    def _falls_with_progress(self) -> bool:
-        """Whether the metric that ranks checkpoints is a loss."""
-        return self.session.data.val is None or "loss" in self.session.options.eval_metric
 
     def _updates_at_start(self) -> int:
         return self.cursor.updates if self.cursor.batch else self.cursor.epoch * self.session.updates_per_epoch
@@ -185,7 +179,7 @@ class Trainer:
         name = "loss" if self.session.data.val is None else self.session.options.eval_metric
         ranked = [row for row in rows if self._is_validated(row["epoch"] + 1, last_epoch)]
         return sorted(
-            ranked, key=lambda row: row.get("validation", row["train"])[name], reverse=not self._falls_with_progress()
+            ranked, key=lambda row: row.get("validation", row["train"])[name], reverse=not self.session.falling_metric
         )
 
     def _set_off(self) -> None:

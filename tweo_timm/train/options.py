@@ -98,11 +98,11 @@ def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **explicit}
 
 
-def changed_settings(before: argparse.Namespace, options: TrainOptions) -> str:
+def changed_settings(before: argparse.Namespace | None, options: TrainOptions) -> str:
     """Say which settings are not those of an earlier run: 'lr 0.1, now 0.2; ...'; empty if all that both know are.
 
     Args:
-        before: the earlier run's settings, as `as_namespace` gave them.
+        before: the earlier run's settings, as `as_namespace` gave them; None if they are not known.
         options: today's. Where the run lies, and how it is continued, are no settings of it.
     """
     now, elsewhere = vars(as_namespace(options)), ("resume", "output", "experiment", "config")

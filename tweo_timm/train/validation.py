@@ -35,7 +35,6 @@ def evaluate(
         recorder: counts that model's block outputs anew; None without blocks.
         label: for the log.
         signals: a signal ends the pass where there is one process; several finish it together.
-
         dtype: of the images; None is that of the trained model.
 
     Returns:
