@@ -30,17 +30,22 @@ def common(photos):
     return ["--data-dir", photos, "--device", "cpu", "-j", "0", "-b", "4"]
 
 
-def timm_top1(path, photos, size=32):
-    """Top-1 as timm's own parts compute it, with no knowledge of this package."""
-    model = timm.create_model(ARCH, num_classes=3, checkpoint_path=str(path), **KWARGS).eval()
-    model.set_input_size(img_size=(size, size))
+def timm_batch(model, photos, size):
+    """The whole validation split as timm's own loader prepares it for a model."""
     config = resolve_data_config({"input_size": (3, size, size), "crop_pct": 1.0}, model=model)
     dataset = create_dataset("", root=str(photos), split="validation")
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     loader = create_loader(
         dataset, batch_size=21, num_workers=0, device=torch.device("cpu"), **{key: config[key] for key in keys}
     )
-    images, targets = next(iter(loader))
+    return next(iter(loader))
+
+
+def timm_top1(path, photos, size=32):
+    """Top-1 as timm's own parts compute it, with no knowledge of this package."""
+    model = timm.create_model(ARCH, num_classes=3, checkpoint_path=str(path), **KWARGS).eval()
+    model.set_input_size(img_size=(size, size))
+    images, targets = timm_batch(model, photos, size)
     with torch.no_grad(), record_outliers(model) as record:
         output = model(images)
     return float(accuracy(output, targets)[0]), record.summary()
@@ -330,14 +335,8 @@ def test_a_swin_is_built_for_the_images_as_timm_builds_it(size, alone, capsys, c
     torch.save(weights if alone else {"arch": arch, "args": args, "state_dict": weights}, tmp_path / "swin.pth")
     model = timm.create_model(arch, num_classes=3, img_size=size, **SWIN).eval()
     model.load_state_dict(weights)
-    config = resolve_data_config({"input_size": (3, size, size), "crop_pct": 1.0}, model=model)
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    dataset = create_dataset("", root=str(photos), split="validation")
-    loader = create_loader(
-        dataset, batch_size=21, num_workers=0, device=torch.device("cpu"), **{key: config[key] for key in keys}
-    )
     with torch.no_grad(), record_outliers(model) as record:
-        model(next(iter(loader))[0])
+        model(timm_batch(model, photos, size)[0])
     words = ["--model", arch, "--num-classes", 3, "--crop-pct", 1.0, "--model-kwargs"]
     words += [f"{name}={str(value).replace(' ', '')}" for name, value in SWIN.items()]
     words += ["--img-size", size] if alone or size != 32 else []

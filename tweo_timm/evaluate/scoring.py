@@ -16,6 +16,7 @@ from torch import Tensor
 from tweo_timm.evaluate.images import Images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.train.progress import ProgressLine
+from tweo_timm.train.splits import place
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
                 left -= len(targets)
                 if not len(targets):
                     break
-            batch, targets = _place(batch, options, world), targets.to(world.device)
+            batch, targets = place(batch, options, world.device), targets.to(world.device)
             with _autocast(options, world):
                 output = model(batch)
             logits = output[0] if isinstance(output, (tuple, list)) else output
@@ -93,13 +94,6 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     if options.metrics_avg:
         metrics |= _averaged(guess, truth, options.metrics_avg)
     return Score(metrics, correct)
-
-
-def _place(batch: Tensor, options: ValidateOptions, world: World) -> Tensor:
-    batch = batch.to(world.device)
-    if options.channels_last:
-        batch = batch.contiguous(memory_format=torch.channels_last)
-    return batch.to(getattr(torch, options.model_dtype)) if options.model_dtype else batch
 
 
 def _autocast(options: ValidateOptions, world: World) -> contextlib.AbstractContextManager[Any]:

@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import apply_test_time_pool, set_fast_norm
-from timm.models import (
-    create_model,
-    list_models,
-    load_checkpoint,
-    resolve_model_input_args,
-)
+from timm.models import create_model, list_models, load_checkpoint, resolve_model_input_args
 from timm.utils import reparameterize_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
@@ -144,7 +139,8 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         ValueError: if the file cannot be read, is of another architecture than `--model`, or has no EMA weights.
     """
     content = _metadata(source.path) if source.path is not None else {}
-    arch, options, loadable = _describe(content, source, options)
+    arch, loadable = _describe(content, source, options)
+    options = loadable[0]
     check_compiler(options.torchcompile)
     if options.fast_norm:
         set_fast_norm()
@@ -168,15 +164,13 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
     return Subject(source.name, arch, model, data_config, options, source.path, training)
 
 
-def _describe(
-    content: dict[str, Any], source: Source, options: ValidateOptions
-) -> tuple[str, ValidateOptions, list[ValidateOptions]]:
+def _describe(content: dict[str, Any], source: Source, options: ValidateOptions) -> tuple[str, list[ValidateOptions]]:
     """Fill in what the checkpoint says about its architecture, model and images, where the command line is silent.
 
     Returns:
-        The architecture, the options, and the options under which the weights may fit: with images as large as now
-        asked for, which is what timm does and what models without a size of their own need; as in the training; and as
-        the architecture has them, for weights that do not say.
+        The architecture, and the options under which the weights may fit, those to validate under first: with images
+        as large as now asked for, which is what timm does and what models without a size of their own need; as in the
+        training; and as the architecture has them, for weights that do not say.
     """
     default = {field.name: field for field in fields(ValidateOptions)}["model"].default
     own = content.get("arch")
@@ -197,11 +191,8 @@ def _describe(
     inherited["model_kwargs"] = {**(recorded.get("model_kwargs") or {}), **options.model_kwargs}
     unsized = at_size(replace(options, **inherited), {})
     trained, asked = size_of(recorded), size_of(vars(options))
-    return (
-        own or source.model,
-        at_size(unsized, asked or trained),
-        [at_size(unsized, size) for size in (asked or trained, trained, {})],
-    )
+    sizes = [asked or trained, trained, {}]
+    return own or source.model, [at_size(unsized, size) for i, size in enumerate(sizes) if size not in sizes[:i]]
 
 
 def _with_weights(arch: str, loadable: list[ValidateOptions], content: dict[str, Any], path: Path) -> nn.Module:

@@ -36,7 +36,7 @@ from tweo_timm.train.model import build_model, check_compiler, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
-from tweo_timm.train.splits import image_dtype, preprocessing
+from tweo_timm.train.splits import image_dtype, place, preprocessing
 from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -101,11 +101,8 @@ class Session:
         return bool(getattr(self.inner_optimizer, "is_second_order", False))
 
     def place(self, images: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Bring a batch of images to the device, the memory layout, and a dtype: None is that of the model."""
-        images = images.to(self.world.device)
-        if self.options.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images.to(dtype or image_dtype(self.options))
+        """Bring a batch of images to where and to how the model, or its EMA of another dtype, takes them."""
+        return place(images, self.options, self.world.device, dtype)
 
     @property
     def falling_metric(self) -> bool:

@@ -350,7 +350,7 @@ class Trainer:
     def _validate(self, epoch: int, last_epoch: int, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Evaluate the model, or its EMA where there is one, and describe every block in `rows`."""
         session, options = self.session, self.session.options
-        if self.session.data.val is None or not self._is_validated(epoch + 1, last_epoch):
+        if session.data.val is None or not self._is_validated(epoch + 1, last_epoch):
             return {}
         position = session.data.replay.position(self.cursor.batch)
         # A run that goes on after --stop-epoch draws what it would have drawn without the stop.

@@ -154,6 +154,14 @@ def image_dtype(options: Any) -> torch.dtype:
     return dtype
 
 
+def place(images: torch.Tensor, options: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Bring a batch of images to the device, the memory layout, and a dtype: None is that of the model."""
+    images = images.to(device)
+    if options.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images.to(dtype or image_dtype(options))
+
+
 def class_names(dataset: Any) -> dict[str, int] | None:
     """Return the name -> index mapping of a folder dataset, None for others."""
     reader = getattr(getattr(dataset, "inner", dataset), "reader", None)
