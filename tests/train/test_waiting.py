@@ -23,7 +23,7 @@ def test_a_recorded_training_step_never_waits(family, small_bytes, fp8, monkeypa
     task = tiny_task(model, device=META)
     handle = attach_tweo(task, TweoConfig())
     recorder = OutlierRecorder(model, standing=False)
-    health = HealthWatch(handle.block_names, META, stop_on_peak=100.0)
+    health = HealthWatch(model, handle.block_names, META, stop_on_peak=100.0)
     meters = EpochMeters(handle.block_names, META, recorder)
     images, targets = (tensor.to(META) for tensor in batch(img_size=IMG_SIZES[family]))
     for update in range(2):
@@ -31,7 +31,7 @@ def test_a_recorded_training_step_never_waits(family, small_bytes, fp8, monkeypa
             result = task(images, targets)
         health.note(update, result["loss"], handle.block_peaks)
         result["loss"].backward()
-        health.note_gradients(update, model)
+        health.note_gradients(update)
         meters.update(result, handle.block_peaks, len(targets))
     assert result["output"].shape == (len(images), NUM_CLASSES)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):

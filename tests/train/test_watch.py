@@ -239,6 +239,27 @@ def test_a_gradient_that_is_no_number_stops_and_names_where_it_came_first(images
     assert "last.pth.tar" in message
 
 
+def spoil_one_weight(step):
+    step.session.model.blocks[1].attn.qkv.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def test_a_gradient_that_breaks_one_weight_is_found_by_the_next_loss_and_named(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, spoil_one_weight)
+    message = failure(command(images, tmp_path), capsys)
+    assert "update 10" in message
+    assert "first at block blocks.1, because blocks.1.attn.qkv.weight is not finite after update 9" in message
+
+
+def test_weights_that_are_not_finite_are_never_written(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, spoil_one_weight)
+    message = failure(command(images, tmp_path, "--recovery-interval", "1"), capsys)
+    assert "stopped at update 9: blocks.1.attn.qkv.weight is not finite after update 9" in message
+    written = list((tmp_path / "run").glob("*.pth.tar"))
+    assert "recovery-1-2.pth.tar" in message
+    assert len(written) == 5
+    assert all(torch.isfinite(value).all() for path in written for value in load(path)["state_dict"].values())
+
+
 def test_stop_on_peak_stops_and_names_the_block(images, tmp_path, capsys):
     message = failure(command(images, tmp_path, "--stop-on-peak", "0.5"), capsys)
     assert "update 0" in message
@@ -247,7 +268,7 @@ def test_stop_on_peak_stops_and_names_the_block(images, tmp_path, capsys):
 
 
 def test_the_first_bad_step_is_the_one_that_is_reported():
-    watch = HealthWatch(["a", "b"], torch.device("cpu"), stop_on_peak=10.0)
+    watch = HealthWatch(torch.nn.Identity(), ["a", "b"], CPU.device, stop_on_peak=10.0)
     watch.note(3, torch.tensor(1.0), torch.tensor([1.0, 11.0]))
     watch.note(4, torch.tensor(float("nan")), torch.tensor([float("nan"), 1.0]))
     with pytest.raises(TrainingStopped, match=r"update 3: loss 1, max \|A\| = 11 first at block b"):
@@ -255,7 +276,7 @@ def test_the_first_bad_step_is_the_one_that_is_reported():
 
 
 def test_a_bad_loss_with_healthy_blocks_points_at_the_head():
-    watch = HealthWatch(["a"], torch.device("cpu"))
+    watch = HealthWatch(torch.nn.Identity(), ["a"], CPU.device)
     watch.note(0, torch.tensor(float("inf")), torch.tensor([1.0]))
     with pytest.raises(TrainingStopped, match="look at the head"):
         watch.check(CPU, "none")

@@ -39,7 +39,7 @@ class Trainer:
         self.cursor = Cursor(epoch=session.options.start_epoch or 0)
         names, device = session.block_names, session.world.device
         self.meters = EpochMeters(names, device, session.train_recorder)
-        self.health = HealthWatch(names, device, session.options.stop_on_peak)
+        self.health = HealthWatch(session.task.get_trainable_module(), names, device, session.options.stop_on_peak)
         self.step = TrainStep(session, self.cursor, self.meters, self.health)
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
@@ -124,7 +124,7 @@ class Trainer:
 
     def _save_recovery(self, epoch: int, position: Position | None = None) -> None:
         """Write a checkpoint that the ranking knows nothing of."""
-        self.health.check(self.session.world, self._last_good())
+        self._check_weights()
         content = self._content(position)
         if self.saver is not None:
             done = self.cursor.updates - epoch * self.session.updates_per_epoch
@@ -146,6 +146,11 @@ class Trainer:
     def _keep_milestone(self, epochs: int) -> None:
         if self.saver is not None and epochs in (self.session.options.save_epochs or ()):
             self.saver.save_milestone(epochs)
+
+    def _check_weights(self) -> None:
+        """Stop the run if anything was wrong, or weights are that are to be validated or written. A collective."""
+        self.health.note_weights(self.cursor.updates - 1)
+        self.health.check(self.session.world, self._last_good())
 
     def _last_good(self) -> str:
         return self.saver.last_good if self.saver is not None else "see the first process"
@@ -257,9 +262,9 @@ class Trainer:
                 self._after_batch(images, num_batches, pace)
         if cursor.batch < num_batches:
             _logger.warning("The training data ended after %d of %d batches", cursor.batch, num_batches)
-        self.health.check(world, self._last_good())
         if hasattr(session.optimizer, "sync_lookahead"):
             session.optimizer.sync_lookahead()
+        self._check_weights()
         self._share_batch_norm()
         return self.meters.means(world.distributed)
 

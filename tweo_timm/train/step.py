@@ -89,9 +89,12 @@ class TrainStep:
         return recorder.recording() if recorder is not None and self._is_recorded() else contextlib.nullcontext()
 
     def _is_recorded(self) -> bool:
-        """Whether this micro-batch is one of those of --outlier-interval."""
+        """Whether this micro-batch is one of those of --outlier-interval: the middle one of each interval.
+
+        The first one of the first epoch would show the model before it is trained.
+        """
         interval = self.session.options.outlier_interval
-        return interval > 0 and self.cursor.batch % interval == 0
+        return interval > 0 and self.cursor.batch % interval == min(interval, self._num_batches) // 2
 
     def _backward(self, loss: Tensor, completes: bool) -> None:
         session, options = self.session, self.session.options
@@ -109,7 +112,7 @@ class TrainStep:
         loss.backward(create_graph=self._second_order)  # type: ignore[no-untyped-call]
         if not completes:
             return
-        self.health.note_gradients(self.cursor.updates, session.task.get_trainable_module())
+        self.health.note_gradients(self.cursor.updates)
         if options.clip_grad is not None:
             dispatch_clip_grad(self._parameters_to_clip(), options.clip_grad, mode=options.clip_mode)
         session.optimizer.step()
