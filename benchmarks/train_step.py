@@ -71,7 +71,7 @@ def measure(session: Session, rounds: int) -> dict[str, list[float]]:
             if kind.weight is None:
                 handle.remove()
             session.tweo = None if kind.weight is None else handle
-            trainer.step.cursor.batch = 0 if kind.recorded else 1
+            trainer.step.cursor.batch = len(batches) // 2 if kind.recorded else 0
             trainer.step.cursor.updates = 1
             images, targets = random.choice(batches)
             begin = time.perf_counter()
