@@ -412,6 +412,21 @@ def test_exported_files_are_run_timed_and_reported(capsys, checkpoints, common, 
         assert f"| {' | '.join(cells)} |" in text
 
 
+def test_a_file_that_cannot_be_written_costs_no_measurement(capsys, checkpoints, common, tmp_path):
+    (tmp_path / "r" / "base.w8a8-tt.onnx").mkdir(parents=True)
+    words = ["--quantize", "w8a8-tt", "--calibration-images", 8, "--export", "onnx", "--report", tmp_path / "r"]
+    status, result, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words)
+    assert status == 1
+    assert "--export onnx, base w8a8-tt:" in err
+    record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
+    assert record["exported"]["files"]
+    entry = record["quantized"][0]
+    assert entry["top1"] >= 0
+    assert "exported" not in entry
+    assert entry["not_exported"] in (tmp_path / "r" / "report.md").read_text()
+    assert result["top1"] == pytest.approx(record["top1"], abs=1e-3)
+
+
 def test_reports_from_before_exports_were_timed_are_still_read(capsys, checkpoints, common, tmp_path):
     assert run(capsys, "--checkpoint", checkpoints[0], *common, "--export", "onnx", "--report", tmp_path / "a")[0] == 0
     report = json.loads((tmp_path / "a" / "report.json").read_text())

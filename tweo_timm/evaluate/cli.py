@@ -110,6 +110,7 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
 
     from tweo_timm.evaluate.compare import headline
     from tweo_timm.evaluate.measure import measure
+    from tweo_timm.evaluate.report import failures
     from tweo_timm.evaluate.subject import find_sources, load_subject
 
     status = 0
@@ -126,7 +127,7 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
                 raise
             return _fail("the images have lists of labels: give --task multilabel")
         records.append(record)
-        for reason in record["not_quantized"].values():
+        for reason in failures(record):
             status = _fail(reason)
         peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
         field, metric = headline(record)

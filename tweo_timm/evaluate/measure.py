@@ -74,7 +74,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record["training_peak_abs"] = subject.training_peak_abs
     record["training"] = _training_peaks(subject)
     if options.export:
-        record["exported"] = _exported(subject, None, images, FLOAT)
+        record |= _exported(subject, None, images, FLOAT)
     samples = _Samples(subject, world)
     record["quantized"], record["not_quantized"] = [], {}
     for scheme in options.quantize:
@@ -188,7 +188,7 @@ def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples,
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
-    exported = {"exported": _exported(subject, model, images, scheme)} if options.export else {}
+    exported = _exported(subject, model, images, scheme) if options.export else {}
     return exported | {
         "scheme": scheme,
         **result.metrics,
@@ -203,14 +203,20 @@ def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples,
 
 
 def _exported(subject: Subject, quantized: nn.Module | None, images: Images, scheme: str) -> dict[str, Any]:
-    """Write ONNX files of the model and run them over the split; those of the float model come first."""
-    path = _onnx_path(subject, scheme)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    float_file = _onnx_path(subject, FLOAT) if quantized is not None else None
+    """Write ONNX files of the model and run them over the split; those of the float model come first.
+
+    Returns:
+        As `exported` what was found, or as `not_exported` why there is no such file: what is measured already is not
+        lost over it.
+    """
+    path, float_path = _onnx_path(subject, scheme), _onnx_path(subject, FLOAT)
+    float_file = float_path if quantized is not None and float_path.exists() else None
     try:
-        return export_record(subject.model, quantized, images.loader, path, float_file=float_file)
-    except RuntimeError as error:
-        raise ValueError(f"--export onnx, {subject.name} {scheme}: {error}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = export_record(subject.model, quantized, images.loader, path, float_file=float_file)
+    except (RuntimeError, ValueError, OSError) as error:
+        return {"not_exported": f"--export onnx, {subject.name} {scheme}: {error}"}
+    return {"exported": found}
 
 
 def _onnx_path(subject: Subject, scheme: str) -> Path:

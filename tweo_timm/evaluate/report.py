@@ -160,7 +160,7 @@ def _details(record: dict[str, Any]) -> str:
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
     ]
-    parts += [f"- not measured: {reason}" for reason in record.get("not_quantized", {}).values()]
+    parts += [f"- not measured: {reason}" for reason in failures(record)]
     for heading, caption, rows in _export_tables(record):
         parts += [f"### {heading}", *([caption] if caption else []), _markdown_table(rows)]
     for name, describe in (
@@ -175,6 +175,12 @@ def _details(record: dict[str, Any]) -> str:
         elif found:
             parts += describe(found)
     return "\n\n".join(parts)
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Return why schemes and exported files that were asked for are not in a record."""
+    exports = [entry["not_exported"] for entry in (record, *record.get("quantized", [])) if "not_exported" in entry]
+    return [*record.get("not_quantized", {}).values(), *exports]
 
 
 def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str, str]]]]:

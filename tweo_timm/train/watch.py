@@ -101,8 +101,11 @@ class HealthWatch:
         self.stop_on_peak = stop_on_peak
         self._on_cpu = device.type == "cpu"  # there, looking at a number does not wait
         self._parameters = {_plain(name): p for name, p in module.named_parameters()}
-        every = list(self._parameters.values())
-        self._telltale = [p for p in every if p.ndim <= 1] or every
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._sharded = any(isinstance(p, DTensor) for p in trained.values())
+        # A module's bias comes after its weight, and replaces it here.
+        vectors = {name.rpartition(".")[0]: p for name, p in trained.items() if p.ndim <= 1}
+        self._telltale = list((vectors or trained).values())
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
@@ -137,15 +140,15 @@ class HealthWatch:
         """Look at the gradients of one update, before they are clipped.
 
         On a CPU, where reading all of them takes 1 % of a step, those of biases and norms alone: they are sums over
-        what comes back through their layer, and not finite where that is not. What is wrong with a weight's gradient
+        what comes back through their layer, and not finite if that is not. What is wrong with a weight's gradient
         and nothing else breaks that weight, which the next loss shows, or `note_weights`.
 
         Args:
             update: number of the optimizer update.
         """
         if self._on_cpu:
-            telltale = [_local(g) for p in self._telltale if (g := p.grad) is not None]
-            if not telltale or self._are_calm(telltale):
+            telltale = [g for p in self._telltale if (g := p.grad) is not None]
+            if not telltale or self._are_calm([_local(g) for g in telltale] if self._sharded else telltale):
                 return
         graded = {name: _local(g) for name, p in self._parameters.items() if (g := p.grad) is not None}
         if not graded:
