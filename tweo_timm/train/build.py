@@ -146,11 +146,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
     data = open_data(options, data_config, num_classes, world)
-    updates_per_epoch = -(-len(data.train) // options.grad_accum_steps)
-    if updates_per_epoch == 0:
-        raise ValueError(
-            f"the training split holds less than one batch of {options.batch_size}: use a smaller --batch-size"
-        )
+    updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
         check_sharding(options, world, fp8)
@@ -163,11 +159,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         for unit in [model] if ema_model is None else [model, ema_model]:
             shard(unit, [unit.get_submodule(name) for name in blocks], world)
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
-    watched = options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0
-    try:
-        tweo = attach_tweo(task, _tweo_config(options), options.tweo_blocks) if blocks and watched else None
-    except RuntimeError as error:
-        raise ValueError(f"{error} (or watch nothing: --tweo-weight 0 --outlier-interval 0)") from error
+    tweo = _attach(options, task) if blocks else None
     namespace.lr = resolved_lr(options, data.batch_size * world.size * options.grad_accum_steps)
     optimizer = _optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(
@@ -199,6 +191,25 @@ def build_session(options: TrainOptions, world: World) -> Session:
     if session.second_order:
         _check_differentiable_twice(session)
     return session
+
+
+def _updates_per_epoch(options: TrainOptions, data: Data) -> int:
+    updates = -(-len(data.train) // options.grad_accum_steps)
+    if updates == 0:
+        raise ValueError(
+            f"the training split holds less than one batch of {options.batch_size}: use a smaller --batch-size"
+        )
+    return updates
+
+
+def _attach(options: TrainOptions, task: TrainingTask) -> TweoHandle | None:
+    """Attach TWEO, or what watches alone; None if nothing is to be watched."""
+    if not (options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0):
+        return None
+    try:
+        return attach_tweo(task, _tweo_config(options), options.tweo_blocks)
+    except RuntimeError as error:
+        raise ValueError(f"{error} (or watch nothing: --tweo-weight 0 --outlier-interval 0)") from error
 
 
 def _check_differentiable_twice(session: Session) -> None:

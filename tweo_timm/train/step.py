@@ -123,9 +123,15 @@ class TrainStep:
         )
         return parameters
 
+    def _clear_gradients(self) -> None:
+        """Drop the gradients, as optimizer.zero_grad() does; its bookkeeping would take longer in a small model."""
+        for group in self.session.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def _after_update(self) -> None:
         session, cursor = self.session, self.cursor
-        session.optimizer.zero_grad()
+        self._clear_gradients()
         if self._fp8_health is not None:
             self.fp8_rows = list(self._fp8_health.rows(cursor.epoch, cursor.updates))
         cursor.updates += 1
