@@ -176,7 +176,9 @@ class HealthWatch:
         if int(self._first_bad) >= 0:
             return
         for name, parameter in self._parameters.items():
-            if not torch.isfinite(_local(parameter)).all():
+            weight = _local(parameter.detach())
+            # Their sum takes an eighth of the time, and is seldom not finite where they all are.
+            if not (torch.isfinite(weight.sum()) or torch.isfinite(weight).all()):
                 since = f"after update {update}" if update >= 0 else "from the start"
                 self._broken = f"{name} is not finite {since}"
                 return
