@@ -75,11 +75,12 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record["training"] = _training_peaks(subject)
     if options.export:
         record |= _exported(subject, None, images, FLOAT)
+    float_file = _onnx_path(subject, FLOAT) if "exported" in record else None
     samples = _Samples(subject, world)
     record["quantized"], record["not_quantized"] = [], {}
     for scheme in options.quantize:
         try:
-            record["quantized"].append(_quantized(subject, scheme, images, samples, world))
+            record["quantized"].append(_quantized(subject, scheme, images, samples, world, float_file))
         except ValueError as error:  # what is measured already is not lost over it
             record["not_quantized"][scheme] = str(error)
     record |= _diagnoses(subject, samples)
@@ -180,15 +181,17 @@ def unpacked(text: str, count: int) -> Tensor:
     return ((values[:, None] >> shifts) & 1).flatten()[:count].bool()
 
 
-def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples, world: World) -> dict[str, Any]:
-    """Metrics of a statically quantized copy, and how faithful it is."""
+def _quantized(
+    subject: Subject, scheme: str, images: Images, samples: _Samples, world: World, float_file: Path | None
+) -> dict[str, Any]:
+    """Metrics of a statically quantized copy, and how faithful it is; exported files race `float_file`."""
     options, batches = subject.options, samples.calibration
     try:
         model = quantize_static(subject.model, batches, scheme, options.tweo_blocks)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
-    exported = _exported(subject, model, images, scheme) if options.export else {}
+    exported = _exported(subject, model, images, scheme, float_file) if options.export else {}
     return exported | {
         "scheme": scheme,
         **result.metrics,
@@ -202,15 +205,16 @@ def _quantized(subject: Subject, scheme: str, images: Images, samples: _Samples,
     }
 
 
-def _exported(subject: Subject, quantized: nn.Module | None, images: Images, scheme: str) -> dict[str, Any]:
+def _exported(
+    subject: Subject, quantized: nn.Module | None, images: Images, scheme: str, float_file: Path | None = None
+) -> dict[str, Any]:
     """Write ONNX files of the model and run them over the split; those of the float model come first.
 
     Returns:
         As `exported` what was found, or as `not_exported` why there is no such file: what is measured already is not
         lost over it.
     """
-    path, float_path = _onnx_path(subject, scheme), _onnx_path(subject, FLOAT)
-    float_file = float_path if quantized is not None and float_path.exists() else None
+    path = _onnx_path(subject, scheme)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = export_record(subject.model, quantized, images.loader, path, float_file=float_file)
