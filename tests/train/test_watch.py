@@ -4,11 +4,14 @@ import shutil
 import signal
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import ImageDataset
 
+from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, train, write_images
+from tweo_timm.blocks import find_blocks
 from tweo_timm.train.cli import main
 from tweo_timm.train.splits import StrictImages
 from tweo_timm.train.step import TrainStep
@@ -228,11 +231,22 @@ def test_a_loss_that_is_no_number_stops_with_update_block_and_last_good(images, 
     assert all(torch.isfinite(value).all() for value in good["state_dict"].values())
 
 
-def test_a_gradient_that_is_no_number_stops_and_names_where_it_came_first(images, tmp_path, monkeypatch, capsys):
-    def spoil(step):
-        step.session.model.blocks[0].mlp.fc2.bias.register_hook(lambda gradient: gradient * float("inf"))
+def spoil_gradient(layer, value=float("inf")):
+    """Put one such element into what comes back to a layer's output, in every step from now on."""
 
-    poison(monkeypatch, spoil)
+    def spoil(gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        gradient.view(-1)[gradient.numel() // 2] = value
+        return gradient
+
+    def watch_output(module, args, output):
+        output.register_hook(spoil)
+
+    return layer.register_forward_hook(watch_output)
+
+
+def test_a_gradient_that_is_no_number_stops_and_names_where_it_came_first(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda step: spoil_gradient(step.session.model.blocks[0].mlp.fc2))
     message = failure(command(images, tmp_path, "--outlier-interval", "0"), capsys)
     assert "update 9" in message
     assert "blocks.0.mlp.fc2.bias" in message
@@ -265,6 +279,28 @@ def test_stop_on_peak_stops_and_names_the_block(images, tmp_path, capsys):
     assert "update 0" in message
     assert "max |A|" in message
     assert "blocks.0" in message
+
+
+def tiny_crossvit():
+    """Two branches, for patches of 12 and 16 pixels, each with a first layer of its own."""
+    sizes = {"embed_dim": (16, 32), "num_heads": (2, 2), "depth": ((1, 1, 0), (1, 1, 0)), "num_classes": 6}
+    return timm.create_model("crossvit_9_240", **sizes)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("build", [tiny_vit, tiny_swin, tiny_maxvit, tiny_crossvit])
+def test_one_bad_element_anywhere_in_a_backward_pass_is_seen_where_it_ends(build, value):
+    model = build()
+    images, _ = batch(2, {tiny_maxvit: 64, tiny_crossvit: 240}.get(build, 32))
+    for block in find_blocks(model).values():
+        watch = HealthWatch(model, [], CPU.device)
+        model.zero_grad()
+        hook = spoil_gradient(block, value)
+        model(images).square().mean().backward()
+        hook.remove()
+        watch.note_gradients(3)
+        with pytest.raises(TrainingStopped, match="update 3: gradients are not finite, first that of"):
+            watch.check(CPU, "none")
 
 
 def test_the_first_bad_step_is_the_one_that_is_reported():
