@@ -239,10 +239,10 @@ def spoil_gradient(layer, value=float("inf")):
         gradient.view(-1)[gradient.numel() // 2] = value
         return gradient
 
-    def watch_output(module, args, output):
+    def spoil_backward(module, args, output):
         output.register_hook(spoil)
 
-    return layer.register_forward_hook(watch_output)
+    return layer.register_forward_hook(spoil_backward)
 
 
 def test_a_gradient_that_is_no_number_stops_and_names_where_it_came_first(images, tmp_path, monkeypatch, capsys):
