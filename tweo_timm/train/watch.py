@@ -103,10 +103,9 @@ class HealthWatch:
         self._parameters = {_plain(name): p for name, p in module.named_parameters()}
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._sharded = any(isinstance(p, DTensor) for p in trained.values())
-        vectors = [(name, p) for name, p in trained.items() if p.ndim <= 1]
-        # Of each block and each stem the first, by two words of its name: blocks.0, patch_embed.1.
-        nearest = {tuple(name.split(".")[:2]): p for name, p in reversed(vectors)}
-        self._telltale = list((nearest or trained).values())
+        # A module's bias comes after its weight, and replaces it here.
+        vectors = {name.rpartition(".")[0]: p for name, p in trained.items() if p.ndim <= 1}
+        self._telltale = list((vectors or trained).values())
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
@@ -140,10 +139,9 @@ class HealthWatch:
     def note_gradients(self, update: int) -> None:
         """Look at the gradients of one update, before they are clipped.
 
-        On a CPU, where reading all of them takes 1 % of a step, the first bias or norm of each block and stem alone.
-        What is not finite anywhere in a backward pass stays so until its end, and such a gradient is a sum over all
-        that comes back. What is wrong with a single parameter's gradient and nothing else breaks that parameter,
-        which the next loss shows, or `note_weights`.
+        On a CPU, where reading all of them takes 1 % of a step, those of biases and norms alone: they are sums over
+        what comes back through their layer, and not finite if that is not. What is wrong with a weight's gradient
+        and nothing else breaks that weight, which the next loss shows, or `note_weights`.
 
         Args:
             update: number of the optimizer update.
