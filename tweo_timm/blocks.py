@@ -118,8 +118,8 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
         raise ValueError(f"a block output has at least 2 axes (tokens, channels), got shape {tuple(output.shape)}")
     if output.ndim == 2:
         return -1
-    widths = [width for m in block.modules() if (width := _width(m)) is not None]
-    width = widths[-1] if widths else None
+    backwards = reversed(list(block.modules()))
+    width = next((width for module in backwards if (width := _width(module)) is not None), None)
     first, last = output.shape[1] == width, output.shape[-1] == width
     if first != last:
         return 1 if first else -1

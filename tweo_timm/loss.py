@@ -225,21 +225,6 @@ def _cubes(x: Tensor, scale: float, power: float, factor: Tensor) -> Tensor:
     return cubes.mul_(factor)
 
 
-def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return min x and max x of a floating tensor that has elements: scalars of its dtype, without gradients."""
-    low, high = torch.aminmax(x.detach())
-    return low, high
-
-
-def peak_magnitudes(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return max |x| of each of several tensors, (L,), float32 or wider, from their `extremes`, in one go for all."""
-    low, _ = found[0]
-    if low.device.type == "cpu" and not torch.compiler.is_compiling():  # numbers are cheaper there than operators
-        return torch.tensor([max(abs(low.item()), abs(high.item())) for low, high in found], dtype=_wide_dtype(low))
-    peaks = torch.stack([end for ends in found for end in ends]).abs_().view(-1, 2).amax(1)
-    return peaks.to(_wide_dtype(peaks))
-
-
 def _times(x: Tensor, factor: float) -> Tensor:
     """A new tensor, x times a number, in float32 or wider."""
     wide = _wide_dtype(x)

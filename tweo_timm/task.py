@@ -23,7 +23,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.loss import TweoConfig, block_shares, extremes, mean_power, peak_magnitudes
+from tweo_timm.loss import TweoConfig, block_shares, mean_power
+from tweo_timm.peaks import Peaks, as_tensor, extremes, largest, peak_magnitudes
 from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ class TweoHandle:
     Attributes:
         config: the TweoConfig in force.
         block_names: names of the blocks, in forward order.
-        block_peaks: max |A| of each block in the latest training step, float32 (L,), on the device; 0 for blocks in
-            eval mode; None before the first step.
+        peaks: max |A| of each block in the latest training step, as it was found; 0 for blocks in eval mode; None
+            before the first step.
         measuring: whether a step whose weight is 0 computes L_TWEO. Without, it finds the peaks alone, for half the
             time, and the result has no `tweo_loss`.
     """
@@ -95,7 +96,7 @@ class TweoHandle:
                 "this task has TWEO attached already: call remove() on the first handle before attaching again"
             )
         self.config = config
-        self.block_peaks: Tensor | None = None
+        self.peaks: Peaks | None = None
         self.measuring = True
         model = unwrap_model(task.get_eval_model())
         self._blocks = find_blocks(model, blocks)
@@ -123,6 +124,11 @@ class TweoHandle:
     def weight(self) -> float:
         """The weight of the penalty in the coming step."""
         return self._weight
+
+    @property
+    def block_peaks(self) -> Tensor | None:
+        """`peaks` as a tensor, float32 (L,), on the device."""
+        return None if self.peaks is None else as_tensor(self.peaks)
 
     def set_progress(self, progress: float) -> None:
         """Move the schedule to a point of the training.
@@ -202,13 +208,13 @@ class TweoHandle:
             found.append(self._extremes_of_kept(one) if isinstance(one, _Kept) else one.extremes)
         if names != self.block_names:
             self._check_every_block_reported(names)
-        self.block_peaks = self._peak_of_each_block(names, peak_magnitudes(found))
+        self.peaks = self._peak_of_each_block(names, peak_magnitudes(found))
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
             "tweo_weight": self._weight,
-            "peak_abs": self.block_peaks.amax(),
+            "peak_abs": largest(self.peaks),
         }
         if self._acting or self.measuring:
             tweo = self._penalty(seen)
@@ -241,15 +247,15 @@ class TweoHandle:
         outputs = [output if self._acting else output.detach() for output, _ in part]
         return mean_power(outputs, [share for _, share in part], self.config)
 
-    def _peak_of_each_block(self, names: list[str], peaks: Tensor) -> Tensor:
+    def _peak_of_each_block(self, names: list[str], peaks: Peaks) -> Peaks:
         """Peaks in the order of the blocks. A block may have been called twice, or, in eval mode, not at all."""
         if names == self.block_names:
-            return peaks.float()
-        largest: dict[str, Tensor] = {}
-        for name, peak in zip(names, peaks, strict=True):
-            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
-        unseen = peaks.new_zeros(())
-        return torch.stack([largest.get(name, unseen) for name in self.block_names]).float()
+            return peaks
+        found, known = as_tensor(peaks), dict[str, Tensor]()
+        for name, peak in zip(names, found, strict=True):
+            known[name] = torch.maximum(known[name], peak) if name in known else peak
+        unseen = found.new_zeros(())
+        return torch.stack([known.get(name, unseen) for name in self.block_names])
 
     def _check_every_block_reported(self, names: list[str]) -> None:
         expected = [name for name, block in self._blocks.items() if block.training]

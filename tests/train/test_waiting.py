@@ -29,10 +29,10 @@ def test_a_recorded_training_step_never_waits(family, small_bytes, fp8, monkeypa
     for update in range(2):
         with recorder.recording(), torch.autocast("cpu", torch.bfloat16):
             result = task(images, targets)
-        health.note(update, result["loss"], handle.block_peaks)
+        health.note(update, result["loss"], handle.peaks)
         result["loss"].backward()
         health.note_gradients(update)
-        meters.update(result, handle.block_peaks, len(targets))
+        meters.update(result, handle.peaks, len(targets))
     assert result["output"].shape == (len(images), NUM_CLASSES)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         meters.means()

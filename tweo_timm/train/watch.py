@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tweo_timm.peaks import Peaks, as_numbers, as_tensor
 from tweo_timm.train.world import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -114,27 +115,28 @@ class HealthWatch:
         self._broken = ""
         self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
 
-    def note(self, update: int, loss: Tensor, peaks: Tensor | None) -> None:
+    def note(self, update: int, loss: Tensor, peaks: Peaks | None) -> None:
         """Look at the loss and the activations of one micro-batch.
 
         Args:
             update: number of the optimizer update it belongs to.
             loss: scalar.
-            peaks: max |A| of each block, (L,); None if unknown.
+            peaks: max |A| of each block; None if unknown.
         """
         if self._on_cpu:
             if self._is_calm(loss, peaks):
                 return
             self._find_broken_weight(update - 1)
         bad = ~torch.isfinite(loss.detach())
-        if peaks is not None:
-            bad = bad | ~torch.isfinite(peaks).all()
+        found = None if peaks is None else as_tensor(peaks)
+        if found is not None:
+            bad = bad | ~torch.isfinite(found).all()
             if self.stop_on_peak is not None:
-                bad = bad | (peaks.amax() > self.stop_on_peak)
+                bad = bad | (found.amax() > self.stop_on_peak)
         first = self._note_first(update, bad)
         self._loss = torch.where(first, loss.detach().float(), self._loss)
-        if peaks is not None:
-            self._peaks = torch.where(first, peaks, self._peaks)
+        if found is not None:
+            self._peaks = torch.where(first, found, self._peaks)
 
     def note_gradients(self, update: int) -> None:
         """Look at the gradients of one update, before they are clipped.
@@ -183,8 +185,8 @@ class HealthWatch:
                 self._broken = f"{name} is not finite {since}"
                 return
 
-    def _is_calm(self, loss: Tensor, peaks: Tensor | None) -> bool:
-        found = [] if peaks is None else peaks.tolist()
+    def _is_calm(self, loss: Tensor, peaks: Peaks | None) -> bool:
+        found = [] if peaks is None else as_numbers(peaks)
         limit = math.inf if self.stop_on_peak is None else self.stop_on_peak
         return math.isfinite(sum(found, loss.item())) and max(found, default=0.0) <= limit
 
