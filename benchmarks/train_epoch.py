@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=1 TIMM_FUSED_ATTN=0 python benchmarks/train_epoch.py --recipe recipes/quickstart_stress.yaml
 
 All loops train the same model with the same optimizer, loader and data in turns, an epoch each, so that they differ in
-nothing but the loop. A round is an epoch of a plain loop (timm's loader, task, optimizer, scheduler), one of train.py
-without TWEO and without its statistics (`--outlier-interval 0`), one without TWEO, one with it, and one of the plain
-loop again. Printed of each, against both plain ones together:
+nothing but the loop. A round is two epochs of a plain loop (timm's loader, task, optimizer, scheduler), one of train.py
+without TWEO and without its statistics (`--outlier-interval 0`), one without TWEO, and one with it, in an order drawn
+anew, because what came before decides what heap and caches hold. Printed of each, against both plain ones together:
 
-    epochs   the median over rounds, with the quartiles, of its time to the mean of the two plain epochs around it;
+    epochs   the median over rounds, with the quartiles, of its time to the mean of the two plain epochs of the round;
     batches  the epoch made of the lower quartile over rounds of the time of each of its batches, which leaves out what
              disturbs the machine for less than a few rounds, as other programs do.
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -180,8 +181,8 @@ def measure(
     loader = session.data.replay.loader = ClockedLoader(session.data.replay.loader, clock)
     seconds: dict[str, list[Tensor]] = {name: [] for name in kinds}
     for index in range(rounds + 1):
-        for name, kind in kinds.items():
-            with kind.attached() as epoch:
+        for name in random.sample(list(kinds), len(kinds)):
+            with kinds[name].attached() as epoch:
                 loader.marks = [clock()]
                 epoch(0)
                 loader.marks.append(clock())
@@ -192,10 +193,10 @@ def measure(
 
 def report(seconds: dict[str, Tensor]) -> None:
     both = seconds[PLAIN], seconds[f"{PLAIN} again"]
-    around_R = (both[0] + both[1]).sum(1) / 2
+    plain_R = (both[0] + both[1]).sum(1) / 2
     quiet = torch.cat(both).quantile(0.25, dim=0).sum()
     for name, each_RN in seconds.items():
-        ratios_R = each_RN.sum(1) / around_R
+        ratios_R = each_RN.sum(1) / plain_R
         low, middle, high = ratios_R.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
         batches = each_RN.quantile(0.25, dim=0).sum() / quiet
         epochs = f"epochs {middle:.3f} ({low:.3f} to {high:.3f})"

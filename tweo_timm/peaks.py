@@ -42,6 +42,6 @@ def as_numbers(peaks: Peaks) -> list[float]:
 def largest(peaks: Peaks) -> Tensor:
     """Return the largest peak, NaN if one is, as a float32 scalar where the peaks are."""
     if isinstance(peaks, list):
-        worst = max(peaks, key=lambda peak: (math.isnan(peak), peak))
-        return torch.full((), worst, dtype=torch.float32, device="cpu")
+        total = sum(peaks)  # NaN if one is: Python's max may pass over it
+        return torch.full((), total if math.isnan(total) else max(peaks), dtype=torch.float32, device="cpu")
     return peaks.amax()

@@ -167,7 +167,6 @@ class TweoHandle:
         self._armed = torch.is_grad_enabled() and any([block.training for block in self._blocks.values()])
         if not self._armed:
             return
-        self._refuse_reentrant_checkpoints()
         for value in (*args, *kwargs.values()):
             if isinstance(value, dict):
                 raise RuntimeError(
@@ -258,6 +257,7 @@ class TweoHandle:
         return torch.stack([known.get(name, unseen) for name in self.block_names])
 
     def _check_every_block_reported(self, names: list[str]) -> None:
+        self._refuse_reentrant_checkpoints()  # switched on after attaching, they are why
         expected = [name for name, block in self._blocks.items() if block.training]
         seen = set(names)
         missing = [name for name in expected if name not in seen]
