@@ -1,12 +1,15 @@
-"""A folder of small noise images and two checkpoints of the same tiny ViT, made once for this folder's tests."""
+"""A folder of small noise images and two checkpoints of the same tiny ViT, made once, and the command that is run."""
 
 import argparse
+import json
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+
+from tweo_timm.evaluate.cli import main
 
 ARCH = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -23,6 +26,14 @@ def save_checkpoint(path, model, **entries):
     content = {"epoch": 1, "arch": ARCH, "version": 2, "args": args, "state_dict": model.state_dict()}
     torch.save(content | entries, path)
     return path
+
+
+def run(capsys, *words):
+    """Run the command and return its status, its --result and what it said on stderr."""
+    status = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    result = json.loads(out.split("--result\n")[1]) if "--result\n" in out else None
+    return status, result, err
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +61,8 @@ def checkpoints(tmp_path_factory):
     return [
         save_checkpoint(root / name / "last.pth.tar", make_model(seed)) for seed, name in enumerate(("base", "tweo"))
     ]
+
+
+@pytest.fixture
+def common(photos):
+    return ["--data-dir", photos, "--device", "cpu", "-j", "0", "-b", "4"]
