@@ -68,14 +68,25 @@ class _Kept(NamedTuple):
     def numel(self) -> int:
         return self.output.numel()
 
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        if self.output._version != self.version:
+            raise RuntimeError(
+                f"the model overwrote the output of block {self.name!r} in place, and what TWEO measures is gone: "
+                "replace that operation by one that is not in place, or name other modules with blocks=REGEX"
+            )
+        return extremes(self.output)
+
 
 class _Measured(NamedTuple):
     """What a step keeps of another output: its size, its extremes and, where it was computed, its mean power."""
 
     name: str
     numel: int
-    extremes: tuple[Tensor, Tensor]
+    found: tuple[Tensor, Tensor]
     term: Tensor | None
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        return self.found
 
 
 class TweoHandle:
@@ -201,13 +212,10 @@ class TweoHandle:
         if not self._armed:
             return result
         seen, self._seen, self._armed = self._seen, [], False
-        names, found = [], []
-        for one in seen:
-            names.append(one.name)
-            found.append(self._extremes_of_kept(one) if isinstance(one, _Kept) else one.extremes)
+        names = [one.name for one in seen]
         if names != self.block_names:
             self._check_every_block_reported(names)
-        self.peaks = self._peak_of_each_block(names, peak_magnitudes(found))
+        self.peaks = self._peak_of_each_block(names, peak_magnitudes([one.extremes() for one in seen]))
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
@@ -267,15 +275,6 @@ class TweoHandle:
                 f"{missing[0]!r}: attach before torch.compile and before the first step, and checkpoint activations "
                 "with use_reentrant=False; if the model skips blocks, name the others with blocks=REGEX"
             )
-
-    @staticmethod
-    def _extremes_of_kept(one: _Kept) -> tuple[Tensor, Tensor]:
-        if one.output._version != one.version:
-            raise RuntimeError(
-                f"the model overwrote the output of block {one.name!r} in place, and what TWEO measures is gone: "
-                "replace that operation by one that is not in place, or name other modules with blocks=REGEX"
-            )
-        return extremes(one.output)
 
     def _refuse_reentrant_checkpoints(self) -> None:
         if use_reentrant_ckpt() and any(getattr(m, "grad_checkpointing", False) for m in self._model.modules()):

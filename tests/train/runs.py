@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from tests import processes
+from tweo_timm.train.build import Session, build_session
 from tweo_timm.train.cli import main
+from tweo_timm.train.options import parse_train_options
+from tweo_timm.train.world import World
 
 TINY = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
 VIT = [
@@ -48,6 +51,11 @@ def train(data: Path, out: Path, *more: str, name: str = "run", model: list[str]
     """Run to the end and return the run folder."""
     assert main(command(data, out, *more, name=name, model=model)) == 0
     return out / name
+
+
+def session_of(data: Path, out: Path, *more: str, model: list[str] | None = None) -> Session:
+    """Build a run without beginning it."""
+    return build_session(parse_train_options(command(data, out, *more, model=model)), World(torch.device("cpu")))
 
 
 def load(path: Path) -> dict:
