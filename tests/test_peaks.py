@@ -44,6 +44,12 @@ def test_a_nan_is_the_largest_peak(place):
     assert largest(torch.tensor(peaks)).isnan()
 
 
+def test_a_peak_beyond_float32_is_infinite_in_both_forms():
+    peaks = peak_magnitudes([extremes(torch.tensor([-1e300], dtype=torch.float64))])
+    assert peaks == [1e300]
+    assert (as_tensor(peaks).tolist(), largest(peaks)) == ([math.inf], math.inf)
+
+
 def test_on_a_device_whose_numbers_cannot_be_read_peaks_are_a_tensor():
     peaks = peak_magnitudes([extremes(torch.ones(2, 3, dtype=torch.bfloat16, device="meta"))] * 4)
     assert (peaks.shape, peaks.dtype, peaks.device.type) == ((4,), torch.float32, "meta")

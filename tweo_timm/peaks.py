@@ -43,5 +43,5 @@ def largest(peaks: Peaks) -> Tensor:
     """Return the largest peak, NaN if one is, as a float32 scalar where the peaks are."""
     if isinstance(peaks, list):
         total = sum(peaks)  # NaN if one is: Python's max may pass over it
-        return torch.full((), total if math.isnan(total) else max(peaks), dtype=torch.float32, device="cpu")
+        return torch.tensor(total if math.isnan(total) else max(peaks), dtype=torch.float32, device="cpu")
     return peaks.amax()
