@@ -95,8 +95,8 @@ class TweoHandle:
     Attributes:
         config: the TweoConfig in force.
         block_names: names of the blocks, in forward order.
-        peaks: max |A| of each block in the latest training step, as it was found; 0 for blocks in eval mode; None
-            before the first step.
+        peaks: max |A| of each block in the latest training step, numbers on a CPU and a tensor elsewhere; 0 for blocks
+            in eval mode; None before the first step.
         measuring: whether a step whose weight is 0 computes L_TWEO. Without, it finds the peaks alone, for half the
             time, and the result has no `tweo_loss`.
     """
@@ -258,7 +258,8 @@ class TweoHandle:
         """Peaks in the order of the blocks. A block may have been called twice, or, in eval mode, not at all."""
         if names == self.block_names:
             return peaks
-        found, known = as_tensor(peaks), dict[str, Tensor]()
+        found = as_tensor(peaks)
+        known: dict[str, Tensor] = {}
         for name, peak in zip(names, found, strict=True):
             known[name] = torch.maximum(known[name], peak) if name in known else peak
         unseen = found.new_zeros(())

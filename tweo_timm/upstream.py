@@ -174,8 +174,7 @@ class TimmPlugin:
                 )
 
         def after(module: TrainingTask, args: Any, result: Mapping[str, Any]) -> None:
-            if "tweo_loss" in result and handle.block_peaks is not None:
-                peaks = handle.block_peaks
+            if "tweo_loss" in result and (peaks := handle.block_peaks) is not None:
                 self._peaks = peaks if self._peaks is None else torch.maximum(self._peaks, peaks)
 
         task.register_forward_pre_hook(before, prepend=True)

@@ -1,4 +1,4 @@
-"""What validate.py cannot do, it says in one line that names the cause, before anything is measured."""
+"""What validate.py cannot do, it says in one line that names the cause."""
 
 import shutil
 

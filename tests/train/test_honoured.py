@@ -17,8 +17,6 @@ from tweo_timm.train.options import TrainOptions
 
 # Files that define and check flags, but act on none.
 DECLARING = {"checks.py", "flags.py", "legacy.py"}
-
-
 REFUSED = {
     "torchscript": ["--torchscript"],
     "fuser": ["--fuser", "te"],
