@@ -1,7 +1,8 @@
-"""What an epoch of train.py costs, against a plain loop over the same timm parts.
+r"""What an epoch of train.py costs, against a plain loop over the same timm parts.
 
     python benchmarks/train_epoch.py                       # vit_small_patch16_224, bfloat16, batch 16
-    OMP_NUM_THREADS=1 TIMM_FUSED_ATTN=0 python benchmarks/train_epoch.py --recipe recipes/quickstart_stress.yaml
+    OMP_NUM_THREADS=1 TIMM_FUSED_ATTN=0 python benchmarks/train_epoch.py --recipe recipes/quickstart_stress.yaml \
+        --processes 10 --rounds 3
 
 All loops train the same model with the same optimizer, loader and data in turns, an epoch each, so that they differ in
 nothing but the loop. A round is two epochs of a plain loop (timm's loader, task, optimizer, scheduler), one of train.py
@@ -12,9 +13,12 @@ anew, because what came before decides what heap and caches hold. Printed of eac
     batches  the epoch made of the lower quartile over rounds of the time of each of its batches, which leaves out what
              disturbs the machine for less than a few rounds, as other programs do.
 
-How far the plain loop is from 1 itself tells what the machine can resolve. train.py does all that it does between
-two validations: statistics of outliers, watching for values that are no numbers, what an exact continuation needs, log
-lines.
+How far the plain loop is from 1 itself tells what the machine can resolve. Rounds of one process share its layout of
+memory, which moves the ratios of a small model by 0.01 or more: `--processes` measure one after the other, each is
+printed, and the last lines are over the rounds of all of them.
+
+train.py does all that it does between two validations: statistics of outliers, watching for values that are no numbers,
+what an exact continuation needs, log lines.
 
 Large tensors on a CPU come with fresh pages, whose cost varies more than what is measured here. With glibc, the
 variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_, both at 8589934592, say, let it keep them.
@@ -24,12 +28,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import logging
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +63,27 @@ def main() -> None:
     parser.add_argument("--recipe", help="a recipe of train.py instead of the default settings")
     about_crops = "training images of each of the 14 photographs; 16, and with a recipe the quickstart's 128"
     parser.add_argument("--crops", type=int, help=about_crops)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of each process")
+    parser.add_argument("--processes", type=int, default=1, help="how many measure, one after the other")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where other programs disturb")
     arguments, more = parser.parse_known_args()
-    logging.disable(logging.INFO)
     chosen = ["-c", arguments.recipe] if arguments.recipe else DEFAULT
     crops = arguments.crops or (128 if arguments.recipe else 16)
-    with session_on_photos([*chosen, *more], crops) as session:
+    runs = []
+    # A process that has measured ends: the next one has a memory of its own.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as one_by_one:
+        for _ in range(arguments.processes):
+            each = one_by_one.submit(measured, [*chosen, *more], crops, arguments.rounds, arguments.cpu_time).result()
+            runs.append({name: torch.tensor(epochs, dtype=torch.float64) for name, epochs in each.items()})
+            if arguments.processes > 1:
+                print(*(f"{name} {ratios.median():.3f}" for name, ratios in epoch_ratios(runs[-1]).items()), sep=", ")
+    report({name: torch.cat([run[name] for run in runs]) for name in runs[0]})
+
+
+def measured(words: list[str], crops: int, rounds: int, cpu_time: bool) -> dict[str, list[list[float]]]:
+    """What one process measures, as numbers, which outlive it."""
+    logging.disable(logging.INFO)
+    with session_on_photos(words, crops) as session:
         kinds = {
             PLAIN: PlainLoop(session),
             "train.py, TWEO off, unwatched": OurLoop(session, outlier_interval=0),
@@ -70,8 +91,8 @@ def main() -> None:
             "train.py, TWEO on": OurLoop(session, tweo_weight=0.01),
             f"{PLAIN} again": PlainLoop(session),
         }
-        clock = time.process_time if arguments.cpu_time else time.perf_counter
-        report(measure(session, kinds, arguments.rounds, clock))
+        seconds = measure(session, kinds, rounds, time.process_time if cpu_time else time.perf_counter)
+        return {name: epochs.tolist() for name, epochs in seconds.items()}
 
 
 @contextlib.contextmanager
@@ -105,6 +126,8 @@ class OurLoop:
     def __init__(self, session: Session, tweo_weight: float = 0.0, outlier_interval: int = 50) -> None:
         options = replace(session.options, tweo_weight=tweo_weight, outlier_interval=outlier_interval)
         self.session = replace(session, options=options)
+        if outlier_interval:
+            self.session.train_recorder = OutlierRecorder(session.model, standing=False)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[Callable[[int], object]]:
@@ -112,7 +135,6 @@ class OurLoop:
         session, options = self.session, self.session.options
         if options.outlier_interval:
             session.tweo = attach_tweo(session.task, TweoConfig(weight=options.tweo_weight))
-            session.train_recorder = OutlierRecorder(session.model, standing=False)
         yield Trainer(session, SignalWatch()).train_epoch
         if session.tweo is not None:
             session.tweo.remove()
@@ -183,6 +205,7 @@ def measure(
     for index in range(rounds + 1):
         for name in random.sample(list(kinds), len(kinds)):
             with kinds[name].attached() as epoch:
+                gc.collect()  # what attaching has left behind
                 loader.marks = [clock()]
                 epoch(0)
                 loader.marks.append(clock())
@@ -191,13 +214,17 @@ def measure(
     return {name: torch.stack(epochs) for name, epochs in seconds.items()}
 
 
+def epoch_ratios(seconds: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return of each kind, and each round, the time of its epoch to the mean of the two plain epochs."""
+    plain_R = (seconds[PLAIN] + seconds[f"{PLAIN} again"]).sum(1) / 2
+    return {name: each_RN.sum(1) / plain_R for name, each_RN in seconds.items()}
+
+
 def report(seconds: dict[str, Tensor]) -> None:
-    both = seconds[PLAIN], seconds[f"{PLAIN} again"]
-    plain_R = (both[0] + both[1]).sum(1) / 2
-    quiet = torch.cat(both).quantile(0.25, dim=0).sum()
-    for name, each_RN in seconds.items():
-        ratios_R = each_RN.sum(1) / plain_R
+    quiet = torch.cat([seconds[PLAIN], seconds[f"{PLAIN} again"]]).quantile(0.25, dim=0).sum()
+    for name, ratios_R in epoch_ratios(seconds).items():
         low, middle, high = ratios_R.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        each_RN = seconds[name]
         batches = each_RN.quantile(0.25, dim=0).sum() / quiet
         epochs = f"epochs {middle:.3f} ({low:.3f} to {high:.3f})"
         print(f"{name:30s} {each_RN.sum(1).median():8.3f} s   {epochs}   batches {batches:.3f}")
