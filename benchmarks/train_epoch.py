@@ -67,13 +67,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="how many measure, one after the other")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where other programs disturb")
     arguments, more = parser.parse_known_args()
-    chosen = ["-c", arguments.recipe] if arguments.recipe else DEFAULT
+    words = [*(["-c", arguments.recipe] if arguments.recipe else DEFAULT), *more]
+    try:
+        parse_train_options(words)  # what is wrong with them is told here, in one line
+    except ValueError as error:
+        parser.error(str(error))
     crops = arguments.crops or (128 if arguments.recipe else 16)
     runs = []
     # A process that has measured ends: the next one has a memory of its own.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as one_by_one:
         for _ in range(arguments.processes):
-            each = one_by_one.submit(measured, [*chosen, *more], crops, arguments.rounds, arguments.cpu_time).result()
+            each = one_by_one.submit(measured, words, crops, arguments.rounds, arguments.cpu_time).result()
             runs.append({name: torch.tensor(epochs, dtype=torch.float64) for name, epochs in each.items()})
             if arguments.processes > 1:
                 print(*(f"{name} {ratios.median():.3f}" for name, ratios in epoch_ratios(runs[-1]).items()), sep=", ")
