@@ -1,6 +1,7 @@
 """What is trained on and validated: augmentation, sizes, classes, targets, splits."""
 
 import random
+import shutil
 import tarfile
 
 import numpy as np
@@ -72,6 +73,22 @@ def test_a_class_map_names_the_classes_of_a_subset(tmp_path):
     session = session_of(data, tmp_path, "--class-map", str(tmp_path / "map.txt"))
     assert session.data.class_names == {"class0": 0, "class1": 1}
     assert len(session.data.train.dataset) == 16
+
+
+@pytest.mark.parametrize(("folder", "split"), [("train", "train"), ("val", "validation")])
+def test_a_class_without_images_in_one_split_is_named_unless_a_class_map_numbers_all(folder, split, tmp_path, capsys):
+    data = write_images(tmp_path / "data", train=24, val=6)
+    shutil.rmtree(data / folder / "class1")
+    assert main(command(data, tmp_path)) == 1
+    assert f"split '{split}' has no image of 'class1'" in capsys.readouterr().err
+    (tmp_path / "map.txt").write_text("class0\nclass1\nclass2\n")
+    loaders = session_of(data, tmp_path, "--class-map", str(tmp_path / "map.txt")).data
+    held = {"train": loaders.train.dataset, "validation": loaders.val.dataset}
+    assert {name: {target for _, target in images} for name, images in held.items()} == {
+        "train": {0, 1, 2},
+        "validation": {0, 1, 2},
+        split: {0, 2},
+    }
 
 
 def test_mixup_ends_at_its_epoch(images, tmp_path):

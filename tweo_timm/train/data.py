@@ -142,16 +142,24 @@ def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         val_set = open_dataset(
             options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **details
         )
-    datasets = [dataset for dataset in (train_set, val_set) if dataset is not None]
-    for dataset in datasets:
-        check_num_classes(dataset, num_classes, bool(options.class_map))
-    names = [class_names(dataset) for dataset in datasets]
-    if None not in names and names[0] != names[-1]:
-        odd = sorted(set(names[0] or ()) ^ set(names[-1] or ()))[:3]
-        raise ValueError(f"the classes of the training and the validation split differ ({', '.join(odd)}, ...)")
+    _check_same_classes(options, train_set, val_set)
+    check_num_classes(train_set, num_classes, bool(options.class_map))
     if options.aug_splits:
         train_set = AugMixDataset(train_set, num_splits=options.aug_splits)
     return train_set, val_set
+
+
+def _check_same_classes(options: TrainOptions, train_set: Any, val_set: Any) -> None:
+    """Refuse a class that one split has no image of: timm numbers those that it finds in a split, from 0."""
+    names = {options.train_split: class_names(train_set), options.val_split: class_names(val_set)}
+    for split, found in names.items():
+        lacking = sorted({name for other in names.values() for name in other or ()} - set(found or ()))
+        if found and lacking:
+            some = ", ".join(map(repr, lacking[:3])) + ", ..." * (len(lacking) > 3)
+            raise ValueError(
+                f"split {split!r} has no image of {some}, so that its classes would be numbered otherwise: add images, "
+                "or pass a --class-map FILE that numbers all"
+            )
 
 
 def _loss_scale(options: TrainOptions, batch_size: float) -> Callable[[int], float]:
