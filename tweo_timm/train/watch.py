@@ -220,7 +220,7 @@ class HealthWatch:
             raise TrainingStopped(f"stopped because another process was. Last good checkpoint: {last_good}")
         raise TrainingStopped(
             f"stopped at update {update}: {self._culprit()}. Last good checkpoint: {last_good}. "
-            "Nothing that came after it was saved: lower the learning rate or clip gradients, then go on with --resume"
+            "Nothing later was saved: lower the learning rate or clip gradients, then --resume that one or begin again"
         )
 
     def _culprit(self) -> str:
