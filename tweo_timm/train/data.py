@@ -152,14 +152,18 @@ def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: i
 def _check_same_classes(options: TrainOptions, train_set: Any, val_set: Any) -> None:
     """Refuse a class that one split has no image of: timm numbers those that it finds in a split, from 0."""
     names = {options.train_split: class_names(train_set), options.val_split: class_names(val_set)}
-    for split, found in names.items():
-        lacking = sorted({name for other in names.values() for name in other or ()} - set(found or ()))
-        if found and lacking:
-            some = ", ".join(map(repr, lacking[:3])) + ", ..." * (len(lacking) > 3)
-            raise ValueError(
-                f"split {split!r} has no image of {some}, so that its classes would be numbered otherwise: add images, "
-                "or pass a --class-map FILE that numbers all"
-            )
+    known = {split: set(found) for split, found in names.items() if found}
+    every = set().union(*known.values())
+    lacking = {split: sorted(every - found) for split, found in known.items() if found != every}
+    if not lacking:
+        return
+    which = (
+        f"{split} has no image of {', '.join(some[:3])}{', ...' * (len(some) > 3)}" for split, some in lacking.items()
+    )
+    raise ValueError(
+        f"the classes of the splits differ: {'; '.join(which)}. They would be numbered differently: add images, or "
+        "pass a --class-map FILE that numbers all"
+    )
 
 
 def _loss_scale(options: TrainOptions, batch_size: float) -> Callable[[int], float]:
