@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -38,8 +39,9 @@ def interrupt(monkeypatch):
             original(self, images, targets)
             seen.append(1)
             if len(seen) == batches:
-                for process in multiprocessing.active_children() if workers_too else ():
-                    os.kill(process.pid, number)
+                if workers_too:  # another process sends it, as a scheduler would
+                    workers = [str(process.pid) for process in multiprocessing.active_children()]
+                    subprocess.run(["kill", f"-{int(number)}", *workers], check=True)
                 os.kill(os.getpid(), number)
 
         monkeypatch.setattr(TrainStep, "__call__", call)

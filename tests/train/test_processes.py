@@ -38,6 +38,8 @@ WHOLE = [
     *("--no-aug", "--smoothing", "0.1", "--tweo-weight", "0.2", "--tweo-tau", "0.5", "--clip-grad", "1.0"),
     *("--epochs", "3", "--outlier-interval", "1", "--weight-decay", "0.05"),
 ]
+NORMED = ["--model", "levit_128s", "--num-classes", "3", "--input-size", "3", "32", "32", "--model-kwargs"]
+NORMED += ["img_size=32", "embed_dim=(16,16,16)", "num_heads=(2,2,2)", "depth=(1,1,1)", "key_dim=8"]
 SETTINGS = {
     "ddp": ["-b", "28", "--no-ddp-bb"],
     "ddp accumulating": ["-b", "7", "--grad-accum-steps", "4"],
@@ -198,11 +200,8 @@ def test_sharded_fp8_layers_are_replicated_ones_to_the_bit_and_continue(images, 
 
 
 def test_a_sharded_ema_takes_the_buffers_of_batch_norm_along(images, tmp_path):
-    model = ["--model", "levit_128s", "--num-classes", "3", "--input-size", "3", "32", "32"]
-    model += ["--model-kwargs", "img_size=32", "embed_dim=(16,16,16)", "num_heads=(2,2,2)", "depth=(1,1,1)"]
-    model += ["key_dim=8"]
     words = ["-b", "28", "--epochs", "1", "--model-ema", "--fsdp", "--tweo-weight", "0.2"]
-    assert train_together(command(images, tmp_path, *words, model=model)) == [0, 0]
+    assert train_together(command(images, tmp_path, *words, model=NORMED)) == [0, 0]
     found = last(tmp_path / "run")
     means = [name for name in found["state_dict_ema"] if name.endswith("running_mean")]
     assert means
@@ -258,6 +257,23 @@ def test_two_processes_stopped_by_sigterm_continue_bit_for_bit(images, tmp_path)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
+    assert train_together(words) == [0, 0]
+    for key in ("state_dict", "state_dict_ema", "optimizer"):
+        assert same_tensors(last(tmp_path / "cut")[key], last(tmp_path / "whole")[key]), key
+
+
+@pytest.mark.parametrize("how", ["--no-ddp-bb", "--fsdp"])
+def test_batch_norms_of_two_processes_continue_inside_an_epoch_from_what_each_had_measured(how, images, tmp_path):
+    settings = ["-b", "4", "--model-ema", "--epochs", "1", "--recovery-interval", "1", how]
+    assert train_together(command(images, tmp_path, *settings, name="whole", model=NORMED)) == [0, 0]
+    words = command(images, tmp_path, *settings, "--resume", "auto", name="cut", model=NORMED)
+    processes = start_together(words)
+    while not list((tmp_path / "cut").glob("recovery-0-3*")) and all(process.is_alive() for process in processes):
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not (tmp_path / "cut" / "last.pth.tar").exists()
     assert train_together(words) == [0, 0]
     for key in ("state_dict", "state_dict_ema", "optimizer"):
         assert same_tensors(last(tmp_path / "cut")[key], last(tmp_path / "whole")[key]), key

@@ -62,12 +62,31 @@ def test_webdataset_shards_train_and_continue_bit_for_bit(workers, shards, tmp_p
     assert same_tensors(last(tmp_path / "cut")["state_dict"], last(whole)["state_dict"])
 
 
+def test_a_stream_continues_inside_an_epoch_with_as_many_workers_only(shards, tmp_path, interrupt, capsys):
+    words = [*VIT, *RUN, *WDS, "--data-dir", str(shards), "--output", str(tmp_path), "--experiment", "run"]
+    interrupt(3)
+    assert main([*words, "-j", "1"]) == 143
+    assert main([*words, "-j", "0", "--resume", "auto"]) == 1
+    assert "--workers 1, now 0" in capsys.readouterr().err
+
+
 def test_shards_without_a_description_name_their_number_of_samples(shards, tmp_path):
     run(
         tmp_path,
         *("--dataset", "wds/toy", "--data-dir", str(shards)),
         *("--train-split", "toy-train-{0000..0003}.tar|56", "--val-split", "toy-validation-{0000..0001}.tar|12"),
     )
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 6 worker processes:UserWarning")
+def test_a_stream_that_ends_early_leaves_recovery_files_to_continue_from(shards, tmp_path):
+    """More workers than shards: some have nothing to give, and the others cannot give what was announced."""
+    words = ("--dataset", "wds/toy", "--data-dir", str(shards), "-j", "6", "-b", "4", "--grad-accum-steps", "3")
+    folder = run(tmp_path, *words, "--recovery-interval", "1")
+    assert last(folder)["exact"]["updates"] < 2 * 5
+    assert all(int(update) > 0 for *_, update in (path.stem.split(".")[0].split("-") for path in folder.glob("rec*")))
+    run(tmp_path, *words, "--recovery-interval", "1", "--epochs", "3", "--resume", "auto")
+    assert last(folder)["epoch"] == 2
 
 
 def test_a_split_that_the_shards_do_not_have_is_one_message(shards, tmp_path, capsys):

@@ -2,6 +2,9 @@
 
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,9 +13,10 @@ from PIL import Image
 from timm.data import ImageDataset
 
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
-from tests.train.runs import command, last, load, same_tensors, train, write_images
+from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
 from tweo_timm.blocks import find_blocks
 from tweo_timm.train.cli import main
+from tweo_timm.train.loop import Trainer
 from tweo_timm.train.splits import StrictImages
 from tweo_timm.train.step import TrainStep
 from tweo_timm.train.watch import HealthWatch, SignalWatch, TrainingStopped
@@ -309,6 +313,30 @@ def test_one_bad_element_anywhere_in_a_backward_pass_is_seen_in_the_same_update(
         watch.note_gradients(3)
         with pytest.raises(TrainingStopped, match="update 3: gradients are not finite, first that of"):
             watch.check(CPU, "none")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--clip-grad", "1"], ["--clip-grad", "1", "--clip-mode", "value"], ["--opt", "lion"], ["--opt", "adopt"]],
+    ids=" ".join,
+)
+def test_what_clipping_or_a_sign_would_hide_of_one_gradient_is_named_in_its_update(words, images, tmp_path):
+    session = session_of(images, tmp_path, *words)
+    name = "blocks.1.mlp.fc1.weight"
+    session.model.get_parameter(name).register_hook(lambda gradient: gradient + float("nan"))
+    with pytest.raises(TrainingStopped, match=f"update 0: gradients are not finite, first that of {name}"):
+        Trainer(session, SignalWatch()).train_epoch(0)
+
+
+def test_a_run_that_cannot_go_on_does_not_wait_for_its_workers(tmp_path):
+    """Its own process: workers that are left when Python exits are told to end by a signal, which they outlive."""
+    data = write_images(tmp_path / "data", train=24, val=6)
+    next((data / "train" / "class0").iterdir()).write_bytes(b"")
+    script = Path(__file__).parents[2] / "train.py"
+    words = [sys.executable, str(script), *command(data, tmp_path, "-j", "2")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert "the file is damaged" in done.stderr.splitlines()[-1]
 
 
 def test_the_first_bad_step_is_the_one_that_is_reported():

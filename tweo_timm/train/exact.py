@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
+from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from tweo_timm.fp8 import fp8_state, load_fp8_state
 from tweo_timm.train.build import Session
@@ -55,6 +58,11 @@ def capture_exact(
     if cursor.batch:
         mine["position"] = (position or session.data.replay.position(cursor.batch)).state_dict()
         mine["meters"] = meters.state_dict()
+        if session.world.distributed:
+            mine["statistics"] = {
+                which: {name: buffer.cpu() for name, buffer in buffers.items()}
+                for which, buffers in _batch_norm_statistics(session).items()
+            }
     else:
         mine["random"] = RandomState.capture().state_dict()
     return {
@@ -115,21 +123,54 @@ def restore_exact(
     return Position.from_state_dict(mine["position"])
 
 
+def put_back_statistics(session: Session, statistics: dict[str, dict[str, Tensor]]) -> None:
+    """Give batch norms what this process had measured; after DDP was made, which gives all those of the first.
+
+    Args:
+        session: the run, wrapped.
+        statistics: of the checkpoint's entry for this process; empty if there are none.
+    """
+    present = _batch_norm_statistics(session)
+    for which, buffers in statistics.items():
+        for name, value in buffers.items():
+            present[which][name].copy_(value)
+
+
+def _batch_norm_statistics(session: Session) -> dict[str, dict[str, Tensor]]:
+    """Running statistics of the model and of its EMA, which inside an epoch differ between processes.
+
+    They are named as timm's distribute_bn names those that it makes equal at the end of an epoch.
+    """
+    task = session.task
+    models = {"model": task.get_eval_model()} | ({"ema": task.get_eval_model(ema=True)} if task.has_ema() else {})
+    return {
+        which: {
+            name: buffer
+            for name, buffer in unwrap_model(model).named_buffers()
+            if "running_mean" in name or "running_var" in name
+        }
+        for which, model in models.items()
+    }
+
+
 def _epoch_shape(session: Session) -> dict[str, int]:
     """What a position inside an epoch is a position in."""
-    return {
-        "images": len(session.data.replay.loader.dataset),
+    dataset, options = session.data.replay.loader.dataset, session.options
+    shape = {
+        "images": len(dataset),
         "batches": len(session.data.train),
-        "--batch-size": session.options.batch_size,
-        "--grad-accum-steps": session.options.grad_accum_steps,
+        "--batch-size": options.batch_size,
+        "--grad-accum-steps": options.grad_accum_steps,
     }
+    # Each worker reads a part of a stream of its own.
+    return shape | ({"--workers": options.workers} if isinstance(dataset, IterableDataset) else {})
 
 
 def _changes(exact: dict[str, Any], session: Session) -> str:
     """What of an epoch's shape has changed since a checkpoint, in words."""
     now = _epoch_shape(session)
     before = exact.get("shape", now)
-    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in now if before[name] != now[name])
+    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name])
 
 
 def _plateau(session: Session) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
-from tweo_timm.train.exact import Cursor, capture_exact, restore_exact
+from tweo_timm.train.exact import Cursor, capture_exact, put_back_statistics, restore_exact
 from tweo_timm.train.journal import Journal, append_rows
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
 from tweo_timm.train.options import changed_settings
@@ -23,6 +24,7 @@ from tweo_timm.train.validation import evaluate
 from tweo_timm.train.watch import HealthWatch, Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
+_HIDING = ("lion", "adopt")  # optimizers that take signs or clip, and so hide a gradient that is not finite
 
 
 class Trainer:
@@ -39,11 +41,15 @@ class Trainer:
         self.cursor = Cursor(epoch=session.options.start_epoch or 0)
         names, device = session.block_names, session.world.device
         self.meters = EpochMeters(names, device, session.train_recorder)
-        self.health = HealthWatch(session.task.get_trainable_module(), names, device, session.options.stop_on_peak)
+        options = session.options
+        hides = options.clip_grad is not None or any(name in options.opt.lower() for name in _HIDING)
+        trained = session.task.get_trainable_module()
+        self.health = HealthWatch(trained, names, device, options.stop_on_peak, every_gradient=hides)
         self.step = TrainStep(session, self.cursor, self.meters, self.health)
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
+        self._statistics: dict[str, dict[str, Tensor]] = {}
         self._stopping = False
 
     # ------------------------------------------------------------------------------------- what was, and what is kept
@@ -74,6 +80,7 @@ class Trainer:
             _logger.warning("%s was written under other settings: %s", path, changed)
         if exact is not None and optimizer is not None and options.start_epoch is None:
             self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
+            self._statistics = exact["processes"][session.world.rank].get("statistics", {})
             _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.cursor.epoch, self.cursor.batch)
             return
         self.cursor.epoch = options.start_epoch if options.start_epoch is not None else epoch
@@ -127,7 +134,9 @@ class Trainer:
         self._check_weights()
         content = self._content(position)
         if self.saver is not None:
-            done = self.cursor.updates - epoch * self.session.updates_per_epoch
+            # Counted in batches: a stream may end before the updates that it announced.
+            batches = self.cursor.batch or len(self.session.data.train)
+            done = math.ceil(batches / self.session.options.grad_accum_steps)
             with self.saver.holding(content):
                 self.saver.save_recovery(epoch, done)
 
@@ -199,6 +208,8 @@ class Trainer:
                 session.scheduler.step(cursor.epoch)
             if cursor.updates:
                 session.scheduler.step_update(cursor.updates)
+        put_back_statistics(session, self._statistics)
+        self._statistics = {}
         if isinstance(self._entry, RandomState):
             self._entry.restore()
             self._entry = None

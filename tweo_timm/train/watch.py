@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -68,7 +70,8 @@ class PatientWorker:
     """A loader's worker_init_fn: its processes outlive a signal to the whole job until the run has saved.
 
     SLURM signals every process of a job, a terminal's Ctrl-C its whole group, and a run whose workers are gone cannot
-    finish its step. A worker told to end does so after a minute, so that a loader can still get rid of one that hangs.
+    finish its step. A worker that its own run tells to end does so at once, as torch has it; told by anybody else,
+    after a minute. Where nobody knows who sent a signal (macOS), SIGTERM is left to torch.
 
     Args:
         init: the worker_init_fn there was before, or None.
@@ -82,7 +85,17 @@ class PatientWorker:
         if self.init is not None:
             self.init(worker)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_S))
+        if hasattr(signal, "sigwaitinfo"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    """Wait until the parent process sends SIGTERM, or until a minute after anybody else did, and end this process."""
+    told: signal.struct_siginfo | None = signal.sigwaitinfo([signal.SIGTERM])
+    while told is not None and told.si_pid != os.getppid():
+        told = signal.sigtimedwait([signal.SIGTERM], _GRACE_S)
+    os._exit(0)
 
 
 class HealthWatch:
@@ -93,10 +106,17 @@ class HealthWatch:
         block_names: names of the blocks behind the peaks.
         device: where losses and peaks live.
         stop_on_peak: largest max |A| that is accepted; None accepts any finite one.
+        every_gradient: whether to look at all gradients on a CPU too: where they are clipped, or the optimizer takes
+            signs, what is wrong with one of them would be hidden, or spread to all before the next loss shows it.
     """
 
     def __init__(
-        self, module: nn.Module, block_names: list[str], device: torch.device, stop_on_peak: float | None = None
+        self,
+        module: nn.Module,
+        block_names: list[str],
+        device: torch.device,
+        stop_on_peak: float | None = None,
+        every_gradient: bool = False,
     ) -> None:
         self.block_names = block_names
         self.stop_on_peak = stop_on_peak
@@ -106,7 +126,7 @@ class HealthWatch:
         self._sharded = any(isinstance(p, DTensor) for p in trained.values())
         # A module's bias comes after its weight, and replaces it here.
         vectors = {name.rpartition(".")[0]: p for name, p in trained.items() if p.ndim <= 1}
-        self._telltale = list((vectors or trained).values())
+        self._telltale = list((trained if every_gradient else vectors or trained).values())
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
@@ -141,7 +161,8 @@ class HealthWatch:
     def note_gradients(self, update: int) -> None:
         """Look at the gradients of one update, before they are clipped.
 
-        On a CPU, where reading all of them takes 1 % of a step, those of biases and norms alone: they are sums over
+        On a CPU, where reading all of them takes 1 % of a step, those of biases and norms alone, unless
+        `every_gradient`: they are sums over
         what comes back through their layer, and not finite if that is not. What is wrong with a weight's gradient
         and nothing else breaks that weight, which the next loss shows, or `note_weights`.
 
