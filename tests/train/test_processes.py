@@ -169,6 +169,18 @@ def test_reports_of_two_processes_are_those_of_one(model, one_update, uneven, tm
             assert alike(record[key], alone[key]), (key, record[key], alone[key])
 
 
+@pytest.mark.parametrize("setting", ["ddp", "fsdp"])
+def test_statistics_of_a_validation_split_that_processes_cannot_share_evenly_count_each_image_once(setting, tmp_path):
+    data = write_images(tmp_path / "data", train=56, val=9)
+    common = [*WHOLE, "--epochs", "1", "--validation-batch-size", "2"]
+    alone = rows(train(data, tmp_path, *common, "-b", "56", name="alone"))
+    assert train_together(command(data, tmp_path, *common, *SETTINGS[setting])) == [0, 0]
+    for ours, theirs in zip(rows(tmp_path / "run"), alone, strict=True):
+        columns = [name for name in theirs if name.startswith("eval_")]
+        assert "eval_kurtosis" in columns
+        assert {name: ours[name] for name in columns} == pytest.approx({name: theirs[name] for name in columns}, 1e-4)
+
+
 def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(images, tmp_path):
     settings = ("-b", "14", "--fsdp", "--tweo-weight", "0.2", "--mixup", "0.5", "--epochs", "2", "--model-ema")
     assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]

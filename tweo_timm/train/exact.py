@@ -170,7 +170,8 @@ def _changes(exact: dict[str, Any], session: Session) -> str:
     """What of an epoch's shape has changed since a checkpoint, in words."""
     now = _epoch_shape(session)
     before = exact.get("shape", now)
-    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name])
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
 
 
 def _plateau(session: Session) -> Any:

@@ -46,15 +46,21 @@ def evaluate(
     world = session.world
     if isinstance(model, DistributedDataParallel):
         model = model.module  # its collectives would wait for processes with fewer batches
-    evaluator = session.task.create_evaluator(max_samples=evaluation_sample_limit(session.data.val))
+    left = evaluation_sample_limit(session.data.val)
+    evaluator = session.task.create_evaluator(max_samples=left)
     model.eval()
     if recorder is not None:
         recorder.reset()
-    recording = recorder.recording() if recorder is not None else contextlib.nullcontext()
-    with recording, ProgressLine(label, len(session.data.val), world.primary) as bar:
+    with ProgressLine(label, len(session.data.val), world.primary) as bar:
         for images, targets in session.data.val:
+            real = len(targets) if left is None else min(left, len(targets))
+            left = None if left is None else left - real
+            # What pads a process's share up to the others' is not recorded. Some runs nevertheless: a sharded model
+            # is run by all processes together.
+            images, targets = images[: max(real, 1)], targets[: max(real, 1)]
             images, targets = session.place(images, dtype), targets.to(world.device)
-            with session.autocast():
+            recording = recorder.recording() if recorder is not None and real else contextlib.nullcontext()
+            with recording, session.autocast():
                 output = model(images)
             evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, targets)
             bar.advance()
