@@ -161,10 +161,10 @@ class HealthWatch:
     def note_gradients(self, update: int) -> None:
         """Look at the gradients of one update, before they are clipped.
 
-        On a CPU, where reading all of them takes 1 % of a step, those of biases and norms alone, unless
-        `every_gradient`: they are sums over
-        what comes back through their layer, and not finite if that is not. What is wrong with a weight's gradient
-        and nothing else breaks that weight, which the next loss shows, or `note_weights`.
+        On a CPU, where reading all of them takes 1 % of a step, those of biases and norms alone (unless
+        `every_gradient`): they are sums over what comes back through their layer, and not finite if that is not. What
+        is wrong with a weight's gradient and nothing else breaks that weight, which the next loss shows, or
+        `note_weights`.
 
         Args:
             update: number of the optimizer update.
