@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.train.runs import RUN, VIT, last, same_tensors, write_images
+from tests.train.runs import RUN, VIT, last, same_tensors, train_together, write_images
 from tweo_timm.train.cli import main
 
 
@@ -68,6 +68,14 @@ def test_a_stream_continues_inside_an_epoch_with_as_many_workers_only(shards, tm
     assert main([*words, "-j", "1"]) == 143
     assert main([*words, "-j", "0", "--resume", "auto"]) == 1
     assert "--workers 1, now 0" in capsys.readouterr().err
+
+
+def test_fewer_shards_than_workers_of_several_processes_are_refused_with_the_number_that_works(shards, tmp_path, capfd):
+    words = [*VIT, *RUN, "--dataset", "wds/toy", "--data-dir", str(shards), "--output", str(tmp_path), "-b", "4"]
+    words += ["--experiment", "run", "--epochs", "1"]
+    assert train_together([*words, "-j", "3"]) == [1, 1]
+    assert "4 shards, which 2 processes x 3 workers cannot share: pass --workers 2 at most" in capfd.readouterr().err
+    assert train_together([*words, "-j", "2"]) == [0, 0]
 
 
 def test_shards_without_a_description_name_their_number_of_samples(shards, tmp_path):

@@ -91,6 +91,7 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
     require_known("--train-crop-mode", options.train_crop_mode or "rrc", ("rrc", "rkrc", "rkrr"))
     require_known("--train-interpolation", options.train_interpolation or "random", (*RESAMPLINGS, "random"))
     train_set, val_set = _datasets(options, data_config, num_classes)
+    _check_shards(options, train_set, world)
     mixup_kwargs = _mixup_kwargs(options, num_classes)
     collate = FastCollateMixup(**mixup_kwargs) if mixup_kwargs and not options.no_prefetcher else None
     try:
@@ -164,6 +165,19 @@ def _check_same_classes(options: TrainOptions, train_set: Any, val_set: Any) -> 
         f"the classes of the splits differ: {'; '.join(which)}. They would be numbered differently: add images, or "
         "pass a --class-map FILE that numbers all"
     )
+
+
+def _check_shards(options: TrainOptions, train_set: Any, world: World) -> None:
+    """Refuse fewer WebDataset shards than readers in several processes: some would end early, and the others wait."""
+    shards = getattr(getattr(getattr(train_set, "reader", None), "split_info", None), "filenames", None)
+    readers = world.size * max(options.workers, 1)
+    if world.distributed and shards and len(shards) < readers:
+        most = len(shards) // world.size
+        remedy = f"pass --workers {most} at most" if most else "use fewer processes or more shards"
+        raise ValueError(
+            f"the training split has {len(shards)} shards, which {world.size} processes x {max(options.workers, 1)} "
+            f"workers cannot share: {remedy}"
+        )
 
 
 def _loss_scale(options: TrainOptions, batch_size: float) -> Callable[[int], float]:
