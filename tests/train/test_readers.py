@@ -87,11 +87,12 @@ def test_shards_without_a_description_name_their_number_of_samples(shards, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 6 worker processes:UserWarning")
-def test_a_stream_that_ends_early_leaves_recovery_files_to_continue_from(shards, tmp_path):
+def test_a_stream_that_ends_early_leaves_recovery_files_to_continue_from(shards, tmp_path, caplog):
     """More workers than shards: some have nothing to give, and the others cannot give what was announced."""
     words = ("--dataset", "wds/toy", "--data-dir", str(shards), "-j", "6", "-b", "4", "--grad-accum-steps", "3")
     folder = run(tmp_path, *words, "--recovery-interval", "1")
     assert last(folder)["exact"]["updates"] < 2 * 5
+    assert "The training data ended after" in caplog.text
     assert all(int(update) > 0 for *_, update in (path.stem.split(".")[0].split("-") for path in folder.glob("rec*")))
     run(tmp_path, *words, "--recovery-interval", "1", "--epochs", "3", "--resume", "auto")
     assert last(folder)["epoch"] == 2

@@ -272,7 +272,9 @@ class Trainer:
                 bar.advance()
                 self._after_batch(images, num_batches, pace)
         if cursor.batch < num_batches:
-            _logger.warning("The training data ended after %d of %d batches", cursor.batch, num_batches)
+            unused = cursor.batch % options.grad_accum_steps
+            lost = f"; the last {unused} made no update: give fewer --workers, or exact lengths" if unused else ""
+            _logger.warning("The training data ended after %d of %d batches%s", cursor.batch, num_batches, lost)
         if hasattr(session.optimizer, "sync_lookahead"):
             session.optimizer.sync_lookahead()
         self._check_weights()
