@@ -258,13 +258,18 @@ def test_second_derivatives_in_several_processes_are_refused(images, tmp_path, c
 RESUMED = ["-b", "4", "--model-ema", "--mixup", "0.5", "--reprob", "0.5", "--tweo-weight", "0.1"]
 
 
+def wait_for(folder, pattern, processes):
+    """Wait until a run has written a file, or one of its processes has ended."""
+    while not list(folder.glob(pattern)) and all(process.is_alive() for process in processes):
+        time.sleep(0.01)
+
+
 def test_two_processes_stopped_by_sigterm_continue_bit_for_bit(images, tmp_path):
     settings = [*RESUMED, "--epochs", "2", "--recovery-interval", "1"]
     assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
     words = command(images, tmp_path, *settings, "--resume", "auto", name="cut")
     processes = start_together(words)
-    while not list((tmp_path / "cut").glob("recovery-0-*")) and all(process.is_alive() for process in processes):
-        time.sleep(0.02)
+    wait_for(tmp_path / "cut", "recovery-0-*", processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     for process in processes:
         process.join()
@@ -280,8 +285,7 @@ def test_batch_norms_of_two_processes_continue_inside_an_epoch_from_what_each_ha
     assert train_together(command(images, tmp_path, *settings, name="whole", model=NORMED)) == [0, 0]
     words = command(images, tmp_path, *settings, "--resume", "auto", name="cut", model=NORMED)
     processes = start_together(words)
-    while not list((tmp_path / "cut").glob("recovery-0-3*")) and all(process.is_alive() for process in processes):
-        time.sleep(0.01)
+    wait_for(tmp_path / "cut", "recovery-0-3*", processes)
     for process in processes:
         process.kill()
         process.join()

@@ -170,13 +170,13 @@ def _check_same_classes(options: TrainOptions, train_set: Any, val_set: Any) -> 
 def _check_shards(options: TrainOptions, train_set: Any, world: World) -> None:
     """Refuse fewer WebDataset shards than readers in several processes: some would end early, and the others wait."""
     shards = getattr(getattr(getattr(train_set, "reader", None), "split_info", None), "filenames", None)
-    readers = world.size * max(options.workers, 1)
-    if world.distributed and shards and len(shards) < readers:
+    workers = max(options.workers, 1)
+    if world.distributed and shards and len(shards) < world.size * workers:
         most = len(shards) // world.size
         remedy = f"pass --workers {most} at most" if most else "use fewer processes or more shards"
         raise ValueError(
-            f"the training split has {len(shards)} shards, which {world.size} processes x {max(options.workers, 1)} "
-            f"workers cannot share: {remedy}"
+            f"the training split has {len(shards)} shards, which {world.size} processes x {workers} workers cannot "
+            f"share: {remedy}"
         )
 
 

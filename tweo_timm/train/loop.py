@@ -134,9 +134,9 @@ class Trainer:
         self._check_weights()
         content = self._content(position)
         if self.saver is not None:
-            # Counted in batches: a stream may end before the updates that it announced.
-            batches = self.cursor.batch or len(self.session.data.train)
-            done = math.ceil(batches / self.session.options.grad_accum_steps)
+            # Counted in batches: a stream may end before the updates that it announced. None of the next epoch: all.
+            done = math.ceil(self.cursor.batch / self.session.options.grad_accum_steps)
+            done = done or self.session.updates_per_epoch
             with self.saver.holding(content):
                 self.saver.save_recovery(epoch, done)
 

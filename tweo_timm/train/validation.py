@@ -51,7 +51,8 @@ def evaluate(
     model.eval()
     if recorder is not None:
         recorder.reset()
-    with ProgressLine(label, len(session.data.val), world.primary) as bar:
+    recording = recorder.recording() if recorder is not None else contextlib.nullcontext()
+    with recording, ProgressLine(label, len(session.data.val), world.primary) as bar:
         for images, targets in session.data.val:
             real = len(targets) if left is None else min(left, len(targets))
             left = None if left is None else left - real
@@ -59,8 +60,9 @@ def evaluate(
             # is run by all processes together.
             images, targets = images[: max(real, 1)], targets[: max(real, 1)]
             images, targets = session.place(images, dtype), targets.to(world.device)
-            recording = recorder.recording() if recorder is not None and real else contextlib.nullcontext()
-            with recording, session.autocast():
+            if recorder is not None:
+                recorder.armed = real > 0
+            with session.autocast():
                 output = model(images)
             evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, targets)
             bar.advance()
