@@ -40,9 +40,9 @@ from timm.utils import CheckpointSaver, world_info_from_env
 from torch import Tensor
 
 from tweo_timm.loss import TweoConfig
+from tweo_timm.records import append_rows, keep_rows_before
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
-from tweo_timm.train.journal import append_rows, keep_rows_before
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.train.checks import (
+from tweo_timm.run.flags import CommandLine, as_namespace, flag, freeze
+from tweo_timm.run.options import ConfigOptions
+from tweo_timm.run.recipe import resolve
+from tweo_timm.run.rules import (
     image_shape,
     option_name,
     out_of_bounds,
@@ -23,9 +26,6 @@ from tweo_timm.train.checks import (
     scripting,
     target_format,
 )
-from tweo_timm.train.flags import CommandLine, as_namespace, flag, freeze
-from tweo_timm.train.groups.run import ConfigOptions
-from tweo_timm.train.recipe import resolve
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 

@@ -29,15 +29,16 @@ from tweo_timm.blocks import find_blocks
 from tweo_timm.fp8 import Fp8Recipe, patch_fp8
 from tweo_timm.loss import TweoConfig
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.dataset import image_dtype, place, preprocessing
+from tweo_timm.run.model import check_compiler
+from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
 from tweo_timm.train.data import Data, open_data
-from tweo_timm.train.model import build_model, check_compiler, check_image_sizes
+from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
-from tweo_timm.train.splits import image_dtype, place, preprocessing
-from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
 

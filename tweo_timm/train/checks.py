@@ -7,9 +7,18 @@ or that cannot work here, is refused. Facts about what timm does with a flag: it
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tweo_timm.run.rules import (
+    image_shape,
+    option_name,
+    out_of_bounds,
+    pooling,
+    regular_expressions,
+    scripting,
+    target_format,
+)
 
 if TYPE_CHECKING:
     from tweo_timm.train.options import TrainOptions
@@ -46,43 +55,6 @@ def check_train_options(options: TrainOptions) -> None:
             raise ValueError(complaint)
 
 
-def option_name(dest: str) -> str:
-    """The long option string of a field, for messages."""
-    return f"--{dest.replace('_', '-')}"
-
-
-def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Iterator[str]:
-    """A complaint for each number that is infinite, none, or outside its bounds."""
-    for dest, value in vars(options).items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            yield f"{option_name(dest)} is {value}; it must be finite"
-    for dest, (low, high) in bounds.items():
-        value = getattr(options, dest)
-        if value is not None and not low <= value <= high:
-            accepted = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-            yield f"{option_name(dest)} is {value}; it must be {accepted}"
-
-
-def image_shape(options: Any) -> Iterator[str]:
-    """A complaint for each flag that speaks of images of another shape than the others."""
-    expected = options.in_chans or (options.input_size[0] if options.input_size else 3)
-    if options.input_size is not None:
-        channels, *size = options.input_size
-        given = f"--input-size {channels} {' '.join(map(str, size))}"
-        if channels != expected:
-            yield f"--in-chans {expected} contradicts {given}, whose first number is the channels"
-        if options.img_size is not None and size != [options.img_size] * 2:
-            side = options.img_size
-            yield f"--img-size {side} contradicts {given}, which timm takes; use --input-size {channels} {side} {side}"
-    if options.crop_pct == 0:
-        yield "--crop-pct is 0; it must be above 0 (leave it out for the architecture's)"
-    for dest in ("mean", "std"):
-        values = getattr(options, dest)
-        if values is not None and len(values) not in (1, expected):
-            yield f"{option_name(dest)} has {len(values)} values; it needs one, or one for each of {expected} channels"
-
-
 def _out_of_range(options: TrainOptions) -> Iterator[str]:
     yield from out_of_bounds(options, _BOUNDS)
     if options.smoothing == 1:
@@ -104,38 +76,6 @@ def _out_of_range(options: TrainOptions) -> Iterator[str]:
         yield f"--decay-milestones is {options.decay_milestones}; the epochs must be increasing"
     if any(epoch < 1 for epoch in options.save_epochs or ()):
         yield f"--save-epochs is {options.save_epochs}; epochs count from 1"
-
-
-def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:
-    """A complaint for each pattern that does not compile; None is no pattern."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
-
-
-def pooling(options: Any) -> Iterator[str]:
-    """A complaint for a pooling that leaves no logits."""
-    if options.gp == "":
-        yield "--gp '' would leave the features of every place unpooled; leave it out, or give avg, max, token or map"
-
-
-def target_format(options: Any) -> Iterator[str]:
-    """A complaint for a format of targets that the data does not have."""
-    if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
-        yield "--target-format multihot needs --task multilabel and a --dataset whose samples hold 0/1 vectors"
-
-
-def scripting(options: Any) -> Iterator[str]:
-    """A complaint for each flag of TorchScript, which neither command honours."""
-    if options.torchscript:
-        yield (
-            "--torchscript cannot be honoured: a scripted model runs neither the hooks of TWEO nor FP8 layers; "
-            "use --torchcompile (from a file: --no-torchscript)"
-        )
-    if options.fuser:
-        yield f"--fuser {options.fuser} cannot be honoured: it belongs to --torchscript; use --torchcompile, --fuser ''"
 
 
 def _not_honoured(options: TrainOptions) -> Iterator[str]:

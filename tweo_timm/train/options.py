@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tweo_timm.run.flags import CommandLine, as_namespace, freeze
+from tweo_timm.run.options import ConfigOptions
+from tweo_timm.run.recipe import require_switches, resolve
 from tweo_timm.train.checks import check_train_options
-from tweo_timm.train.flags import CommandLine, as_namespace, freeze
 from tweo_timm.train.groups.data import AugmentOptions, DatasetOptions, ImageSizeOptions, NaflexOptions
 from tweo_timm.train.groups.model import DeviceOptions, EmaOptions, ModelOptions, NormOptions
 from tweo_timm.train.groups.optimizer import DistillationOptions, LossOptions, OptimizerOptions, ScheduleOptions
-from tweo_timm.train.groups.run import ConfigOptions, Fp8Options, RunOptions, TweoOptions
-from tweo_timm.train.recipe import require_switches, resolve
+from tweo_timm.train.groups.run import Fp8Options, RunOptions, TweoOptions
 
 __all__ = ["TrainOptions", "as_namespace", "parse_train_options", "resolved_lr"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tweo_timm.train.flags import flag
+from tweo_timm.run.flags import flag
 
 
 @dataclass(frozen=True)

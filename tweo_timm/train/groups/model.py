@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.train.flags import flag
+from tweo_timm.run.flags import flag
 
 
 @dataclass(frozen=True)

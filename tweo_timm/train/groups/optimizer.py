@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.train.flags import flag
+from tweo_timm.run.flags import flag
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "plateau", "wsd", "rsqrt", "constant", "none")
 LOSSES = ("ce", "bce", "asl", "poly", "jsd", "twoway", "zlpr", "db")

@@ -9,25 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tweo_timm.train.flags import flag
-
-
-@dataclass(frozen=True)
-class ConfigOptions:
-    """Configuration."""
-
-    config: str = flag(
-        "",
-        "YAML recipe, or any args.yaml that timm wrote; flags override it.",
-        "-c",
-        "--config",
-        metavar="FILE",
-        recorded=False,
-    )
-    config_unknown: str = flag(
-        "error", "What an unknown key of --config is.", choices=("error", "warn"), recorded=False
-    )
-    print_config: bool = flag(False, "Print the resolved run as YAML and exit.", recorded=False)
+from tweo_timm.run.flags import flag
 
 
 @dataclass(frozen=True)
