@@ -19,7 +19,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -121,16 +121,23 @@ def _resolve(dest: str, group: str, annotation: Any, entry: Flag, default: Any) 
 
 
 def option_table(options: type) -> dict[str, Option]:
-    """Every flag of an options dataclass by field name, in the order of its groups (its base classes)."""
+    """Every flag of an options dataclass by field name, in the order of its groups: its base classes, theirs first."""
     hints = typing.get_type_hints(options)
     declared = {item.name: item for item in fields(options)}
     table = {}
-    for group in (*options.__bases__, options):
+    for group in _groups(options):
         for name in inspect.get_annotations(group):
             item = declared[name]
             default = item.default_factory() if callable(item.default_factory) else item.default
             table[name] = _resolve(name, _title(group), hints[name], item.metadata["flag"], default)
     return table
+
+
+def _groups(options: type) -> Iterator[type]:
+    """The classes that declare fields of an options dataclass: those it inherits from, at any depth, then itself."""
+    for base in options.__bases__:
+        yield from _groups(base)
+    yield options
 
 
 def _title(group: type) -> str:

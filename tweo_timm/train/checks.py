@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from tweo_timm.run.rules import (
     image_shape,
@@ -19,9 +18,7 @@ from tweo_timm.run.rules import (
     scripting,
     target_format,
 )
-
-if TYPE_CHECKING:
-    from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.groups import TrainSettings
 
 # Inclusive bounds of the flags that have some. None is always in range: it means unset.
 _POSITIVE_COUNTS = (
@@ -44,7 +41,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-def check_train_options(options: TrainOptions) -> None:
+def check_train_options(options: TrainSettings) -> None:
     """Refuse settings that are out of range, contradict each other or cannot be honoured.
 
     Raises:
@@ -55,7 +52,7 @@ def check_train_options(options: TrainOptions) -> None:
             raise ValueError(complaint)
 
 
-def _out_of_range(options: TrainOptions) -> Iterator[str]:
+def _out_of_range(options: TrainSettings) -> Iterator[str]:
     yield from out_of_bounds(options, _BOUNDS)
     if options.smoothing == 1:
         yield "--smoothing is 1; it must be below 1, which would leave nothing of the label"
@@ -78,7 +75,7 @@ def _out_of_range(options: TrainOptions) -> Iterator[str]:
         yield f"--save-epochs is {options.save_epochs}; epochs count from 1"
 
 
-def _not_honoured(options: TrainOptions) -> Iterator[str]:
+def _not_honoured(options: TrainSettings) -> Iterator[str]:
     yield from scripting(options)
     if options.persistent_workers:
         yield (
@@ -107,7 +104,7 @@ def _not_honoured(options: TrainOptions) -> Iterator[str]:
         )
 
 
-def _incomplete(options: TrainOptions) -> Iterator[str]:
+def _incomplete(options: TrainSettings) -> Iterator[str]:
     yield from pooling(options)
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
@@ -152,7 +149,7 @@ def _incomplete(options: TrainOptions) -> Iterator[str]:
         yield f"--naflex-patch-size-probs has {len(probs)} values; it needs one for each of --naflex-patch-sizes"
 
 
-def _contradictory(options: TrainOptions) -> Iterator[str]:
+def _contradictory(options: TrainSettings) -> Iterator[str]:
     yield from image_shape(options)
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
@@ -183,7 +180,7 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
         yield f"--loss {options.loss} is for several labels an image; give --task multilabel, or --loss ce or bce"
 
 
-def _tweo_and_fp8(options: TrainOptions) -> Iterator[str]:
+def _tweo_and_fp8(options: TrainSettings) -> Iterator[str]:
     if options.tweo_tau <= 0:
         yield f"--tweo-tau is {options.tweo_tau:g}; it must be above 0, in the paper 3"
     if options.tweo_power <= 1:
