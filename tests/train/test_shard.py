@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tweo_timm.fp8 import Fp8Report
+from tweo_timm import Fp8Report
 from tweo_timm.run.world import World
 from tweo_timm.train.options import parse_train_options
 from tweo_timm.train.shard import check_sharding

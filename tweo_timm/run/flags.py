@@ -20,46 +20,16 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
+from tweo_timm.settings import Flag
 from tweo_timm.suggestion import suggest
 
 # PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _PLURAL = {bool: "true or false", int: "integers", float: "numbers", str: "strings"}
 _SINGULAR = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What a field's annotation and default do not say about its flag.
-
-    Attributes:
-        help: One sentence for ``-h``.
-        names: Option strings; empty means ``--`` plus the field's name with dashes. Without dashes it is positional.
-        nargs: How many values a list takes ('+' unless said), or '?' for a string with a ``const``.
-        choices: The accepted values, or None for any of the type.
-        metavar: What stands for the value in ``-h``.
-        const: The value of a '?' flag that is given bare.
-        recorded: Whether args.yaml holds it; False for what belongs to one invocation, not to the run.
-    """
-
-    help: str
-    names: tuple[str, ...] = ()
-    nargs: str | int | None = None
-    choices: tuple[Any, ...] | None = None
-    metavar: str | None = None
-    const: Any = None
-    recorded: bool = True
-
-
-def flag(default: Any, help: str, *names: str, recorded: bool = True, **details: Any) -> Any:
-    """Declare one flag as a dataclass field; see :class:`Flag` for the arguments."""
-    metadata = {"flag": Flag(help, names, recorded=recorded, **details)}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: default.copy(), metadata=metadata, compare=recorded)
-    return field(default=default, metadata=metadata, compare=recorded)
 
 
 @dataclass(frozen=True)

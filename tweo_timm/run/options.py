@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tweo_timm.run.flags import flag
+from tweo_timm.settings import flag
 
 
 @dataclass(frozen=True)

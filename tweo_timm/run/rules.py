@@ -6,10 +6,13 @@ the settings they name.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
+
+# What float32 holds, and any count of images or updates; beyond it, arithmetic ends in infinities or tracebacks.
+_LARGEST = 1e30
 
 
 def option_name(dest: str) -> str:
@@ -17,17 +20,18 @@ def option_name(dest: str) -> str:
     return f"--{dest.replace('_', '-')}"
 
 
-def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Iterator[str]:
-    """A complaint for each number that is infinite, none, or outside its bounds."""
-    for dest, value in vars(options).items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            yield f"{option_name(dest)} is {value}; it must be finite"
-    for dest, (low, high) in bounds.items():
-        value = getattr(options, dest)
-        if value is not None and not low <= value <= high:
-            accepted = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-            yield f"{option_name(dest)} is {value}; it must be {accepted}"
+def out_of_bounds(options: Any) -> Iterator[str]:
+    """A complaint for each number that is not finite, too large for any use, or outside the bounds of its flag."""
+    for item in fields(options):
+        value, bounds = getattr(options, item.name), item.metadata["flag"].bounds
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if not -_LARGEST <= number <= _LARGEST:  # infinite and NaN included
+                yield f"{option_name(item.name)} is {value}; it must be finite, and below {_LARGEST:g}"
+            if bounds is not None and number not in bounds:
+                each = "each" if isinstance(value, list) else "it"
+                yield f"{option_name(item.name)} is {value}; {each} must be {bounds}"
 
 
 def image_shape(options: Any) -> Iterator[str]:
@@ -41,8 +45,6 @@ def image_shape(options: Any) -> Iterator[str]:
         if options.img_size is not None and size != [options.img_size] * 2:
             side = options.img_size
             yield f"--img-size {side} contradicts {given}, which timm takes; use --input-size {channels} {side} {side}"
-    if options.crop_pct == 0:
-        yield "--crop-pct is 0; it must be above 0 (leave it out for the architecture's)"
     for dest in ("mean", "std"):
         values = getattr(options, dest)
         if values is not None and len(values) not in (1, expected):

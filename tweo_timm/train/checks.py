@@ -6,7 +6,6 @@ or that cannot work here, is refused. Facts about what timm does with a flag: it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from tweo_timm.run.rules import (
@@ -19,26 +18,6 @@ from tweo_timm.run.rules import (
     target_format,
 )
 from tweo_timm.train.groups import TrainSettings
-
-# Inclusive bounds of the flags that have some. None is always in range: it means unset.
-_POSITIVE_COUNTS = (
-    "batch_size validation_batch_size grad_accum_steps lr_base_size epochs stop_epoch log_interval val_interval "
-    "checkpoint_hist recount lr_cycle_limit fp8_amax_history train_batches_per_epoch num_classes in_chans img_size"
-)
-_NOT_NEGATIVE = (
-    "workers recovery_interval mixup_off_epoch aug_repeats aug_splits tta warmup_epochs cooldown_epochs "
-    "patience_epochs outlier_interval fp8_health_interval start_epoch weight_decay min_lr warmup_lr "
-    "lr_base mixup cutmix epoch_repeats tweo_weight tweo_end_weight seed"
-)
-_FRACTIONS = (
-    "hflip vflip color_jitter_prob grayscale_prob gaussian_blur_prob reprob mixup_prob mixup_switch_prob smoothing "
-    "drop drop_path drop_block model_ema_decay multilabel_threshold tweo_start tweo_end train_size_random_mix crop_pct"
-)
-_BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_POSITIVE_COUNTS.split(), (1, math.inf)),
-    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
-    **dict.fromkeys(_FRACTIONS.split(), (0, 1)),
-}
 
 
 def check_train_options(options: TrainSettings) -> None:
@@ -53,26 +32,15 @@ def check_train_options(options: TrainSettings) -> None:
 
 
 def _out_of_range(options: TrainSettings) -> Iterator[str]:
-    yield from out_of_bounds(options, _BOUNDS)
-    if options.smoothing == 1:
-        yield "--smoothing is 1; it must be below 1, which would leave nothing of the label"
-    if options.lr is not None and options.lr <= 0:
-        yield f"--lr is {options.lr}; it must be above 0 (leave it out to use --lr-base {options.lr_base:g})"
+    yield from out_of_bounds(options)
     for dest in ("scale", "ratio", "cutmix_minmax"):
         pair = getattr(options, dest)
         if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
             yield f"{option_name(dest)} is {pair}; it takes two numbers, the smaller first"
     if options.cutmix_minmax is not None and options.cutmix_minmax[0] == options.cutmix_minmax[1]:
         yield f"--cutmix-minmax is {options.cutmix_minmax}; timm draws from between the two, which must differ"
-    for dest in ("lr_cycle_mul", "lr_k_decay"):
-        if getattr(options, dest) <= 0:
-            yield f"{option_name(dest)} is {getattr(options, dest):g}; it must be above 0"
-    if any(one <= 0 for one in options.std or ()):
-        yield f"--std is {options.std}; each must be above 0"
     if sorted(options.decay_milestones) != options.decay_milestones:
         yield f"--decay-milestones is {options.decay_milestones}; the epochs must be increasing"
-    if any(epoch < 1 for epoch in options.save_epochs or ()):
-        yield f"--save-epochs is {options.save_epochs}; epochs count from 1"
 
 
 def _not_honoured(options: TrainSettings) -> Iterator[str]:
@@ -181,22 +149,8 @@ def _contradictory(options: TrainSettings) -> Iterator[str]:
 
 
 def _tweo_and_fp8(options: TrainSettings) -> Iterator[str]:
-    if options.tweo_tau <= 0:
-        yield f"--tweo-tau is {options.tweo_tau:g}; it must be above 0, in the paper 3"
-    if options.tweo_power <= 1:
-        yield f"--tweo-power is {options.tweo_power:g}; it must be above 1, in the paper 4"
-    if not options.tweo_start < options.tweo_end:
-        yield f"--tweo-start {options.tweo_start:g} must be below --tweo-end {options.tweo_end:g}"
-    moved = [
-        option_name(dest)
-        for dest, still in (("tweo_end_weight", 0.0), ("tweo_start", 0.0), ("tweo_end", 1.0))
-        if getattr(options, dest) != still
-    ]
-    if moved and options.tweo_schedule == "constant":
-        yield f"{', '.join(moved)} does nothing under --tweo-schedule constant; choose cosine or linear"
-    if options.stop_on_peak is not None and options.stop_on_peak <= 0:
-        yield f"--stop-on-peak is {options.stop_on_peak:g}; it must be above 0"
+    options.tweo_config()
+    options.fp8_recipe()
     if options.stop_on_peak is not None and options.outlier_interval == 0 and options.tweo_weight == 0:
         yield "--stop-on-peak needs statistics: give --outlier-interval 1 or more"
     yield from regular_expressions("tweo_blocks", options.tweo_blocks)
-    yield from regular_expressions("fp8_exclude", *options.fp8_exclude)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tweo_timm.config import TweoOptions
+from tweo_timm.fp8.recipe import Fp8Options
 from tweo_timm.run.options import ConfigOptions
 from tweo_timm.train.groups.data import AugmentOptions, DatasetOptions, ImageSizeOptions, NaflexOptions
 from tweo_timm.train.groups.model import DeviceOptions, EmaOptions, ModelOptions, NormOptions
 from tweo_timm.train.groups.optimizer import DistillationOptions, LossOptions, OptimizerOptions, ScheduleOptions
-from tweo_timm.train.groups.run import Fp8Options, RunOptions, TweoOptions
+from tweo_timm.train.groups.run import RunOptions
 
 
 @dataclass(frozen=True)
