@@ -50,12 +50,12 @@ class OnnxModel(nn.Module):
         from tweo_timm.quant.ort import open_session
 
         self._session = open_session(path, threads)
-        self._input = self._session.get_inputs()[0].name
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W), float32, on the images' device."""
-        logits = self._session.run(None, {self._input: images.detach().float().cpu().numpy()})[0]
-        return torch.from_numpy(logits).to(images.device)
+        from tweo_timm.quant.ort import run_session
+
+        return run_session(self._session, images).to(images.device)
 
 
 class Agreement:
