@@ -13,13 +13,14 @@ import contextlib
 import itertools
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tweo_timm import machine
 from tweo_timm.quant.export import TARGETS, export_onnx, require_export_extra
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.sidecar import write_scales
@@ -31,6 +32,11 @@ LATENCY_BATCH = 8
 
 JITTER = 1 + 1e-6
 """What layers' inputs are multiplied by to see how far a quantized model is from itself: some ten float32 roundings."""
+
+ERROR_RATIO_LIMIT = 1.0
+"""A file that is further from its model than quantization moved that model is not the model."""
+RELATIVE_ERROR_LIMIT = 0.1
+"""The same for a float file, whose logits differ from the model's by rounding alone: 1e-6 to 1e-3."""
 
 
 class OnnxModel(nn.Module):
@@ -116,7 +122,7 @@ def export_record(
         scheme, images, top1 (of the PyTorch model that was exported, per cent), self_error_ratio (what an error_ratio
         without an error looks like: the PyTorch model's own on the first batch, with `JITTER`; None for a float
         model), scales (path or None), files: one dict for each target with path, size_mb, top1, the measures of
-        `Agreement`, nodes (see `node_census`), folded, kept and fused, and latency: what `measure_latency` finds at
+        `Agreement`, fault (see `fault_of`), nodes (see `node_census`), folded, kept and fused, and latency: what `measure_latency` finds at
         batch 1 and at that of `batches`, at most 8, for the float32 model, its dynamic int8 form, and each target;
         empty for a float model, which has no rival.
 
@@ -153,6 +159,7 @@ def export_record(
     for file in files:
         size = Path(file["path"]).stat().st_size / 1e6
         file |= {"size_mb": round(size, 3), "nodes": node_census(file["path"])}
+        file["fault"] = fault_of(file, self_error_ratio)
         _logger.info("%s: Top-1 %.2f, in PyTorch %.2f", Path(file["path"]).name, file["top1"], top1)
     return {
         "scheme": files[0]["scheme"],
@@ -163,6 +170,40 @@ def export_record(
         "files": files,
         "latency": latency,
     }
+
+
+def fault_of(file: Mapping[str, Any], self_error_ratio: float | None) -> str | None:
+    """Say what is wrong with a file that is too far from its model, and what to do; None for one that is not.
+
+    Args:
+        file: its path, error_ratio and relative_error.
+        self_error_ratio: of the quantized model, None for a float one.
+    """
+    ratio, relative, name = file["error_ratio"], file["relative_error"], Path(file["path"]).name
+    if ratio is None:
+        if relative is None or relative <= RELATIVE_ERROR_LIMIT:
+            return None
+        return (
+            f"{name} is off: its logits differ from the model's by {relative:.3g} of their norm (accepted are "
+            f"{RELATIVE_ERROR_LIMIT:g}) on {_processor()}; do not use it: try another version of onnxruntime"
+        )
+    if ratio <= ERROR_RATIO_LIMIT:
+        return None
+    itself = "" if self_error_ratio is None else f"; of the model against itself: {self_error_ratio:.3g}"
+    return (
+        f"{name} is off: its error ratio is {ratio:.3g} (accepted are {ERROR_RATIO_LIMIT:g}{itself}) on {_processor()}; "
+        "do not use it here: export weights of 7 bits (--quantize w7a8-tt), whose products saturate nowhere, and open "
+        "files with the session option that docs/export.md names. A model that is as far from itself magnifies rounding, "
+        "and no file of it can be checked"
+    )
+
+
+def _processor() -> str:
+    """The processor in a message, and whether int8 products are exact on it as they come."""
+    found = machine.describe()
+    instructions = f" ({', '.join(found['instructions'])})" if found["instructions"] else ""
+    exact = "saturate unless a session is told otherwise" if machine.int8_saturates() else "are exact"
+    return f"{found['processor']}{instructions}, where int8 products {exact}"
 
 
 def _self_error_ratio(quantized: nn.Module, images: Tensor, wanted: Tensor, original: Tensor) -> float | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tweo_timm import machine
 from tweo_timm.quant.export import INPUT, export_onnx
-from tweo_timm.quant.ort import open_session
+from tweo_timm.quant.ort import open_session, separate_integers
 
 REST_S = 0.05
 """Before each run: the threads of another session may spin on for some milliseconds."""
@@ -99,12 +99,16 @@ def write_dynamic(float_file: str | Path, path: str | Path) -> None:
         path: the file to write.
     """
     import onnx
+    import onnx_ir as ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(float_file)
     del model.graph.value_info[:]  # onnxruntime takes the shape of a transposed Gemm weight for an error
     with _quiet_root_logger():
         quantize_dynamic(model, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    quantized = ir.load(path)
+    separate_integers(quantized)
+    ir.save(quantized, path)
 
 
 @contextlib.contextmanager
