@@ -1,7 +1,7 @@
 """The only file that asks the processor what it is and what its arithmetic does.
 
-Answers are measured, not looked up: a list of processors is never complete, and a flag says nothing about the library
-that may use it. Each is measured once a process, by a function that a test may replace.
+What its arithmetic does is tried, not looked up: a list of processors is never complete, and an instruction says
+nothing about the library that may use it. Each question is a function, tried once per process, that a test may replace.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ _INSTRUCTIONS = (
 )
 """Those that decide how fast, and how exactly, a processor multiplies int8 and bfloat16."""
 
+EXACT_INT8 = {"session.x64quantprecision": "1"}
+"""What a session needs for exact int8 products where they saturate; onnxruntime turns int8 weights into uint8 ones."""
+
 
 @functools.cache
 def int8_saturates() -> bool:
     """Say whether onnxruntime's uint8 by int8 products saturate on this processor.
 
-    x86 without VNNI adds two of them in 16 bits, where 2 x 255 x 127 does not fit. Sums of the largest ones are compared
-    with what they are, for a vector and for a matrix, which have kernels of their own.
+    x86 without VNNI adds two of them in 16 bits, where 2 x 255 x 127 does not fit. Sums of the largest products are
+    compared with what they are, for a vector and for a matrix, which have kernels of their own.
 
     Raises:
         RuntimeError: without the extra `export`.
@@ -35,13 +38,15 @@ def int8_saturates() -> bool:
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
     except ImportError as error:
-        raise RuntimeError(f"int8 products are tried in onnxruntime ({error}): pip install 'tweo-timm[export]'") from error
+        remedy = "pip install 'tweo-timm[export]'"
+        raise RuntimeError(f"int8 products are tried in onnxruntime, which is missing ({error}): {remedy}") from error
 
     depth, width = 64, 32
     weight = numpy_helper.from_array(np.full((depth, width), 127, np.int8), "weight")
     x = helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", depth])
     y = helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", width])
-    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "weight"], ["y"])], "product", [x], [y], [weight])
+    product = helper.make_node("MatMulInteger", ["x", "weight"], ["y"])
+    graph = helper.make_graph([product], "product", [x], [y], [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     sums = [session.run(None, {"x": np.full((rows, depth), 255, np.uint8)})[0] for rows in (1, 16)]
@@ -61,10 +66,6 @@ def session_options() -> dict[str, str]:
         RuntimeError: without the extra `export`.
     """
     return dict(EXACT_INT8) if int8_saturates() else {}
-
-
-EXACT_INT8 = {"session.x64quantprecision": "1"}
-"""What a session needs for exact int8 products where they saturate."""
 
 
 def describe() -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.quant.families import make_images, make_model
+from tweo_timm import machine
 from tweo_timm.quant import export
-from tweo_timm.quant.deploy import Agreement, OnnxModel, _self_error_ratio, export_record
+from tweo_timm.quant.deploy import Agreement, OnnxModel, _self_error_ratio, export_record, fault_of
 from tweo_timm.quant.export import export_onnx, require_export_extra
 from tweo_timm.quant.qdq import _patch_size, _patches
 from tweo_timm.quant.scheme import Scheme
@@ -138,6 +140,7 @@ def test_the_record_says_what_a_report_needs(vit: Exported) -> None:
         assert file["top1"] == pytest.approx(record["top1"])
         assert file["top1_agreement"] == 1
         assert file["error_ratio"] < 1e-3
+        assert file["fault"] is None
         assert file["size_mb"] == pytest.approx(Path(file["path"]).stat().st_size / 1e6, abs=1e-3)
     assert record["self_error_ratio"] < 1e-3
 
@@ -352,6 +355,39 @@ def test_agreement_equals_numpy_over_batches() -> None:
     assert summary["relative_error"] == pytest.approx(error / np.linalg.norm(model.astype(np.float64)))
     assert summary["error_ratio"] == pytest.approx(error / np.linalg.norm(model.astype(np.float64) - original))
     assert summary["max_abs_error"] == pytest.approx(np.abs(file.astype(np.float64) - model).max())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "relative_error", "said"),
+    [
+        (0.4, 0.02, None),
+        (1.0, 0.02, None),
+        (3.1, 0.2, r"^x\.onnx is off: its error ratio is 3\.1 \(accepted: 1; the model from itself: 0\.5\)"),
+        (float("nan"), float("nan"), "error ratio is nan"),
+        (None, 1e-4, None),
+        (None, None, None),  # logits of nothing but zeros
+        (None, 0.3, r"differ from the model's by 0\.3 of their norm \(accepted: 0\.1\)"),
+        (None, float("nan"), "by nan"),
+    ],
+)
+@pytest.mark.parametrize("saturates", [True, False])
+def test_a_file_that_is_further_from_its_model_than_quantization_is_wrong_and_the_processor_is_named(
+    saturates: bool,
+    ratio: float | None,
+    relative_error: float | None,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "int8_saturates", lambda: saturates)
+    file = {"path": "a/x.onnx", "error_ratio": ratio, "relative_error": relative_error}
+    fault = fault_of(file, None if ratio is None else 0.5)
+    if said is None:
+        assert fault is None
+        return
+    assert re.search(said, fault)
+    assert machine.describe()["processor"] in fault
+    assert ("products saturate unless" in fault, "products are exact" in fault) == (saturates, not saturates)
+    assert ("--quantize w7a8-tt" in fault) == (ratio is not None)
 
 
 def test_the_scheme_travels_with_the_report(vit: Exported) -> None:

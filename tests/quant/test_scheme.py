@@ -26,7 +26,8 @@ def test_every_scheme_survives_the_round_trip_through_its_string(scheme):
 
 
 @pytest.mark.parametrize(
-    "text", ["w8a8-tt", "w8a8-ck", "w7a8-tt", "w6a6-tt+res", "w4a8-ck", "w8a8-tt+res+attn+smooth+qwt", "w4a4-ct+qwtlinear"]
+    "text",
+    ["w8a8-tt", "w8a8-ck", "w7a8-tt", "w6a6-tt+res", "w4a8-ck", "w8a8-tt+res+attn+smooth+qwt", "w4a4-ct+qwtlinear"],
 )
 def test_canonical_strings_are_written_as_they_are_read(text):
     assert str(Scheme.parse(text)) == text

@@ -122,9 +122,9 @@ def export_record(
         scheme, images, top1 (of the PyTorch model that was exported, per cent), self_error_ratio (what an error_ratio
         without an error looks like: the PyTorch model's own on the first batch, with `JITTER`; None for a float
         model), scales (path or None), files: one dict for each target with path, size_mb, top1, the measures of
-        `Agreement`, fault (see `fault_of`), nodes (see `node_census`), folded, kept and fused, and latency: what `measure_latency` finds at
-        batch 1 and at that of `batches`, at most 8, for the float32 model, its dynamic int8 form, and each target;
-        empty for a float model, which has no rival.
+        `Agreement`, fault (see `fault_of`), nodes (see `node_census`), folded, kept and fused, and latency: what
+        `measure_latency` finds at batch 1 and at that of `batches`, at most 8, for the float32 model, its dynamic int8
+        form, and each target; empty for a float model, which has no rival.
 
     Raises:
         RuntimeError: without the extra, or if the model, or the float model it is compared with, cannot be exported.
@@ -179,22 +179,21 @@ def fault_of(file: Mapping[str, Any], self_error_ratio: float | None) -> str | N
         file: its path, error_ratio and relative_error.
         self_error_ratio: of the quantized model, None for a float one.
     """
-    ratio, relative, name = file["error_ratio"], file["relative_error"], Path(file["path"]).name
+    ratio, relative = file["error_ratio"], file["relative_error"]
+    off, here = f"{Path(file['path']).name} is off", _processor()
     if ratio is None:
         if relative is None or relative <= RELATIVE_ERROR_LIMIT:
             return None
-        return (
-            f"{name} is off: its logits differ from the model's by {relative:.3g} of their norm (accepted are "
-            f"{RELATIVE_ERROR_LIMIT:g}) on {_processor()}; do not use it: try another version of onnxruntime"
-        )
+        how_far = f"differ from the model's by {relative:.3g} of their norm (accepted: {RELATIVE_ERROR_LIMIT:g})"
+        return f"{off}: its logits {how_far} on {here}; do not use it here: try another version of onnxruntime"
     if ratio <= ERROR_RATIO_LIMIT:
         return None
-    itself = "" if self_error_ratio is None else f"; of the model against itself: {self_error_ratio:.3g}"
+    itself = "" if self_error_ratio is None else f"; the model from itself: {self_error_ratio:.3g}"
     return (
-        f"{name} is off: its error ratio is {ratio:.3g} (accepted are {ERROR_RATIO_LIMIT:g}{itself}) on {_processor()}; "
-        "do not use it here: export weights of 7 bits (--quantize w7a8-tt), whose products saturate nowhere, and open "
-        "files with the session option that docs/export.md names. A model that is as far from itself magnifies rounding, "
-        "and no file of it can be checked"
+        f"{off}: its error ratio is {ratio:.3g} (accepted: {ERROR_RATIO_LIMIT:g}{itself}) on {here}; do not use it "
+        "here: export weights of 7 bits (--quantize w7a8-tt), whose products saturate nowhere, and open files with the "
+        "session options in their metadata (docs/export.md). A model that is as far from itself magnifies rounding: no "
+        "file of it can be checked"
     )
 
 
