@@ -7,10 +7,10 @@ threads of the one before fall asleep and a run in which its own wake up. A rati
 onnxruntime's time over the contestant's in that round, so that a busy machine disturbs both sides. OpenVINO takes part
 where it is installed.
 
-Our sessions compute exactly, by an option where int8 products saturate: rows "plain" and "exact" have a file without and
-with it on every processor; "w7" has weights of 7 bits, which need none. An error ratio is how far a contestant is from the
-PyTorch model of its file, over how far quantization moved that: above 1 it is wrong, unless the model with its random
-weights is as far from itself.
+Our sessions compute exactly, by an option where int8 products saturate: rows "plain" and "exact" have a file without
+and with it on every processor; "w7" has weights of 7 bits, which need none. An error ratio is how far a contestant is
+from the PyTorch model of its file, over how far quantization moved that: above 1 it is wrong, unless the model with its
+random weights is as far from itself.
 `--operators` adds where the time goes: for each operator, the sum over its nodes of the shortest time seen.
 """
 

@@ -6,8 +6,9 @@ r"""Top-1 of exported files in OpenVINO, beside onnxruntime's, over a validation
 
 Give it the standard files (`name.onnx`): OpenVINO does not know the operators of the ones for onnxruntime. Printed:
 Top-1 in both engines, the share of images with the same first class, and how far the logits are from onnxruntime's, in
-per cent of their norm. Where int8 products saturate, OpenVINO's do too, and it has no option against it: weights of 7 bits
-(w7a8-tt) are exact. Logits that are further than 10 % are marked as wrong, and the exit status is 1.
+per cent of their norm. On x86 without VNNI products of weights of 8 bits saturate in OpenVINO, which has no option
+against it: give it a file with weights of 7 bits (w7a8-tt). Logits that are further than 10 % are marked as wrong, and
+the exit status is 1.
 """
 
 from __future__ import annotations
