@@ -175,13 +175,16 @@ def error_ratios(
 
 
 def openvino_contestants(files: dict[str, Path], batch: int, size: tuple[int, ...], threads: int) -> dict[str, Run]:
-    """The float and the standard QDQ files in OpenVINO; nothing where it is not installed."""
+    """The float and the standard files in OpenVINO, where it is installed; in bfloat16 where the processor has it."""
     try:
         import openvino
     except ImportError:
         return {}
     runs: dict[str, Run] = {}
+    has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     for label, (file, precision) in OPENVINO.items():
+        if precision == "bf16" and not has_bfloat16:
+            continue
         graph = openvino.Core().read_model(files[file])
         graph.reshape([batch, *size])
         settings = {
