@@ -223,9 +223,7 @@ def _check_differentiable_twice(session: Session) -> None:
 
 
 def _refuse_here(options: TrainOptions, world: World) -> None:
-    """Refuse what needs processes, packages or a folder that are not there; checks.py refuses settings alone."""
-    if options.resume == "auto" and not options.experiment:
-        raise ValueError("--resume auto continues the run of a name: give --experiment NAME too, or --resume FILE")
+    """Refuse what needs processes or packages that are not there; checks.py refuses settings alone."""
     if options.aug_repeats and not world.distributed:
         raise ValueError(
             f"--aug-repeats {options.aug_repeats:g} shares the copies of an image among processes: start with "
