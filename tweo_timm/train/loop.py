@@ -24,7 +24,6 @@ from tweo_timm.train.validation import evaluate
 from tweo_timm.train.watch import HealthWatch, Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
-_HIDING = ("lion", "adopt")  # optimizers that take signs or clip, and so hide a gradient that is not finite
 
 
 class Trainer:
@@ -41,11 +40,9 @@ class Trainer:
         self.cursor = Cursor(epoch=session.options.start_epoch or 0)
         names, device = session.block_names, session.world.device
         self.meters = EpochMeters(names, device, session.train_recorder)
-        options = session.options
-        hides = options.clip_grad is not None or any(name in options.opt.lower() for name in _HIDING)
         trained = session.task.get_trainable_module()
-        self.health = HealthWatch(trained, names, device, options.stop_on_peak, every_gradient=hides)
-        self.step = TrainStep(session, self.cursor, self.meters, self.health)
+        self.health = HealthWatch(trained, names, device, session.options.stop_on_peak)
+        self.step = TrainStep(session, self.cursor, self.meters, self.health, self._check_at_once)
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
@@ -160,6 +157,12 @@ class Trainer:
         """Stop the run if anything was wrong, or weights are that are to be validated or written. A collective."""
         self.health.note_weights(self.cursor.updates - 1)
         self.health.check(self.session.world, self._last_good())
+
+    def _check_at_once(self) -> None:
+        """Stop the run if anything was wrong, where to ask does not wait: on a CPU, by a process on its own."""
+        world = self.session.world
+        if world.device.type == "cpu" and not world.distributed:
+            self.health.check(world, self._last_good())
 
     def _last_good(self) -> str:
         return self.saver.last_good if self.saver is not None else "see the first process"
@@ -295,9 +298,8 @@ class Trainer:
         """What happens between two batches: log lines, health, recovery checkpoints, signals."""
         options, world, cursor = self.session.options, self.session.world, self.cursor
         logs = cursor.batch % (options.log_interval * options.grad_accum_steps) == 0 or cursor.batch == num_batches
-        if logs or (world.device.type == "cpu" and not world.distributed):
-            self.health.check(world, self._last_good())
         if logs:
+            self.health.check(world, self._last_good())
             self._log_line(num_batches, pace)
             if options.save_images and self.saver is not None:
                 self._save_images(images)

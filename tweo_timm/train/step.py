@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,13 +30,23 @@ class TrainStep:
         cursor: where it is; moved on by every call.
         meters: counts every micro-batch.
         health: watches losses, activations and gradients.
+        check: called before a backward pass and before an update, to stop a run that went wrong: an update by the
+            gradients of a loss that is not finite breaks every weight, and hides which was broken first.
     """
 
-    def __init__(self, session: Session, cursor: Cursor, meters: EpochMeters, health: HealthWatch) -> None:
+    def __init__(
+        self,
+        session: Session,
+        cursor: Cursor,
+        meters: EpochMeters,
+        health: HealthWatch,
+        check: Callable[[], None],
+    ) -> None:
         self.session = session
         self.cursor = cursor
         self.meters = meters
         self.health = health
+        self._check = check
         self._num_batches = len(session.data.train)
         self._num_updates = session.updates_per_epoch * session.num_epochs
         self._second_order = session.second_order
@@ -67,6 +77,7 @@ class TrainStep:
                 result = session.task(images, targets)
             peaks = session.tweo.peaks if session.tweo is not None else None
             self.health.note(cursor.updates, result["loss"], peaks)
+            self._check()
             divisor = group_size / session.data.loss_scale(len(targets))
             self._backward(result["loss"] if divisor == 1 else result["loss"] / divisor, completes)
         self.meters.update(result, peaks, len(targets))
@@ -113,6 +124,7 @@ class TrainStep:
         if not completes:
             return
         self.health.note_gradients(self.cursor.updates)
+        self._check()
         if options.clip_grad is not None:
             dispatch_clip_grad(self._parameters_to_clip(), options.clip_grad, mode=options.clip_mode)
         session.optimizer.step()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tweo_timm.peaks import Peaks, as_numbers, as_tensor
+from tweo_timm.peaks import Peaks, as_tensor
 from tweo_timm.train.world import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -106,34 +106,21 @@ class HealthWatch:
         block_names: names of the blocks behind the peaks.
         device: where losses and peaks live.
         stop_on_peak: largest max |A| that is accepted; None accepts any finite one.
-        every_gradient: whether to look at all gradients on a CPU too: where they are clipped, or the optimizer takes
-            signs, what is wrong with one of them would be hidden, or spread to all before the next loss shows it.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        block_names: list[str],
-        device: torch.device,
-        stop_on_peak: float | None = None,
-        every_gradient: bool = False,
+        self, module: nn.Module, block_names: list[str], device: torch.device, stop_on_peak: float | None = None
     ) -> None:
         self.block_names = block_names
         self.stop_on_peak = stop_on_peak
-        self._on_cpu = device.type == "cpu"  # there, looking at a number does not wait
         self._parameters = {_plain(name): p for name, p in module.named_parameters()}
-        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._sharded = any(isinstance(p, DTensor) for p in trained.values())
-        # A module's bias comes after its weight, and replaces it here.
-        vectors = {name.rpartition(".")[0]: p for name, p in trained.items() if p.ndim <= 1}
-        self._telltale = list((trained if every_gradient else vectors or trained).values())
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._peaks = torch.zeros(max(len(block_names), 1), device=device)
         self._graded: list[str] = []
         self._norms = torch.zeros(1, device=device)
+        self._completed = -1  # the latest update whose gradients were complete
         self._broken = ""
-        self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
 
     def note(self, update: int, loss: Tensor, peaks: Peaks | None) -> None:
         """Look at the loss and the activations of one micro-batch.
@@ -143,10 +130,6 @@ class HealthWatch:
             loss: scalar.
             peaks: max |A| of each block; None if unknown.
         """
-        if self._on_cpu:
-            if self._is_calm(loss, peaks):
-                return
-            self._find_broken_weight(update - 1)
         bad = ~torch.isfinite(loss.detach())
         found = None if peaks is None else as_tensor(peaks)
         if found is not None:
@@ -159,29 +142,19 @@ class HealthWatch:
             self._peaks = torch.where(first, found, self._peaks)
 
     def note_gradients(self, update: int) -> None:
-        """Look at the gradients of one update, before they are clipped.
-
-        On a CPU, where reading all of them takes 1 % of a step, those of biases and norms alone (unless
-        `every_gradient`): they are sums over what comes back through their layer, and not finite if that is not. What
-        is wrong with a weight's gradient and nothing else breaks that weight, which the next loss shows, or
-        `note_weights`.
+        """Look at every gradient of one update, before anything clips them, or takes their signs.
 
         Args:
             update: number of the optimizer update.
         """
-        if self._on_cpu:
-            telltale = [g for p in self._telltale if (g := p.grad) is not None]
-            if not telltale or self._are_calm([_local(g) for g in telltale] if self._sharded else telltale):
-                return
+        self._completed = update
         graded = {name: _local(g) for name, p in self._parameters.items() if (g := p.grad) is not None}
         if not graded:
             return
-        # One fused pass, as in torch.nn.utils.clip_grad_norm_: a norm is not finite if one element is not.
-        norms = torch.stack(torch._foreach_norm(list(graded.values()))).float()
+        norms = _sums_of_magnitudes(list(graded.values()))
         first = self._note_first(update, ~torch.isfinite(norms).all())
-        if len(self._norms) != len(norms):
-            self._norms = torch.zeros_like(norms)
-            self._graded = list(graded)
+        if list(graded) != self._graded:
+            self._graded, self._norms = list(graded), torch.zeros_like(norms)
         self._norms = torch.where(first, norms, self._norms)
 
     def note_weights(self, update: int) -> None:
@@ -190,34 +163,19 @@ class HealthWatch:
         Args:
             update: number of the latest optimizer update.
         """
+        if int(self._first_bad) >= 0:
+            return
         self._find_broken_weight(update)
         if self._broken:
             self._note_first(update, torch.ones_like(self._first_bad, dtype=torch.bool))
 
     def _find_broken_weight(self, update: int) -> None:
-        """Name the first weight that is not finite after this update, unless something was wrong before."""
-        if int(self._first_bad) >= 0:
-            return
+        """Name the first weight that is not finite after this update."""
         for name, parameter in self._parameters.items():
-            weight = _local(parameter.detach())
-            # Their sum takes an eighth of the time, and is seldom not finite where they all are.
-            if not (torch.isfinite(weight.sum()) or torch.isfinite(weight).all()):
+            if not torch.isfinite(_local(parameter.detach())).all():
                 since = f"after update {update}" if update >= 0 else "from the start"
                 self._broken = f"{name} is not finite {since}"
                 return
-
-    def _is_calm(self, loss: Tensor, peaks: Peaks | None) -> bool:
-        found = [] if peaks is None else as_numbers(peaks)
-        limit = math.inf if self.stop_on_peak is None else self.stop_on_peak
-        return math.isfinite(sum(found, loss.item())) and max(found, default=0.0) <= limit
-
-    def _are_calm(self, gradients: list[Tensor]) -> bool:
-        """Whether all are finite, by GradScaler's pass: one operator for all tensors, which multiplies them by 1."""
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
-        calm = not self._found.item()
-        if not calm:
-            self._found.zero_()
-        return calm
 
     def _note_first(self, update: int, bad: Tensor) -> Tensor:
         first = bad & (self._first_bad < 0)
@@ -239,6 +197,9 @@ class HealthWatch:
             return
         if update < 0:
             raise TrainingStopped(f"stopped because another process was. Last good checkpoint: {last_good}")
+        if update > self._completed and not self._broken:
+            # The forward pass was bad and no update came after it: a weight that is broken now is the reason.
+            self._find_broken_weight(update - 1)
         raise TrainingStopped(
             f"stopped at update {update}: {self._culprit()}. Last good checkpoint: {last_good}. "
             "Nothing later was saved: lower the learning rate or clip gradients, then --resume that one or begin again"
@@ -259,6 +220,15 @@ class HealthWatch:
         if self._broken:
             return self._broken if math.isfinite(loss) else f"loss {loss:g}{because}"
         return f"loss {loss:g}, while every block's output is finite: look at the head, the targets and the loss"
+
+
+def _sums_of_magnitudes(tensors: list[Tensor]) -> Tensor:
+    """Sum |x| of each, (L,): not finite if one element is not, and no sum of less than 3e38 overflows.
+
+    A sum of squares, which torch.nn.utils.clip_grad_norm_ takes, overflows beyond 1e19, and any sum in float16 soon.
+    """
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 1, dtype=wide))
 
 
 def _plain(name: str) -> str:
