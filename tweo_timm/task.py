@@ -6,9 +6,7 @@ and timm's own train.py see the task they know. (A wrapper would have to forward
 would get the wrong weight under distillation.)
 
 The penalty of a block is computed in its own hook, not at the end: autograd runs the youngest node first, so the
-gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time. Outputs so
-small that their memory does not matter are kept, and measured together when the step ends: there, what costs is not
-arithmetic but the number of autograd nodes, and operators that find the caches filled by the model's own.
+gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +21,11 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.loss import TweoConfig, block_shares, mean_power
+from tweo_timm.loss import TweoConfig, mean_over_blocks, mean_power
 from tweo_timm.peaks import Peaks, as_tensor, extremes, largest, peak_magnitudes
 from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
-SMALL_BYTES = 1 << 18
-"""Size of the largest block output that is kept until the step ends."""
 
 
 def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> TweoHandle:
@@ -57,36 +53,13 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
     return TweoHandle(task, config, blocks)
 
 
-class _Kept(NamedTuple):
-    """A small output, to be measured when the step ends, and which version of the tensor it was."""
-
-    name: str
-    output: Tensor
-    version: int
-
-    @property
-    def numel(self) -> int:
-        return self.output.numel()
-
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        if self.output._version != self.version:
-            raise RuntimeError(
-                f"the model overwrote the output of block {self.name!r} in place, and what TWEO measures is gone: "
-                "replace that operation by one that is not in place, or name other modules with blocks=REGEX"
-            )
-        return extremes(self.output)
-
-
 class _Measured(NamedTuple):
-    """What a step keeps of another output: its size, its extremes and, where it was computed, its mean power."""
+    """What a step keeps of a block's output: its size, its extremes and, where it was computed, its mean power."""
 
     name: str
     numel: int
-    found: tuple[Tensor, Tensor]
+    extremes: tuple[Tensor, Tensor]
     term: Tensor | None
-
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        return self.found
 
 
 class TweoHandle:
@@ -118,7 +91,7 @@ class TweoHandle:
         self._weight = config.weight
         self._acting = config.weight > 0
         self._armed = False
-        self._seen: list[_Kept | _Measured] = []
+        self._seen: list[_Measured] = []
         self._tap = BlockTap(self._blocks, self._observe)
         self._handles = self._hook_task(task)
         acts = config.weight > 0 or config.end_weight > 0
@@ -191,20 +164,17 @@ class TweoHandle:
             )
 
     def _observe(self, name: str, block: nn.Module, output: Tensor) -> None:
-        """Measure one block's output, or keep it until the step ends.
+        """Measure one block's output.
 
         Activation checkpointing repeats the forward during the backward pass and expects the same operations, so an
         output is measured then as well, for nothing: only an armed step keeps what was found.
         """
         if not (block.training and torch.is_grad_enabled()):
             return
-        seen: _Kept | _Measured
-        # A compiler fuses measurements with the model, whatever their size, and is not to look at it.
-        if not torch.compiler.is_compiling() and output.nbytes <= SMALL_BYTES:
-            seen = _Kept(name, output, output._version)
-        else:
-            term = self._mean_power([(output, 1.0)]) if self._acting or self.measuring else None
-            seen = _Measured(name, output.numel(), extremes(output), term)
+        term = None
+        if self._acting or self.measuring:
+            term = mean_power(output if self._acting else output.detach(), self.config)
+        seen = _Measured(name, output.numel(), extremes(output), term)
         if self._armed:
             self._seen.append(seen)
 
@@ -215,7 +185,7 @@ class TweoHandle:
         names = [one.name for one in seen]
         if names != self.block_names:
             self._check_every_block_reported(names)
-        self.peaks = self._peak_of_each_block(names, peak_magnitudes([one.extremes() for one in seen]))
+        self.peaks = self._peak_of_each_block(names, peak_magnitudes([one.extremes for one in seen]))
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
@@ -223,36 +193,13 @@ class TweoHandle:
             "tweo_weight": self._weight,
             "peak_abs": largest(self.peaks),
         }
-        if self._acting or self.measuring:
-            tweo = self._penalty(seen)
+        terms = [one.term for one in seen if one.term is not None]
+        if terms:
+            tweo = mean_over_blocks(terms, [one.numel for one in seen], self.config)
             values["tweo_loss"] = tweo.detach()
             if self._acting:
                 values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
         return {**result, **values}
-
-    def _penalty(self, seen: list[_Kept | _Measured]) -> Tensor:
-        """L_TWEO of a step in which it was to be measured."""
-        parts, kept = [], []
-        for one, share in zip(seen, block_shares([one.numel for one in seen], self.config), strict=True):
-            if isinstance(one, _Kept):
-                kept.append((one.output, share))
-            elif one.term is not None:
-                parts.append(one.term * share)
-        if kept:
-            parts.append(self._mean_power(kept[-1:]))
-        if len(kept) > 1:
-            earlier = self._mean_power(kept[:-1])
-            # As the youngest node it would begin the backward pass. As the oldest it waits until the block before the
-            # last one needs its gradient, when what the last block kept is gone: so it never adds to the memory's peak.
-            if earlier.grad_fn is not None:
-                earlier.grad_fn._set_sequence_nr(0)  # type: ignore[attr-defined]
-            parts.append(earlier)
-        return sum(parts[1:], start=parts[0])
-
-    def _mean_power(self, part: list[tuple[Tensor, float]]) -> Tensor:
-        """The sum over some outputs of their mean power times their share, with gradients if it acts."""
-        outputs = [output if self._acting else output.detach() for output, _ in part]
-        return mean_power(outputs, [share for _, share in part], self.config)
 
     def _peak_of_each_block(self, names: list[str], peaks: Peaks) -> Peaks:
         """Peaks in the order of the blocks. A block may have been called twice, or, in eval mode, not at all."""
