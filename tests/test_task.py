@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -443,6 +444,19 @@ def test_nan_in_an_activation_is_seen_in_loss_and_peak():
     result = task(images, targets)
     assert result["tweo_loss"].isnan()
     assert result["peak_abs"].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [(-3.0, 1.0), (0.5, 2.0), (math.nan, math.inf), (-math.inf, 1.0)], ids=str)
+def test_a_peak_is_the_exact_largest_magnitude_in_every_dtype(values, dtype):
+    task = tiny_task(nn.Sequential(nn.Identity(), nn.Flatten()))
+    handle = attach_tweo(task, TweoConfig(weight=0.0), blocks="0")
+    x = torch.tensor([[*values, 0.25]], dtype=dtype)
+    result = task(x, torch.tensor([1]))
+    expected = torch.tensor([max(map(abs, values)) if not math.isnan(sum(values)) else math.nan])
+    torch.testing.assert_close(handle.block_peaks, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(result["peak_abs"], expected[0], rtol=0, atol=0, equal_nan=True)
+    assert not handle.block_peaks.requires_grad
 
 
 def test_no_activation_outlives_the_step():

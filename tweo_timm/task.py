@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
 from tweo_timm.loss import TweoConfig, mean_over_blocks, mean_power
-from tweo_timm.peaks import Peaks, as_tensor, extremes, largest, peak_magnitudes
 from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
@@ -54,11 +53,11 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
 
 
 class _Measured(NamedTuple):
-    """What a step keeps of a block's output: its size, its extremes and, where it was computed, its mean power."""
+    """What a step keeps of a block's output: its size, max |A| and, where it was computed, its mean power."""
 
     name: str
     numel: int
-    extremes: tuple[Tensor, Tensor]
+    peak: Tensor
     term: Tensor | None
 
 
@@ -68,8 +67,8 @@ class TweoHandle:
     Attributes:
         config: the TweoConfig in force.
         block_names: names of the blocks, in forward order.
-        peaks: max |A| of each block in the latest training step, numbers on a CPU and a tensor elsewhere; 0 for blocks
-            in eval mode; None before the first step.
+        block_peaks: max |A| of each block in the latest training step, float32 (L,) on the device; 0 for blocks in
+            eval mode; None before the first step.
         measuring: whether a step whose weight is 0 computes L_TWEO. Without, it finds the peaks alone, for half the
             time, and the result has no `tweo_loss`.
     """
@@ -80,7 +79,7 @@ class TweoHandle:
                 "this task has TWEO attached already: call remove() on the first handle before attaching again"
             )
         self.config = config
-        self.peaks: Peaks | None = None
+        self.block_peaks: Tensor | None = None
         self.measuring = True
         model = unwrap_model(task.get_eval_model())
         self._blocks = find_blocks(model, blocks)
@@ -108,11 +107,6 @@ class TweoHandle:
     def weight(self) -> float:
         """The weight of the penalty in the coming step."""
         return self._weight
-
-    @property
-    def block_peaks(self) -> Tensor | None:
-        """`peaks` as a tensor, float32 (L,), on the device."""
-        return None if self.peaks is None else as_tensor(self.peaks)
 
     def set_progress(self, progress: float) -> None:
         """Move the schedule to a point of the training.
@@ -174,7 +168,7 @@ class TweoHandle:
         term = None
         if self._acting or self.measuring:
             term = mean_power(output if self._acting else output.detach(), self.config)
-        seen = _Measured(name, output.numel(), extremes(output), term)
+        seen = _Measured(name, output.numel(), _largest_magnitude(output.detach()), term)
         if self._armed:
             self._seen.append(seen)
 
@@ -185,13 +179,13 @@ class TweoHandle:
         names = [one.name for one in seen]
         if names != self.block_names:
             self._check_every_block_reported(names)
-        self.peaks = self._peak_of_each_block(names, peak_magnitudes([one.extremes for one in seen]))
+        self.block_peaks = self._peak_of_each_block(seen)
         task_loss = result["loss"]
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
             "tweo_weight": self._weight,
-            "peak_abs": largest(self.peaks),
+            "peak_abs": self.block_peaks.amax(),
         }
         terms = [one.term for one in seen if one.term is not None]
         if terms:
@@ -201,15 +195,12 @@ class TweoHandle:
                 values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
         return {**result, **values}
 
-    def _peak_of_each_block(self, names: list[str], peaks: Peaks) -> Peaks:
+    def _peak_of_each_block(self, seen: list[_Measured]) -> Tensor:
         """Peaks in the order of the blocks. A block may have been called twice, or, in eval mode, not at all."""
-        if names == self.block_names:
-            return peaks
-        found = as_tensor(peaks)
         known: dict[str, Tensor] = {}
-        for name, peak in zip(names, found, strict=True):
-            known[name] = torch.maximum(known[name], peak) if name in known else peak
-        unseen = found.new_zeros(())
+        for one in seen:
+            known[one.name] = torch.maximum(known[one.name], one.peak) if one.name in known else one.peak
+        unseen = torch.zeros_like(seen[0].peak)
         return torch.stack([known.get(name, unseen) for name in self.block_names])
 
     def _check_every_block_reported(self, names: list[str]) -> None:
@@ -231,3 +222,9 @@ class TweoHandle:
                 "and the penalty would silently have none. Unset TIMM_REENTRANT_CKPT, or call "
                 "timm.layers.set_reentrant_ckpt(False)"
             )
+
+
+def _largest_magnitude(x: Tensor) -> Tensor:
+    """Return max |x| as a float32 scalar, NaN if an element is; reads x once, and makes no tensor of its size."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(low.abs(), high.abs()).float()

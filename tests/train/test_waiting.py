@@ -27,10 +27,10 @@ def test_a_recorded_training_step_never_waits(family, fp8):
     for update in range(2):
         with recorder.recording(), torch.autocast("cpu", torch.bfloat16):
             result = task(images, targets)
-        health.note(update, result["loss"], handle.peaks)
+        health.note(update, result["loss"], handle.block_peaks)
         result["loss"].backward()
         health.note_gradients(update)
-        meters.update(result, handle.peaks, len(targets))
+        meters.update(result, handle.block_peaks, len(targets))
     assert result["output"].shape == (len(images), NUM_CLASSES)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         meters.means()

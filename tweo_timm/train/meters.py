@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tweo_timm.outliers import OutlierRecorder
-from tweo_timm.peaks import Peaks, as_tensor
 from tweo_timm.stats import ActivationStats
 
 LOSSES = ("loss", "task_loss", "tweo_loss")
@@ -22,7 +21,7 @@ class _MicroBatch(NamedTuple):
 
     samples: int
     losses: tuple[Tensor, Tensor, Tensor | None]
-    peaks: Peaks | None
+    peaks: Tensor | None
 
 
 class EpochMeters:
@@ -51,12 +50,12 @@ class EpochMeters:
         if self.recorder is not None:
             self.recorder.reset()
 
-    def update(self, result: Mapping[str, Any], peaks: Peaks | None, samples: int) -> None:
+    def update(self, result: Mapping[str, Any], peaks: Tensor | None, samples: int) -> None:
         """Count in one micro-batch.
 
         Args:
             result: what the task returned: `loss`, and with TWEO `task_loss` and, where measured, `tweo_loss`; scalars.
-            peaks: max |A| of each block; None without blocks.
+            peaks: max |A| of each block, float32 (L,); None without blocks.
             samples: images in the micro-batch.
         """
         loss = result["loss"].detach()
@@ -74,7 +73,7 @@ class EpochMeters:
             for value, (_, samples) in zip(values, known, strict=True):
                 self._sums[index] += value * samples
                 self._counts[index] += samples
-        peaks = [as_tensor(one.peaks) for one in pending if one.peaks is not None]
+        peaks = [one.peaks for one in pending if one.peaks is not None]
         self._peaks = torch.stack([self._peaks, *peaks]).amax(0)
 
     def means(self, distributed: bool = False) -> dict[str, float]:

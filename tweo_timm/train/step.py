@@ -75,7 +75,7 @@ class TrainStep:
             # Only the forward pass is recorded: activation checkpointing repeats it during the backward pass.
             with self._recording(), session.autocast():
                 result = session.task(images, targets)
-            peaks = session.tweo.peaks if session.tweo is not None else None
+            peaks = session.tweo.block_peaks if session.tweo is not None else None
             self.health.note(cursor.updates, result["loss"], peaks)
             self._check()
             divisor = group_size / session.data.loss_scale(len(targets))

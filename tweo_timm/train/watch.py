@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tweo_timm.peaks import Peaks, as_tensor
 from tweo_timm.train.world import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -122,24 +121,23 @@ class HealthWatch:
         self._completed = -1  # the latest update whose gradients were complete
         self._broken = ""
 
-    def note(self, update: int, loss: Tensor, peaks: Peaks | None) -> None:
+    def note(self, update: int, loss: Tensor, peaks: Tensor | None) -> None:
         """Look at the loss and the activations of one micro-batch.
 
         Args:
             update: number of the optimizer update it belongs to.
             loss: scalar.
-            peaks: max |A| of each block; None if unknown.
+            peaks: max |A| of each block, float32 (L,); None if unknown.
         """
         bad = ~torch.isfinite(loss.detach())
-        found = None if peaks is None else as_tensor(peaks)
-        if found is not None:
-            bad = bad | ~torch.isfinite(found).all()
+        if peaks is not None:
+            bad = bad | ~torch.isfinite(peaks).all()
             if self.stop_on_peak is not None:
-                bad = bad | (found.amax() > self.stop_on_peak)
+                bad = bad | (peaks.amax() > self.stop_on_peak)
         first = self._note_first(update, bad)
         self._loss = torch.where(first, loss.detach().float(), self._loss)
-        if found is not None:
-            self._peaks = torch.where(first, found, self._peaks)
+        if peaks is not None:
+            self._peaks = torch.where(first, peaks, self._peaks)
 
     def note_gradients(self, update: int) -> None:
         """Look at every gradient of one update, before anything clips them, or takes their signs.
