@@ -47,7 +47,6 @@ class Trainer:
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
         self._statistics: dict[str, dict[str, Tensor]] = {}
-        self._stopping = False
 
     # ------------------------------------------------------------------------------------- what was, and what is kept
 
@@ -262,7 +261,6 @@ class Trainer:
             _logger.info("Reading the %d batches of epoch %d that were used already", cursor.batch, epoch)
         data.start_epoch(epoch, options.mixup_off_epoch)
         data.replay.enter_at(entry)
-        data.replay.remembering = options.recovery_interval > 0
         session.task.get_trainable_module().train()
         session.optimizer.zero_grad()
         num_batches = len(data.train)
@@ -312,11 +310,9 @@ class Trainer:
         interval = options.recovery_interval
         if interval and cursor.batch // options.grad_accum_steps % interval == 0:
             self._save_recovery(cursor.epoch)
-        self._stopping = self._stopping or self._stop_requested()
-        if self._stopping and self.session.data.replay.knows(cursor.batch):
+        if self._stop_requested():
             self._save_recovery(cursor.epoch)
             self._raise_if_interrupted()
-        self.session.data.replay.remembering |= self._stopping
 
     def _stop_requested(self) -> bool:
         """Whether any process was told to stop; the others are asked at every tenth update only."""
