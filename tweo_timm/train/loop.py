@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
@@ -276,11 +277,23 @@ class Trainer:
             unused = cursor.batch % options.grad_accum_steps
             lost = f"; the last {unused} made no update: give fewer --workers, or exact lengths" if unused else ""
             _logger.warning("The training data ended after %d of %d batches%s", cursor.batch, num_batches, lost)
-        if hasattr(session.optimizer, "sync_lookahead"):
-            session.optimizer.sync_lookahead()
+        self._synchronise_lookahead()
         self._check_weights()
         self._share_batch_norm()
         return self.meters.means(world.distributed)
+
+    def _synchronise_lookahead(self) -> None:
+        """Take the weights half the way back to Lookahead's slow ones, as timm's train.py means to.
+
+        timm passes over parameters without a gradient, and after an update there are none: zeros stand for them.
+        """
+        optimizer = self.session.optimizer
+        if not hasattr(optimizer, "sync_lookahead"):
+            return
+        for parameter in self.session.inner_optimizer.state:  # of each that was updated
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.sync_lookahead()
+        optimizer.zero_grad()
 
     def _share_batch_norm(self) -> None:
         session, options = self.session, self.session.options
