@@ -53,12 +53,12 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
 
 
 class _Measured(NamedTuple):
-    """What a step keeps of a block's output: its size, max |A| and, where it was computed, its mean power."""
+    """What a step keeps of a block's output: its size, max |A| and mean power."""
 
     name: str
     numel: int
     peak: Tensor
-    term: Tensor | None
+    term: Tensor
 
 
 class TweoHandle:
@@ -69,8 +69,6 @@ class TweoHandle:
         block_names: names of the blocks, in forward order.
         block_peaks: max |A| of each block in the latest training step, float32 (L,) on the device; 0 for blocks in
             eval mode; None before the first step.
-        measuring: whether a step whose weight is 0 computes L_TWEO. Without, it finds the peaks alone, for half the
-            time, and the result has no `tweo_loss`.
     """
 
     def __init__(self, task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> None:
@@ -80,7 +78,6 @@ class TweoHandle:
             )
         self.config = config
         self.block_peaks: Tensor | None = None
-        self.measuring = True
         model = unwrap_model(task.get_eval_model())
         self._blocks = find_blocks(model, blocks)
         self.block_names = list(self._blocks)
@@ -165,9 +162,7 @@ class TweoHandle:
         """
         if not (block.training and torch.is_grad_enabled()):
             return
-        term = None
-        if self._acting or self.measuring:
-            term = mean_power(output if self._acting else output.detach(), self.config)
+        term = mean_power(output if self._acting else output.detach(), self.config)
         seen = _Measured(name, output.numel(), _largest_magnitude(output.detach()), term)
         if self._armed:
             self._seen.append(seen)
@@ -181,18 +176,16 @@ class TweoHandle:
             self._check_every_block_reported(names)
         self.block_peaks = self._peak_of_each_block(seen)
         task_loss = result["loss"]
+        tweo = mean_over_blocks([one.term for one in seen], [one.numel for one in seen], self.config)
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
+            "tweo_loss": tweo.detach(),
             "tweo_weight": self._weight,
             "peak_abs": self.block_peaks.amax(),
         }
-        terms = [one.term for one in seen if one.term is not None]
-        if terms:
-            tweo = mean_over_blocks(terms, [one.numel for one in seen], self.config)
-            values["tweo_loss"] = tweo.detach()
-            if self._acting:
-                values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
+        if self._acting:
+            values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
         return {**result, **values}
 
     def _peak_of_each_block(self, seen: list[_Measured]) -> Tensor:

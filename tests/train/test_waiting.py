@@ -46,7 +46,7 @@ def test_a_recorded_training_step_never_waits_and_makes_no_float64(family, fp8):
         patch_fp8(model, Fp8Recipe(backend="emulated"))
     task = tiny_task(model, device=META)
     handle = attach_tweo(task, TweoConfig())
-    recorder = OutlierRecorder(model, standing=False)
+    recorder = OutlierRecorder(model)
     health = HealthWatch(model, handle.block_names, META, stop_on_peak=100.0)
     meters = EpochMeters(handle.block_names, META, recorder)
     images, targets = (tensor.to(META) for tensor in batch(img_size=IMG_SIZES[family]))

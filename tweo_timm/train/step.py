@@ -68,7 +68,6 @@ class TrainStep:
         images, targets = session.place(images), targets.to(session.world.device)
         if session.tweo is not None:
             session.tweo.set_progress(min(cursor.updates / self._num_updates, 1.0))
-            session.tweo.measuring = self._is_recorded() or bool(session.options.torchcompile)
         if self._fp8_health is not None and completes and cursor.updates % session.options.fp8_health_interval == 0:
             self._fp8_health.arm()
         with contextlib.nullcontext() if completes else session.task.no_sync():
@@ -135,15 +134,9 @@ class TrainStep:
         )
         return parameters
 
-    def _clear_gradients(self) -> None:
-        """Drop the gradients, as optimizer.zero_grad() does; its bookkeeping would take longer in a small model."""
-        for group in self.session.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
     def _after_update(self) -> None:
         session, cursor = self.session, self.cursor
-        self._clear_gradients()
+        session.optimizer.zero_grad()
         if self._fp8_health is not None:
             self.fp8_rows = list(self._fp8_health.rows(cursor.epoch, cursor.updates))
         cursor.updates += 1
