@@ -32,7 +32,7 @@ from tweo_timm.photos import write_photo_crops
 from tweo_timm.train.build import Session, build_session
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.options import parse_train_options
-from tweo_timm.train.watch import SignalWatch
+from tweo_timm.train.signals import SignalWatch
 from tweo_timm.train.world import join_world
 
 DEFAULT = ["--model", "vit_small_patch16_224", "-b", "16", "--amp", "--amp-dtype", "bfloat16", "--opt", "adamw"]

@@ -12,7 +12,7 @@ from tweo_timm.train import loop
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
-from tweo_timm.train.watch import SignalWatch
+from tweo_timm.train.signals import SignalWatch
 from tweo_timm.train.world import World
 
 

@@ -17,7 +17,7 @@ from tweo_timm.train.options import TrainOptions, parse_train_options
 from tweo_timm.train.recipe import dump_options
 
 if TYPE_CHECKING:
-    from tweo_timm.train.watch import SignalWatch
+    from tweo_timm.train.signals import SignalWatch
     from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
@@ -53,8 +53,9 @@ def train(options: TrainOptions) -> int:
     Returns:
         The exit status, as `main`.
     """
+    from tweo_timm.train.health import TrainingStopped
+    from tweo_timm.train.signals import Interrupted, SignalWatch
     from tweo_timm.train.splits import UnreadableImage
-    from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
     from tweo_timm.train.world import join_world
 
     set_up_logging()
@@ -91,7 +92,7 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
     from tweo_timm.train.journal import write_atomically
     from tweo_timm.train.loop import Trainer
     from tweo_timm.train.options import as_namespace
-    from tweo_timm.train.watch import Interrupted
+    from tweo_timm.train.signals import Interrupted
 
     session = build_session(options, world)
     folder = world.gather(_run_folder(options, session.data_config))[0]

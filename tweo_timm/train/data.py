@@ -16,6 +16,7 @@ from timm.data.loader import PrefetchLoader
 
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
+from tweo_timm.train.signals import PatientWorker
 from tweo_timm.train.splits import (
     RESAMPLINGS,
     check_num_classes,
@@ -26,7 +27,6 @@ from tweo_timm.train.splits import (
     split_folder,
     target_details,
 )
-from tweo_timm.train.watch import PatientWorker
 from tweo_timm.train.world import World
 
 

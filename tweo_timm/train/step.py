@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tweo_timm.fp8 import Fp8HealthMonitor, check_fp8_ran
 from tweo_timm.train.build import Session
 from tweo_timm.train.exact import Cursor
+from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.meters import EpochMeters
-from tweo_timm.train.watch import HealthWatch
 
 
 class TrainStep:
