@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
-    names = [name for seed in options.seeds for name in _train_all(photos, options, seed)]
+    names = _train_all(photos, options)
     report = options.output / "report"
     checkpoints = [str(options.output / name / "last.pth.tar") for name in names]
     precision = ["--quantize", "w8a8-tt", "w8a8-tt+res", "w4a4-tt+res"] if len(options.seeds) == 1 else []
@@ -65,22 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train_all(photos: Path, options: argparse.Namespace, seed: int) -> list[str]:
-    """Train the four recipes with one seed; a run that is complete already is not repeated."""
-    names = []
+def _train_all(photos: Path, options: argparse.Namespace) -> list[str]:
+    """Train the four recipes once per seed; a run that is complete already is not repeated."""
+    runs = [(seed, run) for seed in options.seeds for run in RUNS]
+    names: list[str] = []
     began = time.monotonic()
-    for index, run in enumerate(RUNS):
+    for done, (seed, run) in enumerate(runs):
         name = run + ("_fp8" if options.fp8 else "") + (f"_seed{seed}" if seed else "")
         names.append(name)
-        place = options.seeds.index(seed) * len(RUNS) + index
-        left = f", about {(time.monotonic() - began) / index * (len(RUNS) - index):.0f} s left" if index else ""
-        print(
-            f"\nTraining {place + 1} of {len(options.seeds) * len(RUNS)}, {name}{left if len(options.seeds) == 1 else ''}"
-        )
-        words = ["--data-dir", str(photos), "--output", str(options.output), "--experiment", name, "--seed", str(seed)]
-        extra = ["--fp8", "emulated"] if options.fp8 else []
-        recipe = f"recipes/quickstart_{run}.yaml"
-        _run([sys.executable, "train.py", "-c", recipe, *words, *extra, "--resume", "auto"])
+        left = f", about {(time.monotonic() - began) / done * (len(runs) - done):.0f} s left" if done else ""
+        print(f"\nTraining {done + 1} of {len(runs)}{left}: {name}")
+        words = ["--data-dir", str(photos), "--output", str(options.output)]
+        words += ["--experiment", name, "--seed", str(seed), *(["--fp8", "emulated"] if options.fp8 else [])]
+        _run([sys.executable, "train.py", "-c", f"recipes/quickstart_{run}.yaml", *words, "--resume", "auto"])
     return names
 
 

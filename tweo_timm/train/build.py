@@ -158,7 +158,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     if options.fsdp:
         for unit in [model] if ema_model is None else [model, ema_model]:
             shard(unit, [unit.get_submodule(name) for name in blocks], world)
-    recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
+    recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks)
     tweo = _attach(options, task) if blocks else None
     namespace.lr = resolved_lr(options, data.batch_size * world.size * options.grad_accum_steps)
     optimizer = _optimizer(options, namespace, task.get_trainable_module())

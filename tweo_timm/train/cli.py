@@ -18,7 +18,7 @@ from tweo_timm.train.options import TrainOptions, parse_train_options
 
 if TYPE_CHECKING:
     from tweo_timm.run.world import World
-    from tweo_timm.train.watch import SignalWatch
+    from tweo_timm.train.signals import SignalWatch
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def train(options: TrainOptions) -> int:
     """
     from tweo_timm.run.dataset import UnreadableImage
     from tweo_timm.run.world import join_world
-    from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
+    from tweo_timm.train.health import TrainingStopped
+    from tweo_timm.train.signals import Interrupted, SignalWatch
 
     set_up_logging()
     try:
@@ -92,7 +93,7 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
     from tweo_timm.train.build import build_session
     from tweo_timm.train.loop import Trainer
     from tweo_timm.train.options import as_namespace
-    from tweo_timm.train.watch import Interrupted
+    from tweo_timm.train.signals import Interrupted
 
     resumed = _find_checkpoint(options, world)
     options = resolve_precision(options, world, resumed[1].get("args") if resumed is not None else None)
