@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tweo_timm.run.log import held_messages, set_up_logging
 from tweo_timm.run.recipe import dump_options
+from tweo_timm.run.shipped import describe_recipes
 from tweo_timm.train.options import TrainOptions, parse_train_options
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 set_up_logging()
     except ValueError as error:
         return _fail(error)
+    if options.list_recipes:
+        print(describe_recipes(), end="")
+        return 0
     if options.print_config:
         print(dump_options(options), end="")
         return 0
