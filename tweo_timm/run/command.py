@@ -83,11 +83,11 @@ def run(command: Command, argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale cannot write
     set_up_logging()
     try:
-        with printing():
-            options = command.parse(call.words, call.prog)
-            if options.print_config:
+        options = _parsed(command, call)
+        if options.print_config:
+            with printing():
                 print(dump_options(options), end="")
-                return 0
+            return 0
         for module in getattr(options, "device_modules", None) or ():
             _import_device_module(module)
         work = _found(command.entry)
@@ -100,16 +100,29 @@ def run(command: Command, argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Print to standard output; what a reader who has gone away does not read is dropped without a word."""
+    """Print to standard output; what a reader who has gone away does not read is dropped without a word.
+
+    Raises:
+        OSError: the output cannot be written for any other reason.
+    """
     try:
-        try:
-            yield
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes again when it ends, and would complain.
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left is flushed again when Python ends, which would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _parsed(command: Command, call: Call) -> Any:
+    try:
+        return command.parse(call.words, call.prog)
+    except SystemExit:
+        with printing():  # what -h has printed
+            pass
+        raise
 
 
 def _import_device_module(name: str) -> None:
