@@ -20,6 +20,7 @@ from tweo_timm.outputs import Outputs
 from tweo_timm.records import plain
 from tweo_timm.run.command import Call, printing
 from tweo_timm.run.failure import Failure
+from tweo_timm.run.precision import resolve_precision
 from tweo_timm.run.world import World, joined
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def _measured(options: ValidateOptions, world: World, records: list[dict[str, An
     """Append the record of each checkpoint, until all are done or an error ends it; the exit status."""
     try:
         world.refuse(_check_outputs, options)
-        return _measure_all(options, world, records, call)
+        return _measure_all(resolve_precision(options, world), world, records, call)
     except KeyboardInterrupt:
         _logger.warning("Interrupted: reporting the %d checkpoints that are finished", len(records))
         return 130

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tweo_timm import machine
 from tweo_timm.evaluate.compare import SCHEMA, accuracy_by_scheme, compare, headline, schemes_of
 from tweo_timm.evaluate.plots import draw_all
 from tweo_timm.media import cell, code, markdown, one_line, terminal
@@ -56,6 +57,7 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
             "command": command,
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
+            "machine": machine.describe(),
             "checkpoints": list(records),
             "comparison": comparison,
         }
@@ -131,7 +133,8 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
         "# Validation report",
         code(report["command"]),
         f"{data['images']} images of split {code(data['split'])}, fingerprint {code(data['fingerprint'])}. "
-        f"{made}, {report['made']}.",
+        f"In {markdown(records[0].get('precision', 'float32'))} on {markdown(report['machine']['processor'])}, "
+        f"{report['machine']['cores']} cores; {made}; {report['made']}.",
         _markdown_table(table_of(records)),
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",

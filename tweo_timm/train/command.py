@@ -13,14 +13,14 @@ from timm.models import safe_model_name
 
 from tweo_timm.outputs import Outputs
 from tweo_timm.run.command import Call, printing
-from tweo_timm.run.failure import Failure
+from tweo_timm.run.precision import resolve_precision
 from tweo_timm.run.recipe import dump_options
 from tweo_timm.run.world import World, joined
 from tweo_timm.train.build import build_session
 from tweo_timm.train.checkpoint import holds_checkpoints, load_newest, read_checkpoint
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.options import TrainOptions, as_namespace
-from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
+from tweo_timm.train.signals import Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ def train(options: TrainOptions, call: Call) -> int:
             result, folder = _run(options, world, signals)
     except Interrupted as interruption:
         return 128 + interruption.number
-    except TrainingStopped as error:
-        raise Failure(str(error)) from error
     if world.primary:
         _report(result, folder)
     return 0
@@ -56,12 +54,12 @@ def train(options: TrainOptions, call: Call) -> int:
 
 def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:
     """Build everything, and only then touch the run folder: a command that cannot run changes nothing."""
-    output = Path(options.output or DEFAULT_OUTPUT)
-    world.refuse(Outputs(output / options.experiment).check, "--output")
+    world.refuse(Outputs(_output(options) / options.experiment).check, "--output")
+    resumed = _find_checkpoint(options, world)
+    options = resolve_precision(options, world, resumed[1].get("args") if resumed is not None else None)
     session = build_session(options, world)
     folder = world.gather(_run_folder(options, session.data_config))[0]
     trainer = Trainer(session, signals)
-    resumed = _find_checkpoint(options, folder, world)
     if resumed is not None:
         trainer.resume(resumed[1], resumed[0])
     session.wrap()
@@ -80,13 +78,15 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
         raise
 
 
-def _find_checkpoint(options: TrainOptions, folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
+def _find_checkpoint(options: TrainOptions, world: World) -> tuple[Path, dict[str, Any]] | None:
     """Read the checkpoint to continue from; the first process chooses, all read the same."""
     if not options.resume:
         return None
     if options.resume != "auto":
         return Path(options.resume), read_checkpoint(Path(options.resume))
-    found = load_newest(folder) if world.primary else None
+    if not options.experiment:
+        raise ValueError("--resume auto continues the run of a name: give --experiment NAME too, or --resume FILE")
+    found = load_newest(_output(options) / options.experiment) if world.primary else None
     path = world.gather(found[0] if found is not None else None)[0]
     if path is None:
         return None
@@ -109,7 +109,11 @@ def _run_folder(options: TrainOptions, data_config: dict[str, Any]) -> Path:
     else:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = "-".join([stamp, safe_model_name(options.model), str(data_config["input_size"][-1])])
-    return Path(options.output or DEFAULT_OUTPUT) / name
+    return _output(options) / name
+
+
+def _output(options: TrainOptions) -> Path:
+    return Path(options.output or DEFAULT_OUTPUT)
 
 
 def _report(result: dict[str, Any], folder: Path) -> None:
