@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from tweo_timm.blocks import channel_axis
 from tweo_timm.flow import Flow, name_of
 from tweo_timm.layers import adds_channels_first
-from tweo_timm.quant.quantizer import ChannelAffine, Quantizer
+from tweo_timm.quant.quantizer import Quantizer
 
 _ADDS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
@@ -231,7 +231,7 @@ class StreamQuantizer(nn.Module):
         channel_axis: axis of the channels of the block's output.
         quantizers: site -> Quantizer; "add3" rounds a residual add, "output" the block's output,
             "product0_left" and "product0_right" the operands of an attention product.
-        compensation: None or a module applied to the block's (rounded) output, and its input if it takes two.
+        compensation: None or a `Compensation` applied to what entered and to the block's (rounded) output.
     """
 
     compensation: nn.Module | None
@@ -270,10 +270,7 @@ class StreamQuantizer(nn.Module):
             output = self.quantizers["output"](output)
         if self.compensation is None:
             return output
-        if isinstance(self.compensation, ChannelAffine):
-            compensated: Tensor = self.compensation(output)
-        else:
-            compensated = self.compensation(entered, output)
+        compensated: Tensor = self.compensation(entered, output)
         return compensated
 
     def extra_repr(self) -> str:
