@@ -25,6 +25,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from tweo_timm.suggestion import suggest_path
+from tweo_timm.train.param_groups import under_settings
 from tweo_timm.train.shard import shard_like, shard_optimizer_like, whole
 
 _logger = logging.getLogger(__name__)
@@ -254,9 +255,14 @@ def training_state(task: TrainingTask, optimizer: torch.optim.Optimizer, scaler:
 
 
 def restore(
-    content: dict[str, Any], path: Path, task: TrainingTask, optimizer: torch.optim.Optimizer | None, scaler: Any
+    content: dict[str, Any],
+    path: Path,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer | None,
+    scaler: Any,
+    remembered_rates: bool = False,
 ) -> int:
-    """Load weights, optimizer and scaler of a checkpoint.
+    """Load weights, optimizer and scaler of a checkpoint; the settings of the optimizer stay those of this run.
 
     Args:
         content: what `read_checkpoint` returned.
@@ -264,6 +270,7 @@ def restore(
         task: gets the weights, and the EMA weights where it has an EMA.
         optimizer: gets its state; None leaves it alone, for --no-resume-opt.
         scaler: timm's NativeScaler, or None.
+        remembered_rates: whether the learning rates are the checkpoint's, for --sched plateau.
 
     Returns:
         The epoch to go on with.
@@ -278,7 +285,8 @@ def restore(
         if task.has_ema():
             _load_weights(task, averaged, content.get("task_state_ema"), ema=True)
         if optimizer is not None and "optimizer" in content:
-            optimizer.load_state_dict(shard_optimizer_like(content["optimizer"], optimizer))
+            state = under_settings(content["optimizer"], optimizer, remembered_rates)
+            optimizer.load_state_dict(shard_optimizer_like(state, optimizer))
     except (RuntimeError, ValueError, KeyError) as error:
         arch = content.get("arch", "another model")
         raise ValueError(f"checkpoint {path} (of {arch}) does not fit this run: {str(error)[:400]}") from error

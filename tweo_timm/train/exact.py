@@ -24,6 +24,9 @@ from tweo_timm.train.replay import Position, RandomState
 
 _logger = logging.getLogger(__name__)
 
+# What a plateau schedule has seen; the rest of its state are settings of the run.
+_PLATEAU_MEMORY = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+
 
 @dataclass
 class Cursor:
@@ -111,7 +114,7 @@ def restore_exact(
         _logger.warning("The epochs have another shape than those before checkpoint %s: %s", path, changed)
         cursor.updates = cursor.epoch * session.updates_per_epoch
     if exact["plateau"] is not None and session.options.sched == "plateau":
-        _plateau(session).load_state_dict(exact["plateau"])
+        _remember_plateau(_plateau(session), exact["plateau"])
     if session.fp8 is not None and mine["fp8"] is not None:
         load_fp8_state(session.model, mine["fp8"])
     for name, generator in _generators(session).items():
@@ -172,6 +175,12 @@ def _changes(exact: dict[str, Any], session: Session) -> str:
     before = exact.get("shape", now)
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
+
+
+def _remember_plateau(plateau: Any, before: dict[str, Any]) -> None:
+    """Give a plateau schedule its memory back, unless it was of a metric that rises where this one falls."""
+    if before["mode"] == plateau.mode:
+        plateau.load_state_dict({name: before[name] for name in _PLATEAU_MEMORY if name in before})
 
 
 def _plateau(session: Session) -> Any:

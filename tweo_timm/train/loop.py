@@ -49,6 +49,7 @@ class Trainer:
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
+        self._remembers = False  # whether the learning rates are those of the checkpoint
         self._statistics: dict[str, dict[str, Tensor]] = {}
 
     # ------------------------------------------------------------------------------------- what was, and what is kept
@@ -73,11 +74,13 @@ class Trainer:
                 f"checkpoint {path} was written under --opt {before}, whose state --opt {options.opt} cannot use: "
                 "go on with that one, or begin without its state by --no-resume-opt"
             )
-        epoch = restore(content, path, session.task, optimizer, session.scaler)
-        exact = content.get(EXACT_KEY)
+        exact: Any = content.get(EXACT_KEY)
+        exactly = exact is not None and optimizer is not None and options.start_epoch is None
+        self._remembers = exactly and options.sched == "plateau" and exact["plateau"] is not None
+        epoch = restore(content, path, session.task, optimizer, session.scaler, self._remembers)
         if exact is not None and (changed := changed_settings(content.get("args"), options)):
             _logger.warning("%s was written under other settings: %s", path, changed)
-        if exact is not None and optimizer is not None and options.start_epoch is None:
+        if exactly:
             self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
             self._statistics = exact["processes"][session.world.rank].get("statistics", {})
             _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.cursor.epoch, self.cursor.batch)
@@ -206,11 +209,10 @@ class Trainer:
         session, cursor = self.session, self.cursor
         if self._entry is None:
             cursor.updates = cursor.epoch * session.updates_per_epoch
-        remembers = session.options.sched == "plateau" and self._entry is not None
-        if session.scheduler is not None and not remembers:
+        if session.scheduler is not None and not self._remembers:
             # The rates of a checkpoint are those of the schedule it was written under, which may be another one.
             if cursor.epoch:
-                session.scheduler.step(cursor.epoch)
+                session.scheduler.step(self._scheduled(cursor.epoch))
             if cursor.updates:
                 session.scheduler.step_update(cursor.updates)
         put_back_statistics(session, self._statistics)
@@ -218,6 +220,11 @@ class Trainer:
         if isinstance(self._entry, RandomState):
             self._entry.restore()
             self._entry = None
+
+    def _scheduled(self, epoch: int) -> int:
+        """The epoch by which a schedule finds its rate; plateau without memory begins at the end of its warm-up."""
+        warmup = self.session.options.warmup_epochs
+        return min(epoch, warmup) if self.session.options.sched == "plateau" and warmup else epoch
 
     def _epoch(self, epoch: int, last_epoch: int) -> dict[str, Any]:
         session = self.session
