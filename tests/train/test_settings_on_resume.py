@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 from tests.train.runs import command, last, same_tensors, session_of, train
-from tweo_timm.train.checkpoint import read_checkpoint
+from tweo_timm.run.checkpoint_file import read
 from tweo_timm.train.cli import main
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.param_groups import under_settings
@@ -27,7 +27,7 @@ def resumed_groups(images, out, checkpoint, *more):
     """The optimizer's groups of a run that is about to begin its first epoch."""
     session = session_of(images, out, *more, "--resume", str(checkpoint))
     trainer = Trainer(session, SignalWatch())
-    trainer.resume(read_checkpoint(checkpoint), checkpoint)
+    trainer.resume(read(checkpoint))
     trainer._set_off()
     return session.optimizer.param_groups
 
@@ -123,7 +123,7 @@ def test_a_plateau_has_the_patience_of_the_command(images, tmp_path):
     plateau = ["--sched", "plateau", "--epochs", "1"]
     checkpoint = train(images, tmp_path, *plateau, "--patience-epochs", "7") / "last.pth.tar"
     session = session_of(images, tmp_path, *plateau, "--patience-epochs", "2", "--decay-rate", "0.3")
-    Trainer(session, SignalWatch()).resume(read_checkpoint(checkpoint), checkpoint)
+    Trainer(session, SignalWatch()).resume(read(checkpoint))
     memory = session.scheduler.lr_scheduler
     assert (memory.patience, memory.factor) == (2, 0.3)
     assert memory.best == last(checkpoint.parent)["metric"]
