@@ -24,8 +24,8 @@ LAYERS = [
     ["layers", "flow"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
-    ["settings", "photos"],
-    ["suggestion", "version", "records", "outputs", "media", "machine", "tables"],
+    ["settings", "photos", "records"],
+    ["suggestion", "version", "outputs", "media", "machine", "tables"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
