@@ -92,15 +92,15 @@ class Tweo(Scheduled):
             if module is model and self._measurement.open(self._weight > 0, self.mask):
                 self._require_progress()
 
+        # Not compiled: sums that live between passes would make it one graph per number of passes.
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if module is model and (found := self._measurement.close()) is not None:
                 self._count(found)
 
         return [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count(self, found: Pass) -> None:
-        """Add a pass to the sums. They stay outside the compiled graph, which would be one per number of passes."""
         if self._passes == MOST_FORWARDS:
             raise RuntimeError(
                 f"{self._passes} forward passes have waited for penalty(): add it to the loss of every step, or call "
