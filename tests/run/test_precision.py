@@ -1,6 +1,5 @@
 """--amp-dtype auto is bfloat16 where that is fast, float32 elsewhere, decided once; a slow precision gets a word."""
 
-
 import pytest
 import torch
 import yaml
