@@ -10,11 +10,11 @@ import contextlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tweo_timm.outputs import Outputs
 from tweo_timm.settings import ANY, Bounds
 
 _logger = logging.getLogger(__name__)
@@ -38,15 +38,7 @@ def plain(value: Any) -> Any:
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append mappings to a JSON-lines file; numbers that are not finite become null, which JSON has."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    Outputs(path.parent).append(path.name, "".join(f"{json.dumps(plain(row))}\n" for row in rows))
 
 
 def keep_rows_before(path: Path, key: str, limit: int) -> None:
@@ -64,7 +56,7 @@ def keep_rows_before(path: Path, key: str, limit: int) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if json.loads(line)[key] < limit:
                 kept.append(f"{line}\n")
-    write_atomically(path, "".join(kept))
+    Outputs(path.parent).write(path.name, "".join(kept))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

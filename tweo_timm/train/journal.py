@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tweo_timm.records import append_rows, keep_rows_before, write_atomically
+from tweo_timm.outputs import Outputs
+from tweo_timm.records import append_rows, keep_rows_before
 from tweo_timm.stats import ActivationStats
 
 _logger = logging.getLogger(__name__)
@@ -89,11 +90,8 @@ class Journal:
         self.scalars(row, updates)
         if not listed:
             return
-        with open(self.summary, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self._columns, restval="", lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        begun = self.summary.exists() and self.summary.stat().st_size > 0
+        Outputs(self.folder).append(self.summary.name, _table([row], self._columns, header=not begun))
         if self._wandb is not None:
             self._wandb.log(row)
 
@@ -162,12 +160,17 @@ def _continue_table(path: Path, columns: Sequence[str], epoch: int) -> None:
         kept, foreign = [], True
     if foreign:
         path.rename(path.with_name(f"{path.name}.before"))
-    ours = io.StringIO()
-    writer = csv.DictWriter(ours, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    if kept:
+    Outputs(path.parent).write(path.name, _table(kept, columns, header=bool(kept)))
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], header: bool) -> str:
+    """Rows as CSV, under our columns."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    if header:
         writer.writeheader()
-        writer.writerows(kept)
-    write_atomically(path, ours.getvalue())
+    writer.writerows(rows)
+    return table.getvalue()
 
 
 def _number(cell: Any, below: int) -> bool:
