@@ -21,7 +21,7 @@ LAYERS = [
     ["task", "upstream"],
     ["outliers"],
     ["tap", "blocks", "stats", "loss", "fp8.*"],
-    ["layers", "flow"],
+    ["layers", "flow", "stream"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos"],

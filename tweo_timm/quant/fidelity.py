@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tweo_timm.blocks import find_blocks
 from tweo_timm.layers import projections_called
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.stream import stream_of
 
 _CHUNK = 8
 """Images compared at a time: the outputs of all layers of both models are alive together."""
@@ -103,9 +104,9 @@ class _Outputs:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.seen[name] = output
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.seen[name] = stream_of(output, module)
 
         return hook
 
