@@ -25,7 +25,7 @@ LAYERS = [
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos"],
-    ["suggestion", "version", "records", "machine", "tables"],
+    ["suggestion", "version", "records", "outputs", "media", "machine", "tables"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
