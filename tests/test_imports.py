@@ -13,8 +13,7 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["train.__main__", "evaluate.__main__"],
-    ["train.cli", "evaluate.cli", "quickstart"],
+    ["train.__main__", "evaluate.__main__", "train.cli", "evaluate.cli", "quickstart"],
     ["train", "evaluate"],
     ["run"],
     ["quant", "diagnose"],
@@ -23,7 +22,7 @@ LAYERS = [
     ["measurement"],
     ["outliers"],
     ["tap", "blocks", "stats", "loss", "fp8.*"],
-    ["layers", "flow"],
+    ["layers", "flow", "stream"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos", "records"],
