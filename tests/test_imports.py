@@ -23,8 +23,8 @@ LAYERS = [
     ["tap", "blocks", "stats", "loss", "fp8.*"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
-    ["settings", "photos"],
-    ["suggestion", "version", "records", "outputs", "media", "machine"],
+    ["settings", "photos", "records"],
+    ["suggestion", "version", "machine", "outputs", "media"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
