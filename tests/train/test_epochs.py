@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.utils import unwrap_model
 
-from tests.train.runs import command, last, load, session_of, train
+from tests.train.runs import command, last, load, rows, session_of, train
 from tweo_timm.run.world import World
 from tweo_timm.train import loop
 from tweo_timm.train.build import build_session

@@ -239,6 +239,17 @@ class CheckpointFile:
             raise ValueError(f"{self.fields.where}: {name}: {text[:400]}") from error
 
 
+def check_finite(model: nn.Module, path: Path) -> None:
+    """Refuse a model whose parameters are not finite, for files that timm loads by itself.
+
+    Raises:
+        ValueError: naming the first such parameter and the file.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise ValueError(f"checkpoint {path}: {name} is not finite; take an earlier checkpoint")
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all elements are finite."""
     if tensor.element_size() == 1:  # float8
@@ -275,8 +286,7 @@ def load_weights(
     """
     if path.suffix in _FOREIGN:
         load_checkpoint(model, str(path))
-        loaded = dict(model.named_parameters())
-        CheckpointFile(path, {}, "weights").check(loaded, {name: torch.zeros_like(w) for name, w in loaded.items()})
+        check_finite(model, path)
         return
     file = read(path, "weights")
     weights = (file.ema if use_ema else None) or file.weights

@@ -379,7 +379,9 @@ class Trainer:
 
         assert self.journal is not None
         name = f"train-batch-{self.cursor.epoch}-{self.cursor.batch}.jpg"
-        save_image(images, self.journal.folder / name, padding=0, normalize=True)
+        path = self.journal.folder / name
+        path.unlink(missing_ok=True)  # a link there would lead the picture elsewhere
+        save_image(images, path, padding=0, normalize=True)
 
     # ----------------------------------------------------------------------------------------------------- validation
 
