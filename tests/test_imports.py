@@ -21,10 +21,11 @@ LAYERS = [
     ["task", "upstream"],
     ["outliers"],
     ["tap", "blocks", "stats", "loss", "fp8.*"],
+    ["layers", "flow"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos", "records"],
-    ["suggestion", "version", "machine", "outputs", "media"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]

@@ -66,8 +66,12 @@ def test_a_call_reads_as_it_was_typed():
 
 @pytest.mark.parametrize(
     ("started", "argv", "named"),
-    [("tweo-some", None, "tweo-some"), ("tweo-some.exe", None, "tweo-some"), ("pytest", None, "some.py")]
-    + [("tweo-some", [], "some.py")],
+    [
+        ("tweo-some", None, "tweo-some"),
+        ("tweo-some.exe", None, "tweo-some"),
+        ("pytest", None, "some.py"),
+        ("tweo-some", [], "some.py"),
+    ],
 )
 def test_a_command_goes_by_the_name_it_was_started_by(started, argv, named, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"/usr/bin/{started}"])

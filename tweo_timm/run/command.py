@@ -28,6 +28,7 @@ from tweo_timm.media import one_line
 from tweo_timm.run.failure import Failure
 from tweo_timm.run.log import set_up_logging
 from tweo_timm.run.recipe import RecipeError, dump_options
+from tweo_timm.run.shipped import describe_recipes
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ def run(command: Command, argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     try:
         options = _parsed(command, call)
-        if options.print_config:
+        shown = describe_recipes() if getattr(options, "list_recipes", False) else ""
+        shown = dump_options(options) if options.print_config else shown
+        if shown:
             with printing():
-                print(dump_options(options), end="")
+                print(shown, end="")
             return 0
         for module in getattr(options, "device_modules", None) or ():
             _import_device_module(module)

@@ -24,6 +24,7 @@ import yaml
 from tweo_timm.run import strict_yaml
 from tweo_timm.run.flags import Option, convert, option_table
 from tweo_timm.run.legacy import Modernized, modernize
+from tweo_timm.run.shipped import find_recipe
 from tweo_timm.suggestion import suggest, suggest_path
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def resolve(options: type, given: dict[str, Any]) -> tuple[dict[str, Any], Recip
     Raises:
         RecipeError: the recipe cannot be used.
     """
-    path = given.get("config", "")
+    path = find_recipe(given["config"]) if given.get("config") else ""
     recipe = load_recipe(path, options, given.get("config_unknown", "error")) if path else Recipe("")
     values = {**recipe.values, **given}
     if given.get("data") and "data_dir" not in given:
