@@ -13,7 +13,8 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["train.cli", "evaluate.cli", "quickstart"],
+    ["train.__main__", "evaluate.__main__", "quickstart"],
+    ["train.cli", "evaluate.cli"],
     ["train", "evaluate"],
     ["run"],
     ["quant", "diagnose"],
