@@ -7,6 +7,7 @@ here knows are kept. docs/report.md says what each holds.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
