@@ -13,7 +13,8 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["train.__main__", "evaluate.__main__", "train.cli", "evaluate.cli", "quickstart"],
+    ["train.__main__", "evaluate.__main__", "quickstart"],
+    ["train.cli", "evaluate.cli"],
     ["train", "evaluate"],
     ["run"],
     ["quant", "diagnose"],
@@ -26,7 +27,7 @@ LAYERS = [
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos", "records"],
-    ["suggestion", "version", "outputs", "media", "machine", "tables"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]

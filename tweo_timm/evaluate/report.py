@@ -166,7 +166,7 @@ def _details(record: dict[str, Any]) -> str:
         for entry in record.get("quantized", [])
     ]
     parts += [f"- not measured: {markdown(one_line(reason))}" for reason in failures(record)]
-    parts += [f"- **wrong:** {fault}" for fault in faults(record)]
+    parts += [f"- **wrong:** {markdown(one_line(fault))}" for fault in faults(record)]
     for heading, caption, rows in _export_tables(record):
         parts += [f"### {heading}", *([markdown(caption)] if caption else []), markdown_table(rows)]
     parts += described(record)
