@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tweo_timm.run.readers import dataset_rules, repetition_rules
 from tweo_timm.run.rules import (
     image_shape,
     option_name,
@@ -82,11 +83,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
     yield from pooling(options)
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
-    if not options.dataset and options.epoch_repeats:
-        yield "--epoch-repeats repeats the streams of tfds/, wds/ and hfids/; a folder of images has none: leave it out"
-    for dest in ("train_num_samples", "val_num_samples"):
-        if not options.dataset and getattr(options, dest) is not None:
-            yield f"{option_name(dest)} is the length of a stream (wds/, tfds/); a folder of images knows its own"
+    yield from dataset_rules(options, ("train_split", "val_split"), ("train_num_samples", "val_num_samples"))
+    yield from repetition_rules(options)
     if options.pretrained_cfg_overlay and not options.pretrained:
         yield "--pretrained-cfg-overlay is about pretrained weights; give --pretrained too, or leave it out"
     stats = ("neg_pos", "inv_freq", "effective_num")
