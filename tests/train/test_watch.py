@@ -15,7 +15,7 @@ from timm.data import ImageDataset
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
 from tweo_timm.blocks import find_blocks
-from tweo_timm.run.dataset import StrictImages
+from tweo_timm.run.pictures import StrictImages
 from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
 from tweo_timm.train.loop import Trainer

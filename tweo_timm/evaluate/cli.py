@@ -53,7 +53,7 @@ def validate(options: ValidateOptions, command: str) -> int:
         The exit status, as `main`.
     """
     from tweo_timm.evaluate.compare import read_reports
-    from tweo_timm.run.dataset import UnreadableImage
+    from tweo_timm.run.pictures import UnreadableImage
     from tweo_timm.run.world import join_world
 
     set_up_logging()

@@ -53,7 +53,7 @@ def train(options: TrainOptions) -> int:
     Returns:
         The exit status, as `main`.
     """
-    from tweo_timm.run.dataset import UnreadableImage
+    from tweo_timm.run.pictures import UnreadableImage
     from tweo_timm.run.world import join_world
     from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
 
