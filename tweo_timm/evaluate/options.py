@@ -16,6 +16,7 @@ from tweo_timm.run.flags import CommandLine, as_namespace, freeze
 from tweo_timm.run.readers import dataset_rules
 from tweo_timm.run.recipe import resolve
 from tweo_timm.run.rules import (
+    image_mode,
     image_shape,
     option_name,
     out_of_bounds,
@@ -166,6 +167,7 @@ def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "valid
 def _complaints(options: ValidateOptions) -> Iterator[str]:
     yield from out_of_bounds(options)
     yield from image_shape(options)
+    yield from image_mode(options)
     yield from scripting(options)
     yield from pooling(options)
     yield from regular_expressions("tweo_blocks", options.tweo_blocks)

@@ -122,10 +122,7 @@ def _note_empty_classes(split: str, class_map: dict[Any, int], reader: Any) -> N
 def _image_mode(mode: str | None, channels: int) -> str:
     """PIL's mode for images of so many channels: the one that was asked for, if it has as many."""
     mode = mode or ("RGB" if channels == 3 else "L")
-    try:
-        bands = Image.getmodebands(mode)
-    except KeyError as error:
-        raise ValueError(f"--input-img-mode {mode} is no mode of PIL: use RGB, L or RGBA, say") from error
+    bands = Image.getmodebands(mode)
     if bands != channels:
         raise ValueError(
             f"images of mode {mode} have {bands} channels and the model takes {channels}: give --in-chans {bands} with "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from tweo_timm.run.readers import dataset_rules, repetition_rules
 from tweo_timm.run.rules import (
+    image_mode,
     image_shape,
     option_name,
     out_of_bounds,
@@ -133,6 +134,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
 
 def _contradictory(options: TrainSettings) -> Iterator[str]:
     yield from image_shape(options)
+    yield from image_mode(options)
+    yield from _augmented_modes(options)
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
             yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
@@ -160,6 +163,20 @@ def _contradictory(options: TrainSettings) -> Iterator[str]:
         yield f"--loss {options.loss} is for one label an image; with --task multilabel use bce, asl, poly, zlpr or db"
     if options.task == "classification" and options.loss in ("twoway", "zlpr", "db"):
         yield f"--loss {options.loss} is for several labels an image; give --task multilabel, or --loss ce or bce"
+
+
+def _augmented_modes(options: TrainSettings) -> Iterator[str]:
+    """A complaint for each flag that would end a run at the first image of this mode that it is drawn for."""
+    mode = options.input_img_mode
+    remedy = "leave it out, or use --input-img-mode RGB or L"
+    if options.aa and not options.no_aug and mode not in (None, "RGB", "L"):
+        yield f"--aa {options.aa} does not work on images of --input-img-mode {mode}; {remedy}"
+    if mode not in ("LA", "RGBA", "CMYK"):
+        return
+    if options.grayscale_prob and not options.no_aug:
+        yield f"--grayscale-prob {options.grayscale_prob:g} does not work on --input-img-mode {mode}; {remedy}"
+    if options.save_images:
+        yield f"--save-images writes JPEG files, which hold no --input-img-mode {mode}; {remedy}"
 
 
 def _tweo_and_fp8(options: TrainSettings) -> Iterator[str]:
