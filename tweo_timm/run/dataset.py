@@ -72,10 +72,12 @@ def open_dataset(
             **details,
         )
     except ImportError as error:
-        raise ValueError(f"--dataset {options.dataset} needs a package that is not here: {error}") from error
+        raise ValueError(
+            f"--dataset {options.dataset} needs a package that is not here: {error}; pip install it"
+        ) from error
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError, LookupError) as error:
         hint = f" ({_LENGTHS})" if "num_samples" in str(error) else ""
-        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+        reason = f"its description (_info.json of wds/) lacks {error}" if isinstance(error, LookupError) else error
         raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {reason}{hint}") from error
     reading = Reading(mode, num_classes, exif)
     if isinstance(dataset, IterableImageDataset):

@@ -207,7 +207,7 @@ class StrictStream(IterableImageDataset):  # type: ignore[misc]
                 f"{self._stream}: {_unlabelled(error)}. Shards hold numbers, which a .txt file of names does not map: "
                 "give a .pkl file of {number: index}"
             ) from error
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # of damaged data, readers raise anything
             raise UnreadableImage(f"cannot read {self._stream}: {error}") from error
         finally:
             reader_wds.log_and_continue = before
@@ -219,11 +219,10 @@ def _unlabelled(error: KeyError) -> str:
 
 def _refuse(error: Exception) -> bool:
     """What webdataset calls with an error, in place of timm's function that leaves the image out."""
-    if isinstance(error, (TypeError, ValueError)) and "Target key" in str(error):
-        raise error  # of the settings, in timm's words
-    places = [place for place in error.args if isinstance(place, str) and place.endswith(".tar")]
+    shards = [place for place in error.args[1:] if isinstance(place, str)]
     samples = [frame.f_locals.get("sample") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    named = [f"{one['__url__']}, {one['__key__']}" for one in samples if isinstance(one, dict) and "__key__" in one]
-    where = (named or places or ["an image of the shards"])[-1]
-    reason = next(iter(error.args), None) or type(error).__name__
-    raise UnreadableImage(f"cannot read {where}: {reason}. Replace or remove it") from error
+    images = [f"{one['__url__']}, {one['__key__']}" for one in samples if isinstance(one, dict) and "__key__" in one]
+    if isinstance(error, (TypeError, UnreadableImage)) or not (shards or images):
+        raise error  # of the settings, or whoever called knows which shard it is
+    reason = f"there is no {error}" if isinstance(error, KeyError) else error.args[0] if error.args else repr(error)
+    raise UnreadableImage(f"cannot read {(images or shards)[-1]}: {reason}. Replace or remove it") from error
