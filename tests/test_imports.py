@@ -16,10 +16,11 @@ LAYERS = [
     ["upstream", "train.cli", "evaluate.cli", "quickstart"],
     ["train", "evaluate"],
     ["task", "quant", "diagnose", "fp8.patch", "fp8.health", "fp8"],
+    ["rewrite"],
     ["outliers"],
-    ["tap", "blocks", "stats", "loss", "fp8.*"],
+    ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "photos", "suggestion", "version", "peaks"],
+    ["fp8.cast", "fp8.recipe", "photos", "suggestion", "version", "peaks", "structure"],
 ]
 # On one layer, and yet the first does not know the second. (evaluate shares the machinery of train's flags.)
 STRANGERS = [("train", "evaluate")]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tweo_timm.blocks import find_blocks
     from tweo_timm.diagnose.colinearity import colinearity
     from tweo_timm.diagnose.stethoscope import stethoscope
+    from tweo_timm.families import describe_stream
     from tweo_timm.fp8.patch import check_fp8_ran, fp8_state, load_fp8_state, patch_fp8, unpatch_fp8
     from tweo_timm.fp8.recipe import Fp8Recipe
     from tweo_timm.loss import TweoConfig, tweo_loss
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from tweo_timm.quant.export import export_onnx
     from tweo_timm.quant.sidecar import write_scales
     from tweo_timm.quant.static import quantize_static
+    from tweo_timm.rewrite.fold import fold_affine
+    from tweo_timm.rewrite.rotate import rotate
     from tweo_timm.task import attach_tweo
 
 __all__ = [
@@ -28,14 +31,17 @@ __all__ = [
     "attach_tweo",
     "check_fp8_ran",
     "colinearity",
+    "describe_stream",
     "export_onnx",
     "export_record",
     "find_blocks",
+    "fold_affine",
     "fp8_state",
     "load_fp8_state",
     "patch_fp8",
     "quantize_static",
     "record_outliers",
+    "rotate",
     "stethoscope",
     "tweo_loss",
     "unpatch_fp8",
@@ -47,6 +53,7 @@ _HOMES = {
     "find_blocks": "blocks",
     "colinearity": "diagnose.colinearity",
     "stethoscope": "diagnose.stethoscope",
+    "describe_stream": "families",
     "check_fp8_ran": "fp8.patch",
     "fp8_state": "fp8.patch",
     "load_fp8_state": "fp8.patch",
@@ -60,6 +67,8 @@ _HOMES = {
     "export_onnx": "quant.export",
     "write_scales": "quant.sidecar",
     "quantize_static": "quant.static",
+    "fold_affine": "rewrite.fold",
+    "rotate": "rewrite.rotate",
     "attach_tweo": "task",
 }
 

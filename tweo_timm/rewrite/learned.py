@@ -1,0 +1,130 @@
+"""A learned rotation: descent on the orthogonal matrices that fix ones, for a stream without peaks.
+
+The objective is TWEO's idea as one that changes nothing but the basis: a high norm (p = 8, between TWEO's 4 and the
+maximum that a quantizer's step follows) of the stream at every site, relative to its rms there, which no rotation
+changes. Relative, because the last blocks are the largest and would otherwise be all that counts; L_TWEO itself, taken
+literally, did worse for that reason. The sites are what enters and what leaves every norm of the blocks: the stream
+that is quantized, and the inputs of the layers that read it.
+
+Steps are Cayley transforms of a skew matrix that annihilates ones, so that every iterate is a rotation that fixes it;
+their size is an angle, the same for every model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tweo_timm.rewrite.change import run
+from tweo_timm.rewrite.orthogonal import nearest_orthogonal
+from tweo_timm.structure import Stage, Stream
+
+POWER = 8
+STEPS = 200
+TOKENS = 1024
+"""Tokens kept for each site: half of them those with the largest values, half drawn."""
+_ANGLE = 0.05
+_MOMENTUM = 0.9
+_REPORT = 20
+
+
+def stream_samples(
+    model: nn.Module, stream: Stream, batches: Sequence[Tensor], generator: torch.Generator
+) -> dict[str, list[Tensor]]:
+    """Collect tokens of each stage's sites from a folded model.
+
+    Returns:
+        Stage -> its sites, each (tokens, width) float32.
+    """
+    samples: dict[str, dict[str, Tensor]] = {stage.name: {} for stage in stream.stages}
+    handles = []
+    share = max(1, TOKENS // 2 // len(batches))
+
+    def keep(site: dict[str, Tensor], name: str, width: int, value: Tensor) -> None:
+        tokens = value.detach().reshape(-1, width).float().cpu()
+        peaks = tokens.abs().amax(1).topk(min(share, len(tokens))).indices
+        drawn = torch.randint(len(tokens), (min(share, len(tokens)),), generator=generator)
+        chosen = tokens[torch.cat([peaks, drawn])]
+        site[name] = torch.cat([site[name], chosen]) if name in site else chosen
+
+    def hook(stage: Stage, norm: str) -> Callable[..., None]:
+        def collect(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            keep(samples[stage.name], f"{norm}, in", stage.width, args[0])
+            keep(samples[stage.name], f"{norm}, out", stage.width, output)
+
+        return collect
+
+    for stage in stream.stages:
+        for norm in stage.norms:
+            handles.append(model.get_submodule(norm).register_forward_hook(hook(stage, norm)))
+    try:
+        for _ in run(model, batches):
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: list(sites.values()) for name, sites in samples.items()}
+
+
+def learn_orthogonal(
+    sites: Sequence[Tensor],
+    start: Tensor,
+    steps: int = STEPS,
+    angle: float = _ANGLE,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Tensor:
+    """Descend from `start` to a Q that fixes ones and under which no site has large values.
+
+    Args:
+        sites: activations (tokens, width) each.
+        start: (width, width), orthogonal, fixing ones.
+        steps: of the descent.
+        angle: by how much the first step turns a direction, in radians (rms); later ones follow a cosine to 0.
+        progress: called with a line every 20 steps.
+
+    Returns:
+        (width, width) float64.
+    """
+    scaled = [site / site.square().mean().sqrt().clamp(min=1e-30) for site in sites if bool(site.any())]
+    rotation, velocity = start.float(), torch.zeros_like(start, dtype=torch.float32)
+    width = len(start)
+    for step in range(steps):
+        peakedness, gradient = _peakedness(scaled, rotation)
+        if step % _REPORT == 0:
+            progress(f"step {step} of {steps}: {POWER}-norm over rms {peakedness:.3f}")
+        velocity = _MOMENTUM * velocity + _skew(gradient, rotation)
+        size = angle * 0.5 * (1 + math.cos(math.pi * step / steps)) * math.sqrt(width)
+        rotation = _cayley(velocity * (size / velocity.norm().clamp(min=1e-30))) @ rotation
+    progress(f"step {steps} of {steps}: {POWER}-norm over rms {_peakedness(scaled, rotation)[0]:.3f}")
+    return nearest_orthogonal(rotation)
+
+
+def _peakedness(sites: Sequence[Tensor], rotation: Tensor) -> tuple[float, Tensor]:
+    """The mean over sites of the p-norm of x Q (a mean over elements, for an rms of 1), and its gradient in Q."""
+    total, gradient = 0.0, torch.zeros_like(rotation)
+    for site in sites:
+        turned = site @ rotation
+        powers = turned.abs().pow_(POWER - 1)
+        norm = float((powers * turned.abs()).mean()) ** (1 / POWER)
+        total += norm
+        gradient += site.T @ (powers.mul_(turned.sign_()).mul_(norm ** (1 - POWER) / site.numel()))
+    return total / len(sites), gradient / len(sites)
+
+
+def _skew(gradient: Tensor, rotation: Tensor) -> Tensor:
+    """The direction of descent as a skew matrix that annihilates ones."""
+    product = rotation @ gradient.T
+    skew = product - product.T
+    skew = skew - skew.mean(0, keepdim=True)
+    return skew - skew.mean(1, keepdim=True)
+
+
+def _cayley(skew: Tensor) -> Tensor:
+    """(I - A / 2)^-1 (I + A / 2), orthogonal."""
+    identity = torch.eye(len(skew))
+    turned: Tensor = torch.linalg.solve(identity - skew / 2, identity + skew / 2)
+    return turned
