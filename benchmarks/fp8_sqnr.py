@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tweo_timm.fp8 import Fp8Recipe, patch_fp8
+from tweo_timm import Fp8Recipe, patch_fp8
 
 SHAPES = [(64, 64, 96), (197, 48, 100), (50, 96, 10), (3, 5, 7), (1, 16, 33)]
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tweo_timm.fp8 import Fp8Recipe, patch_fp8
+from tweo_timm import Fp8Recipe, patch_fp8
 from tweo_timm.fp8.cast import E4M3, E5M2, round_to_fp8
 
 CONTENDERS = ("bf16", "fp8_delayed", "fp8_current", "fp8_unit", "torchao_emulated")

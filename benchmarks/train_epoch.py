@@ -47,11 +47,11 @@ from torch import Tensor
 from tweo_timm import TweoConfig, attach_tweo
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.photos import write_photo_crops
+from tweo_timm.run.world import World
 from tweo_timm.train.build import Session, build_session
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.options import parse_train_options
 from tweo_timm.train.watch import SignalWatch
-from tweo_timm.train.world import World
 
 DEFAULT = ["--model", "vit_small_patch16_224", "-b", "16", "--amp", "--amp-dtype", "bfloat16", "--opt", "adamw"]
 CPU = World(torch.device("cpu"))

@@ -26,7 +26,7 @@ from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.scoring import score
 from tweo_timm.outliers import record_outliers
 from tweo_timm.photos import write_photo_crops
-from tweo_timm.train.world import World
+from tweo_timm.run.world import World
 
 
 def main() -> None:

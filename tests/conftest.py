@@ -4,6 +4,14 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write what tests/photograph sees into its golden files, whose diff is then read in review",
+    )
+
+
 @pytest.fixture
 def dynamo():
     """torch.compile from a clean slate; yields the counters of graphs and graph breaks."""

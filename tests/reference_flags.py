@@ -4,7 +4,7 @@ import ast
 import csv
 from pathlib import Path
 
-from tweo_timm.train.flags import CommandLine, Option
+from tweo_timm.run.flags import CommandLine, Option
 
 FOLDER = Path(__file__).parent / "golden"
 SCALARS = {"flag": bool, "mapping": str, "int": int, "float": float, "str": str}

@@ -13,18 +13,19 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["upstream", "train.cli", "evaluate.cli", "quickstart"],
+    ["train.cli", "evaluate.cli", "quickstart"],
     ["train", "evaluate"],
-    ["task", "quant", "diagnose", "fp8.patch", "fp8.health", "fp8"],
-    ["rewrite"],
+    ["run"],
+    ["quant", "diagnose"],
+    ["rewrite", "fp8.patch", "fp8.health", "fp8"],
+    ["task", "upstream"],
     ["outliers"],
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "photos", "suggestion", "version", "peaks", "structure"],
+    ["fp8.cast", "fp8.recipe", "photos", "suggestion", "version", "peaks", "records", "structure"],
 ]
-# On one layer, and yet the first does not know the second. (evaluate shares the machinery of train's flags.)
-STRANGERS = [("train", "evaluate")]
-STRANGERS += [("task", other) for other in ("quant", "diagnose", "fp8", "outliers")]
+# On one layer, or above, and yet the first does not know the second.
+STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
 STRANGERS += [(other, "task") for other in ("quant", "diagnose", "fp8", "outliers")]
 
 

@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 from tweo_timm.version import __version__
 
 if TYPE_CHECKING:
+    # ruff: noqa: F401 - what type checkers read; the names are looked up when used
     from tweo_timm.blocks import find_blocks
+    from tweo_timm.config import TweoConfig
     from tweo_timm.diagnose.colinearity import colinearity
     from tweo_timm.diagnose.stethoscope import stethoscope
     from tweo_timm.families import describe_stream
-    from tweo_timm.fp8.patch import check_fp8_ran, fp8_state, load_fp8_state, patch_fp8, unpatch_fp8
+    from tweo_timm.fp8.health import Fp8HealthMonitor
+    from tweo_timm.fp8.patch import (
+        Fp8Report,
+        check_fp8_ran,
+        fp8_state,
+        load_fp8_state,
+        patch_fp8,
+        unpatch_fp8,
+        warm_up_fp8,
+    )
     from tweo_timm.fp8.recipe import Fp8Recipe
-    from tweo_timm.loss import TweoConfig, tweo_loss
+    from tweo_timm.loss import tweo_loss
     from tweo_timm.outliers import record_outliers
     from tweo_timm.quant.deploy import export_record
     from tweo_timm.quant.export import export_onnx
@@ -23,30 +34,6 @@ if TYPE_CHECKING:
     from tweo_timm.rewrite.fold import fold_affine
     from tweo_timm.rewrite.rotate import rotate
     from tweo_timm.task import attach_tweo
-
-__all__ = [
-    "Fp8Recipe",
-    "TweoConfig",
-    "__version__",
-    "attach_tweo",
-    "check_fp8_ran",
-    "colinearity",
-    "describe_stream",
-    "export_onnx",
-    "export_record",
-    "find_blocks",
-    "fold_affine",
-    "fp8_state",
-    "load_fp8_state",
-    "patch_fp8",
-    "quantize_static",
-    "record_outliers",
-    "rotate",
-    "stethoscope",
-    "tweo_loss",
-    "unpatch_fp8",
-    "write_scales",
-]
 
 # Where each public name lives. They are imported when first used, so that `train.py -h` does not wait for torch.
 _HOMES = {
@@ -59,8 +46,11 @@ _HOMES = {
     "load_fp8_state": "fp8.patch",
     "patch_fp8": "fp8.patch",
     "unpatch_fp8": "fp8.patch",
+    "warm_up_fp8": "fp8.patch",
+    "Fp8Report": "fp8.patch",
+    "Fp8HealthMonitor": "fp8.health",
     "Fp8Recipe": "fp8.recipe",
-    "TweoConfig": "loss",
+    "TweoConfig": "config",
     "tweo_loss": "loss",
     "record_outliers": "outliers",
     "export_record": "quant.deploy",
@@ -71,6 +61,8 @@ _HOMES = {
     "rotate": "rewrite.rotate",
     "attach_tweo": "task",
 }
+
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The TWEO penalty, its settings and its weight over time.
+"""The TWEO penalty.
 
     L_total = L_task + weight(t) * L_TWEO,      L_TWEO = (1/L) sum_l mean((|A_l| / (tau + eps))^p)
 
@@ -11,100 +11,13 @@ not.
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SCHEDULES = ("constant", "cosine", "linear")
-REDUCTIONS = ("block", "element")
-
-
-@dataclass(frozen=True)
-class TweoConfig:
-    """Settings of the TWEO term. The defaults are the paper's.
-
-    Attributes:
-        weight: lambda, the factor of the penalty in the loss; 0 measures without acting.
-        tau: the magnitude that costs 1 per element; the paper's useful range is 2 to 5.
-        power: p, the exponent. With 4, half of tau costs 0.0625 and ten times tau costs 10000.
-        eps: added to tau.
-        schedule: how the weight moves from `weight` to `end_weight`: 'constant', 'cosine' or 'linear'.
-        end_weight: the weight at the end of the window. Larger than `weight`, it makes a ramp, as a retrofit needs.
-        reduction: 'block' is the paper's mean of the blocks' means; 'element' weighs every activation alike, so that
-            the small last stages of a hierarchical model do not count eight times as much an element as the first.
-        start: fraction of the training at which the weight begins to move.
-        end: fraction of the training at which it has reached `end_weight`.
-
-    Raises:
-        ValueError: for a value out of range; the message names it and what is accepted.
-        TypeError: for a value of the wrong type.
-    """
-
-    weight: float = 0.01
-    tau: float = 3.0
-    power: float = 4
-    eps: float = 1e-6
-    schedule: str = "constant"
-    end_weight: float = 0.0
-    reduction: str = "block"
-    start: float = 0.0
-    end: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("weight", "tau", "power", "eps", "end_weight", "start", "end"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"TweoConfig.{name} is a number, not {value!r}")
-            if not math.isfinite(value):
-                raise ValueError(f"TweoConfig.{name} is {value}; it must be finite")
-        _require(self.weight >= 0, "weight", self.weight, "0 (off) or more, 0.01 in the paper")
-        _require(self.end_weight >= 0, "end_weight", self.end_weight, "0 or more")
-        _require(self.tau > 0, "tau", self.tau, "more than 0, 3.0 in the paper")
-        _require(self.eps >= 0, "eps", self.eps, "0 or more")
-        _require(self.power > 1, "power", self.power, "more than 1, 4 in the paper")
-        _require(0 <= self.start < self.end <= 1, "start, end", (self.start, self.end), "0 <= start < end <= 1")
-        _require_choice("schedule", self.schedule, SCHEDULES)
-        _require_choice("reduction", self.reduction, REDUCTIONS)
-        if self.schedule == "constant" and (self.end_weight, self.start, self.end) != (0.0, 0.0, 1.0):
-            raise ValueError(
-                "end_weight, start and end move the weight, but schedule='constant' does not: "
-                "choose schedule='cosine' or 'linear', or leave them at 0, 0 and 1"
-            )
-
-    def weight_at(self, progress: float) -> float:
-        """Return the weight of the penalty at a point of the training.
-
-        Args:
-            progress: fraction of the optimizer updates done, 0 to 1.
-
-        Raises:
-            ValueError: if `progress` is outside [0, 1].
-        """
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress is a fraction of the training, 0 to 1, not {progress}")
-        if self.schedule == "constant":
-            return self.weight
-        moved = min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
-        if self.schedule == "cosine":
-            moved = 0.5 * (1 - math.cos(math.pi * moved))
-        return self.weight + (self.end_weight - self.weight) * moved
-
-
-def _require(holds: bool, name: str, value: object, accepted: str) -> None:
-    if not holds:
-        raise ValueError(f"TweoConfig.{name} is {value}; accepted: {accepted}")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"TweoConfig.{name} is {value!r}; accepted: {', '.join(map(repr, choices))}{hint}")
+from tweo_timm.config import TweoConfig
 
 
 def tweo_loss(outputs: Sequence[Tensor], config: TweoConfig) -> Tensor:

@@ -23,7 +23,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.loss import TweoConfig, block_shares, mean_power
+from tweo_timm.config import TweoConfig
+from tweo_timm.loss import block_shares, mean_power
 from tweo_timm.peaks import Peaks, as_tensor, extremes, largest, peak_magnitudes
 from tweo_timm.tap import BlockTap
 

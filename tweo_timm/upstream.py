@@ -28,8 +28,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,18 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, world_info_from_env
 from torch import Tensor
 
-from tweo_timm.loss import TweoConfig
+from tweo_timm.config import TweoConfig
+from tweo_timm.records import append_rows, keep_rows_before
+from tweo_timm.settings import SettingError
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
-from tweo_timm.train.journal import append_rows, keep_rows_before
 
 _logger = logging.getLogger(__name__)
 
-_NUMBERS = {f"TWEO_{name.upper()}": name for name in ("weight", "tau", "power", "end_weight", "start", "end")}
-_WORDS = {f"TWEO_{name.upper()}": name for name in ("schedule", "reduction")}
+# eps is a guard against tau = 0, which is refused anyway: it has no variable.
+_SETTINGS = {f"TWEO_{item.name.upper()}": item.name for item in fields(TweoConfig) if item.name != "eps"}
 _BLOCKS = "TWEO_BLOCKS"
-VARIABLES = (*_NUMBERS, *_WORDS, _BLOCKS)
+VARIABLES = (*_SETTINGS, _BLOCKS)
 """Every environment variable that is read; another that begins with TWEO_ is an error."""
 
 _INSTALLED = "tweo_timm_plugin"
@@ -74,23 +75,25 @@ def read_settings(environ: Mapping[str, str]) -> tuple[TweoConfig, str | None]:
             raise ValueError(f"unknown environment variable {name}; known: {known}{suggest(name, VARIABLES)}")
         if not value.strip():
             raise ValueError(f"the environment variable {name} is empty: give it a value, or unset it for the default")
-    fields: dict[str, Any] = {_WORDS[name]: value for name, value in given.items() if name in _WORDS}
-    fields |= {_NUMBERS[name]: _number(name, value) for name, value in given.items() if name in _NUMBERS}
     try:
-        config = TweoConfig(**fields)
-    except ValueError as error:
-        message = re.sub(r"TweoConfig\.(\w+)", lambda match: f"TWEO_{match[1].upper()}", str(error))
-        values = " ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"{message} (the environment has {values})") from error
+        values: dict[str, Any] = {_SETTINGS[name]: _value(name, given[name]) for name in given if name in _SETTINGS}
+        config = TweoConfig(**values)
+    except SettingError as error:
+        environment = " ".join(f"{name}={value}" for name, value in given.items())
+        message = error.spelled(f"TWEO_{error.name.upper()}", "=")
+        raise ValueError(f"{message} (the environment has {environment})") from error
     return config, given.get(_BLOCKS)
 
 
-def _number(name: str, value: str) -> float:
+def _value(name: str, text: str) -> float | str:
+    """A variable's text as what its setting is: a number or a word."""
+    default = getattr(TweoConfig, _SETTINGS[name])
+    if isinstance(default, str):
+        return text
     try:
-        return float(value)
+        return float(text)
     except ValueError:
-        default = getattr(TweoConfig(), _NUMBERS[name])
-        raise ValueError(f"{name}={value} in the environment; accepted: a number, such as {default}") from None
+        raise ValueError(f"{name}={text} in the environment; accepted: a number, such as {default:g}") from None
 
 
 class TimmPlugin:

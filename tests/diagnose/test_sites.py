@@ -8,9 +8,9 @@ from torch import nn
 
 from tests.quant.families import FAMILIES, make_images, make_model
 from tweo_timm.blocks import find_blocks
-from tweo_timm.diagnose.record import plain
 from tweo_timm.diagnose.sites import record_sites
 from tweo_timm.quant.static import quantize_static
+from tweo_timm.records import plain
 
 
 def sites_of(model, images, **kwargs):

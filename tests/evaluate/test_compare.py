@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from tweo_timm.evaluate.cli import main
-from tweo_timm.evaluate.compare import compare, mcnemar_p, paired_difference, read_reports
+from tweo_timm.evaluate.compare import compare, mcnemar_p, paired_difference, read_reports, unpacked
 from tweo_timm.evaluate.measure import _packed as packed
-from tweo_timm.evaluate.measure import unpacked
 
 
 def record(name, correct, fingerprint="x", peak=10.0):

@@ -6,8 +6,8 @@ import pytest
 import tweo_timm
 from tests.reference_flags import assert_flag_is_timms, dest_of, reference_flags
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace, parse_validate_options
-from tweo_timm.train.flags import CommandLine, option_table
-from tweo_timm.train.recipe import RecipeError, dump_options
+from tweo_timm.run.flags import CommandLine, option_table
+from tweo_timm.run.recipe import RecipeError, dump_options
 
 TABLE = option_table(ValidateOptions)
 LINE = CommandLine(ValidateOptions, "validate.py", "")

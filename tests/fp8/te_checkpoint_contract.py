@@ -16,9 +16,8 @@ from torch import nn
 
 from tests.fp8.te_contract import FP8GlobalStateManager, pretend_there_is_a_gpu, quantization, te  # noqa: F401
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_task, tiny_vit
-from tweo_timm.fp8 import Fp8Recipe, fp8_state, patch_fp8, unpatch_fp8
+from tweo_timm import Fp8Recipe, TweoConfig, fp8_state, patch_fp8, unpatch_fp8
 from tweo_timm.fp8.scaling import current_scale, delayed_update
-from tweo_timm.loss import TweoConfig
 from tweo_timm.task import attach_tweo
 
 # After te_contract, which puts the stub in place.

@@ -74,7 +74,7 @@ from transformer_engine.common import recipe as te_recipes  # noqa: E402
 from transformer_engine.pytorch import quantization  # noqa: E402
 from transformer_engine.pytorch.quantization import DelayedScalingRecipeState, FP8GlobalStateManager  # noqa: E402
 
-from tweo_timm.fp8 import (  # noqa: E402
+from tweo_timm import (  # noqa: E402
     Fp8Recipe,
     check_fp8_ran,
     fp8_state,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from tweo_timm.fp8 import Fp8Recipe, fp8_state, patch_fp8
+from tweo_timm import Fp8Recipe, fp8_state, patch_fp8
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
 

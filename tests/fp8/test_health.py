@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tweo_timm.fp8 import Fp8HealthMonitor, Fp8Recipe, fp8_state, patch_fp8, warm_up_fp8
+from tweo_timm import Fp8HealthMonitor, Fp8Recipe, fp8_state, patch_fp8, warm_up_fp8
 from tweo_timm.fp8.health import summarize
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tweo_timm.fp8 import Fp8Recipe, fp8_state, patch_fp8
+from tweo_timm import Fp8Recipe, fp8_state, patch_fp8
 from tweo_timm.fp8.arithmetic import EmulatedArithmetic, NativeArithmetic
 from tweo_timm.fp8.cast import E4M3, E5M2
 from tweo_timm.fp8.region import Fp8Region

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from tweo_timm.fp8 import Fp8Recipe, check_fp8_ran, fp8_state, patch_fp8, unpatch_fp8
+from tweo_timm import Fp8Recipe, check_fp8_ran, fp8_state, patch_fp8, unpatch_fp8
 from tweo_timm.fp8.backend import choose_backend
 from tweo_timm.fp8.linear import Fp8Linear
 

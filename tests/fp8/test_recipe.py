@@ -2,7 +2,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from tweo_timm.fp8 import Fp8Recipe
+from tweo_timm import Fp8Recipe
 
 
 def test_defaults_are_the_published_configuration():

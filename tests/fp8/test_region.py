@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tweo_timm.fp8 import Fp8Recipe, fp8_state, load_fp8_state, patch_fp8
+from tweo_timm import Fp8Recipe, fp8_state, load_fp8_state, patch_fp8
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tweo_timm.fp8 import Fp8Recipe
+from tweo_timm import Fp8Recipe
 from tweo_timm.fp8.scaling import NOT_SEEN, DelayedScales, current_scale, delayed_update
 
 FLOAT32_MAX = np.finfo(np.float32).max

@@ -11,8 +11,7 @@ import timm
 import torch
 from timm.task import ClassificationTask
 
-from tweo_timm import TweoConfig, attach_tweo
-from tweo_timm.fp8 import Fp8Recipe, check_fp8_ran, fp8_state, load_fp8_state, patch_fp8
+from tweo_timm import Fp8Recipe, TweoConfig, attach_tweo, check_fp8_ran, fp8_state, load_fp8_state, patch_fp8
 from tweo_timm.fp8.te import obstacle
 
 REQUIREMENTS = ["transformer_engine==2.20.2", "einops", "onnxscript", "onnx_ir"]

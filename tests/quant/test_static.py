@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.quant.families import FAMILIES, make_images, make_model
+from tweo_timm import patch_fp8
 from tweo_timm.blocks import find_blocks
-from tweo_timm.fp8 import patch_fp8
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
 from tweo_timm.quant.static import quantization_scales, quantize_static
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from tests import processes
+from tweo_timm.run.world import World
 from tweo_timm.train.build import Session, build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
-from tweo_timm.train.world import World
 
 TINY = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
 VIT = [

@@ -8,12 +8,12 @@ import torch
 from timm.utils import unwrap_model
 
 from tests.train.runs import command, last, load, session_of, train
+from tweo_timm.run.world import World
 from tweo_timm.train import loop
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
 from tweo_timm.train.watch import SignalWatch
-from tweo_timm.train.world import World
 
 
 def test_an_epoch_that_is_not_validated_is_kept_for_recovery_only(images, tmp_path):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from tweo_timm.train.messages import held_messages, set_up_logging
+from tweo_timm.run.log import held_messages, set_up_logging
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ class Lines(logging.Handler):
 
 def read(bad=False):
     """Stands for reading the command line."""
-    logging.getLogger("tweo_timm.train.recipe").info("old names: %s", "amp_impl")
+    logging.getLogger("tweo_timm.run.recipe").info("old names: %s", "amp_impl")
     if bad:
         raise ValueError("unknown key")
 

@@ -131,9 +131,9 @@ def test_a_remainder_of_micro_batches_updates_as_the_one_large_batch(tmp_path):
 def large_then_small(data, tmp_path, plain):
     """The same two updates from batches of 16 and 4 images, by hand."""
     from tests.train.runs import command
+    from tweo_timm.run.world import World
     from tweo_timm.train.build import build_session
     from tweo_timm.train.options import parse_train_options
-    from tweo_timm.train.world import World
 
     words = command(data, tmp_path, *plain, "-b", "4", name="by-hand")
     session = build_session(parse_train_options(words), World(torch.device("cpu")))

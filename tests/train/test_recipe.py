@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.reference_flags import dest_of, reference_flags
-from tweo_timm.train.flags import Option, option_table
-from tweo_timm.train.legacy import modernize
+from tweo_timm.run.flags import Option, option_table
+from tweo_timm.run.legacy import modernize
+from tweo_timm.run.recipe import RecipeError, dump_options, load_recipe
 from tweo_timm.train.options import TrainOptions, parse_train_options
-from tweo_timm.train.recipe import RecipeError, dump_options, load_recipe
 
 ARGS = Path(__file__).parents[1] / "golden" / "args_yaml"
 TABLE = option_table(TrainOptions)

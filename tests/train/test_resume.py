@@ -13,13 +13,13 @@ import torch
 from timm.utils import unwrap_model
 
 from tests.train.runs import command, last, load, rows, same_tensors, start, train
+from tweo_timm.run.progress import ProgressLine
+from tweo_timm.run.world import World
 from tweo_timm.train import validation
 from tweo_timm.train.build import build_session
 from tweo_timm.train.checkpoint import restore
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
-from tweo_timm.train.progress import ProgressLine
-from tweo_timm.train.world import World
 
 ALL_RANDOM = [
     *("--model-ema", "--model-ema-decay", "0.9", "--mixup", "0.5", "--cutmix", "0.5", "--reprob", "0.5"),

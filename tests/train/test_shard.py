@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tweo_timm.fp8 import Fp8Report
+from tweo_timm import Fp8Report
+from tweo_timm.run.world import World
 from tweo_timm.train.options import parse_train_options
 from tweo_timm.train.shard import check_sharding
-from tweo_timm.train.world import World
 
 TWO = World(torch.device("cpu"), distributed=True, size=2)
 TE = Fp8Report(backend="te", backend_reason="", converted=(), skipped={})

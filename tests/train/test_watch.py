@@ -15,12 +15,12 @@ from timm.data import ImageDataset
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
 from tweo_timm.blocks import find_blocks
+from tweo_timm.run.dataset import StrictImages
+from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
 from tweo_timm.train.loop import Trainer
-from tweo_timm.train.splits import StrictImages
 from tweo_timm.train.step import TrainStep
 from tweo_timm.train.watch import HealthWatch, SignalWatch, TrainingStopped
-from tweo_timm.train.world import World
 
 CPU = World(torch.device("cpu"))
 

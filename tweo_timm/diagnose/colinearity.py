@@ -24,7 +24,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
-from tweo_timm.diagnose.record import as_batches, plain
+from tweo_timm.diagnose.samples import as_batches
+from tweo_timm.records import plain
 from tweo_timm.tap import BlockTap
 
 NUM_TERMS = 10

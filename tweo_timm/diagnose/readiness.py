@@ -18,9 +18,9 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from tweo_timm.diagnose.record import plain
 from tweo_timm.diagnose.sites import sees_images
 from tweo_timm.quant.flow import projections_called
+from tweo_timm.records import plain
 
 E4M3_MAX = 448.0
 MULTIPLE = 16

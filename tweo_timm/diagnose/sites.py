@@ -19,9 +19,9 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
-from tweo_timm.diagnose.record import plain
 from tweo_timm.quant.flow import projections_called
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.records import plain
 from tweo_timm.stats import ActivationStats, gather
 
 KINDS = ("block", "norm", "attention_input", "linear_input", "linear_output")

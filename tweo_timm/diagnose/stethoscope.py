@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
 from tweo_timm.diagnose.random_init import open_blocks, random_model
-from tweo_timm.diagnose.record import as_batches, plain
+from tweo_timm.diagnose.samples import as_batches
+from tweo_timm.records import plain
 from tweo_timm.tap import BlockTap
 
 PRESENT = 0.5

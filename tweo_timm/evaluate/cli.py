@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tweo_timm.evaluate.options import ValidateOptions, parse_validate_options
-from tweo_timm.train.messages import held_messages, set_up_logging
+from tweo_timm.run.log import held_messages, set_up_logging
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(error)
     if options.print_config:
-        from tweo_timm.train.recipe import dump_options
+        from tweo_timm.run.recipe import dump_options
 
         print(dump_options(options), end="")
         return 0
@@ -53,8 +53,8 @@ def validate(options: ValidateOptions, command: str) -> int:
         The exit status, as `main`.
     """
     from tweo_timm.evaluate.compare import read_reports
-    from tweo_timm.train.splits import UnreadableImage
-    from tweo_timm.train.world import join_world
+    from tweo_timm.run.dataset import UnreadableImage
+    from tweo_timm.run.world import join_world
 
     set_up_logging()
     records: list[dict[str, Any]] = []
@@ -153,8 +153,8 @@ def _with_retry(subject: Any, world: Any, measure: Any) -> dict[str, Any]:
 
 
 def _report(records: list[dict[str, Any]], options: ValidateOptions, command: str) -> None:
-    from tweo_timm.diagnose.record import plain
     from tweo_timm.evaluate.report import print_table, write_report
+    from tweo_timm.records import plain
 
     results = [plain(_timm_result(record, options.metrics_avg)) for record in records]
     print_table(records)

@@ -15,12 +15,25 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import torch
 from torch import Tensor
-
-from tweo_timm.evaluate.measure import unpacked
 
 SCHEMA = 1
 _HEADLINES = {"classification": ("top1", "Top-1"), "multilabel": ("map", "mAP")}
+
+
+def packed(correct: Tensor) -> str:
+    """One bit per image, in hexadecimal: what a paired comparison of two reports needs."""
+    bits = torch.nn.functional.pad(correct.to(torch.uint8), (0, -len(correct) % 8)).view(-1, 8)
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+    return bytes((bits * weights).sum(-1).tolist()).hex()
+
+
+def unpacked(text: str, count: int) -> Tensor:
+    """Undo the packing of `correct`: bool (count,)."""
+    values = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    return ((values[:, None] >> shifts) & 1).flatten()[:count].bool()
 
 
 def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.train.splits import check_num_classes, image_dtype, open_dataset, split_folder, target_details
-from tweo_timm.train.world import World
+from tweo_timm.run.dataset import check_num_classes, image_dtype, open_dataset, split_folder, target_details
+from tweo_timm.run.world import World
 
 
 @dataclass

@@ -17,6 +17,7 @@ from tweo_timm.diagnose.colinearity import colinearity
 from tweo_timm.diagnose.readiness import fp8_readiness
 from tweo_timm.diagnose.sites import record_sites
 from tweo_timm.diagnose.stethoscope import stethoscope
+from tweo_timm.evaluate.compare import packed
 from tweo_timm.evaluate.images import Images, open_images, sample_images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.scoring import Score, score
@@ -27,7 +28,7 @@ from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
-from tweo_timm.train.world import World
+from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         "data": {"fingerprint": images.fingerprint, "split": options.split},
     }
     whole, outliers = _score_with_outliers(subject, images, world)
-    record |= {**whole.metrics, "correct": _packed(whole.correct)}
+    record |= {**whole.metrics, "correct": packed(whole.correct)}
     record["data"]["images"] = whole.count
     if options.task == "multilabel":
         record["data"]["threshold"] = options.multilabel_threshold
@@ -167,20 +168,6 @@ def _training_peaks(subject: Subject) -> list[dict[str, float]]:
     return [{"epoch": epoch, "peak_abs": peak} for epoch, peak in sorted(peaks.items())]
 
 
-def _packed(correct: Tensor) -> str:
-    """One bit an image, in hexadecimal: what a paired comparison of two reports needs."""
-    bits = torch.nn.functional.pad(correct.to(torch.uint8), (0, -len(correct) % 8)).view(-1, 8)
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
-    return bytes((bits * weights).sum(-1).tolist()).hex()
-
-
-def unpacked(text: str, count: int) -> Tensor:
-    """Undo the packing of `correct`: bool (count,)."""
-    values = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
-    return ((values[:, None] >> shifts) & 1).flatten()[:count].bool()
-
-
 def _quantized(
     subject: Subject, scheme: str, images: Images, samples: _Samples, world: World, float_file: Path | None
 ) -> dict[str, Any]:
@@ -195,7 +182,7 @@ def _quantized(
     return exported | {
         "scheme": scheme,
         **result.metrics,
-        "correct": _packed(result.correct),
+        "correct": packed(result.correct),
         "calibration": {
             "split": options.calibration_split,
             "images": sum(len(batch) for batch in batches),

@@ -9,12 +9,14 @@ Source: timm's validation script, 1.0.29 to 1.0.31. Imports neither torch nor ti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.train.checks import (
+from tweo_timm.run.flags import CommandLine, as_namespace, freeze
+from tweo_timm.run.options import ConfigOptions
+from tweo_timm.run.recipe import resolve
+from tweo_timm.run.rules import (
     image_shape,
     option_name,
     out_of_bounds,
@@ -23,9 +25,7 @@ from tweo_timm.train.checks import (
     scripting,
     target_format,
 )
-from tweo_timm.train.flags import CommandLine, as_namespace, flag, freeze
-from tweo_timm.train.groups.run import ConfigOptions
-from tweo_timm.train.recipe import resolve
+from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_0, AT_LEAST_1, Bounds, flag
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 
@@ -33,12 +33,6 @@ _DESCRIPTION = (
     "Validate timm models: accuracy, activation outliers, quantization. "
     "Every flag of timm's validate.py means the same here."
 )
-_BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("batch_size", "log_freq", "num_classes", "in_chans", "img_size"), (1, math.inf)),
-    **dict.fromkeys(("workers", "seed", "colinearity_channel", "crop_border_pixels"), (0, math.inf)),
-    **dict.fromkeys(("crop_pct", "multilabel_threshold"), (0, 1)),
-    "calibration_images": (1, math.inf),
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,9 @@ class DatasetOptions:
         "", "Dataset as TYPE/NAME, e.g. wds/imagenet, hfds/NAME, torch/NAME; empty: image folder or tar."
     )
     split: str = flag("validation", "Split to validate on.")
-    num_samples: int | None = flag(None, "Number of samples, for iterable datasets that do not know.")
+    num_samples: int | None = flag(
+        None, "Number of samples, for iterable datasets that do not know.", bounds=AT_LEAST_1
+    )
     dataset_download: bool = flag(False, "Let torch/ and tfds/ datasets download themselves.")
     class_map: str = flag("", "Text file that maps class names to indices.", metavar="FILE")
     input_key: str | None = flag(None, "Dataset field that holds the image.")
@@ -64,7 +60,9 @@ class DatasetOptions:
     target_format: str | None = flag(
         None, "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
     )
-    multilabel_threshold: float = flag(0.5, "Probability above which a label counts as predicted (F1).")
+    multilabel_threshold: float = flag(
+        0.5, "Probability above which a label counts as predicted (F1).", bounds=Bounds(0, 1, open="both")
+    )
     real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE")
     valid_labels: str = flag("", "Text file: line i is the model's class of the data's class i.", metavar="FILE")
 
@@ -81,9 +79,9 @@ class ModelOptions:
         [], "Checkpoints to validate and compare; a folder stands for all in it.", metavar="FILE"
     )
     use_ema: bool = flag(False, "The moving average of the weights, where the checkpoint holds one.")
-    num_classes: int | None = flag(None, "Number of classes; unset: the architecture's.")
+    num_classes: int | None = flag(None, "Number of classes; unset: the architecture's.", bounds=AT_LEAST_1)
     gp: str | None = flag(None, "Global pooling: avg, max, avgmax, token, map; unset: the architecture's.")
-    in_chans: int | None = flag(None, "Number of image channels.")
+    in_chans: int | None = flag(None, "Number of image channels.", bounds=AT_LEAST_1)
     model_kwargs: dict[str, Any] = flag({}, "Further arguments of the architecture.")
     test_pool: bool = flag(False, "Test-time pooling, for models that support it.")
     reparam: bool = flag(False, "Merge the training branches of models that have them.")
@@ -93,14 +91,18 @@ class ModelOptions:
 class InputOptions:
     """Images."""
 
-    img_size: int | None = flag(None, "Image size; unset: the architecture's.")
-    input_size: list[int] | None = flag(None, "Channels, height and width.", nargs=3)
+    img_size: int | None = flag(None, "Image size; unset: the architecture's.", bounds=AT_LEAST_1)
+    input_size: list[int] | None = flag(None, "Channels, height and width.", nargs=3, bounds=AT_LEAST_1)
     use_train_size: bool = flag(False, "The training size even where the architecture has another for testing.")
-    crop_pct: float | None = flag(None, "Center crop, as a fraction of the resized image.")
+    crop_pct: float | None = flag(
+        None, "Center crop, as a fraction of the resized image.", bounds=Bounds(0, 1, open="low")
+    )
     crop_mode: str | None = flag(None, "Crop: center, squash or border; unset: the architecture's.")
-    crop_border_pixels: int | None = flag(None, "Pixels cut from each border.")
-    mean: list[float] | None = flag(None, "Pixel mean per channel; unset: the architecture's.")
-    std: list[float] | None = flag(None, "Pixel standard deviation per channel; unset: the architecture's.")
+    crop_border_pixels: int | None = flag(None, "Pixels cut from each border.", bounds=AT_LEAST_0)
+    mean: list[float] | None = flag(None, "Pixel mean per channel; unset: the architecture's.", bounds=ANY)
+    std: list[float] | None = flag(
+        None, "Pixel standard deviation per channel; unset: the architecture's.", bounds=ABOVE_0
+    )
     interpolation: str = flag("", "Resize interpolation; empty: the architecture's.")
     tf_preprocessing: bool = flag(False, "Preprocess with TensorFlow, which must be installed.")
 
@@ -110,7 +112,7 @@ class DeviceOptions:
     """Device, precision and loading."""
 
     device: str = flag("cuda", "Device: cuda, cpu, mps, cuda:1.")
-    num_gpu: int = flag(1, "Refused above 1: threads of DataParallel would mix up the statistics.")
+    num_gpu: int = flag(1, "Refused above 1: threads of DataParallel would mix up the statistics.", bounds=ANY)
     amp: bool = flag(False, "Mixed precision through autocast.")
     amp_dtype: str = flag("float16", "Low precision of --amp.", choices=("float16", "bfloat16"))
     model_dtype: str | None = flag(
@@ -125,21 +127,21 @@ class DeviceOptions:
     )
     aot_autograd: bool = flag(False, "Refused: use --torchcompile aot_eager.")
     fuser: str = flag("", "TorchScript fuser; only empty is accepted, see --torchscript.")
-    batch_size: int = flag(256, "Batch size.", "-b", "--batch-size")
-    workers: int = flag(4, "Loader processes.", "-j", "--workers")
+    batch_size: int = flag(256, "Batch size.", "-b", "--batch-size", bounds=AT_LEAST_1)
+    workers: int = flag(4, "Loader processes.", "-j", "--workers", bounds=Bounds(0, 1024))
     pin_mem: bool = flag(False, "Pin the loader's memory.")
     no_prefetcher: bool = flag(False, "No prefetching to the device.")
     retry: bool = flag(False, "After running out of memory try again with a smaller batch.")
-    seed: int = flag(42, "Random seed, of calibration and random inputs too.")
+    seed: int = flag(42, "Random seed, of calibration and random inputs too.", bounds=Bounds(0, 2**32 - 1))
     naflex_loader: bool = flag(False, "Refused: statistics would count the padding tokens of its batches.")
-    naflex_max_seq_len: int = flag(576, "Sequence length of --naflex-loader.")
+    naflex_max_seq_len: int = flag(576, "Sequence length of --naflex-loader.", bounds=AT_LEAST_1)
 
 
 @dataclass(frozen=True)
 class OutputOptions:
     """Results."""
 
-    log_freq: int = flag(10, "Batches between log lines.")
+    log_freq: int = flag(10, "Batches between log lines.", bounds=AT_LEAST_1)
     results_file: str = flag("", "File for the results of all models.", metavar="FILE")
     results_format: str = flag("csv", "Its format.", choices=("csv", "json"))
     metrics_avg: str | None = flag(
@@ -161,12 +163,12 @@ class MeasurementOptions:
     quantize: list[str] = flag(
         [], "Top-1 after static quantization, e.g. w8a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
     )
-    calibration_images: int = flag(512, "Images that fix the quantization's scales.")
+    calibration_images: int = flag(512, "Images that fix the quantization's scales.", bounds=AT_LEAST_1)
     calibration_split: str = flag("train", "Split that they come from.")
     stethoscope: bool = flag(False, "Are outliers in the data or in the weights? Random inputs and random weights.")
     colinearity: bool = flag(False, "Which singular direction of an MLP makes its largest activation.")
     colinearity_block: str | None = flag(None, "Block to examine; unset: the one with the peak.", metavar="NAME")
-    colinearity_channel: int | None = flag(None, "Channel to examine; unset: that of the peak.")
+    colinearity_channel: int | None = flag(None, "Channel to examine; unset: that of the peak.", bounds=AT_LEAST_0)
     fp8_readiness: bool = flag(False, "What per-tensor FP8 would do to each tensor.")
 
 
@@ -206,7 +208,7 @@ def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "valid
 
 
 def _complaints(options: ValidateOptions) -> Iterator[str]:
-    yield from out_of_bounds(options, _BOUNDS)
+    yield from out_of_bounds(options)
     yield from image_shape(options)
     yield from scripting(options)
     yield from pooling(options)
@@ -231,8 +233,6 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
             yield f"{option_name(dest)} is about one label an image; leave it out with --task multilabel"
     if options.multilabel_threshold != 0.5 and options.task != "multilabel":
         yield "--multilabel-threshold does nothing without --task multilabel; give both or neither"
-    if options.multilabel_threshold in (0, 1):
-        yield f"--multilabel-threshold is {options.multilabel_threshold:g}; it must be between 0 and 1, and neither"
     if options.real_labels and options.valid_labels:
         yield "--real-labels are of all classes of ImageNet; leave out --valid-labels"
     for dest in ("real_labels", "valid_labels"):

@@ -16,10 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tweo_timm.diagnose.record import plain
 from tweo_timm.evaluate.compare import SCHEMA, accuracy_by_scheme, compare, headline, schemes_of
 from tweo_timm.evaluate.plots import draw_all
-from tweo_timm.train.journal import write_atomically
+from tweo_timm.records import plain, write_atomically
 from tweo_timm.version import __version__
 
 _METRICS = {

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tweo_timm.evaluate.images import Images
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.train.progress import ProgressLine
-from tweo_timm.train.splits import place
-from tweo_timm.train.world import World
+from tweo_timm.run.dataset import place
+from tweo_timm.run.progress import ProgressLine
+from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
+from tweo_timm.run.dataset import preprocessing
+from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
 from tweo_timm.suggestion import suggest_path
-from tweo_timm.train.model import check_compiler, check_image_size, suggest_model
-from tweo_timm.train.splits import preprocessing
 
 _logger = logging.getLogger(__name__)
 

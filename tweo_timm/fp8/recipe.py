@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 - flag() and setting() return a dataclass field
 """The one description of an FP8 run, read by every backend.
 
 Names and defaults are those of NVIDIA Transformer Engine's ``DelayedScaling``, so that a recipe means the same thing
@@ -7,16 +8,16 @@ option. This class refuses it and names the nearest valid one.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from tweo_timm.settings import AT_LEAST_0, Bounds, SettingError, check_settings, flag, setting
 
 FORMATS = ("hybrid", "e4m3")
 AMAX_ALGORITHMS = ("max", "most_recent")
 BACKENDS = ("auto", "te", "native", "emulated")
 SCALINGS = ("delayed", "current", "unit")
-_MAX_MARGIN = 64
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,17 @@ class Fp8Recipe:
         ValueError: a field has a value outside the accepted set; the message names the nearest accepted value.
     """
 
-    format: str = "hybrid"
-    amax_history_len: int = 16
-    amax_compute_algo: str = "max"
-    margin: int = 0
-    backend: str = "auto"
-    scaling: str = "delayed"
+    format: str = setting("hybrid", choices=FORMATS)
+    amax_history_len: int = setting(16, Bounds(1, 1 << 20))
+    amax_compute_algo: str = setting("max", choices=AMAX_ALGORITHMS)
+    margin: int = setting(0, Bounds(-64, 64))
+    backend: str = setting("auto", choices=BACKENDS)
+    scaling: str = setting("delayed", choices=SCALINGS)
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        _check_choice("format", self.format, FORMATS)
-        _check_choice("amax_compute_algo", self.amax_compute_algo, AMAX_ALGORITHMS)
-        _check_choice("backend", self.backend, BACKENDS)
-        _check_choice("scaling", self.scaling, SCALINGS)
-        _check_integer("amax_history_len", self.amax_history_len, low=1, high=1 << 20)
-        _check_integer("margin", self.margin, low=-_MAX_MARGIN, high=_MAX_MARGIN)
+        check_settings(self)
         for field in ("include", "exclude"):
             object.__setattr__(self, field, _checked_patterns(field, getattr(self, field)))
 
@@ -69,23 +65,6 @@ class Fp8Recipe:
         return None
 
 
-def _check_choice(field: str, value: object, accepted: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"Fp8Recipe.{field} must be a string, one of {accepted}; got {value!r}")
-    if value not in accepted:
-        nearest = difflib.get_close_matches(value.lower(), accepted, n=1, cutoff=0.0)[0]
-        raise ValueError(f"Fp8Recipe.{field}={value!r} is not one of {accepted}; the nearest is {nearest!r}")
-
-
-def _check_integer(field: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Fp8Recipe.{field} must be an int from {low} to {high}; got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(
-            f"Fp8Recipe.{field}={value} is outside {low}..{high}; the nearest is {min(max(value, low), high)}"
-        )
-
-
 def _checked_patterns(field: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
@@ -95,5 +74,41 @@ def _checked_patterns(field: str, value: object) -> tuple[str, ...]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"Fp8Recipe.{field}: {pattern!r} is not a regular expression ({error})") from error
+            raise SettingError("Fp8Recipe", field, pattern, f"a regular expression ({error})") from error
     return tuple(value)
+
+
+@dataclass(frozen=True)
+class Fp8Options:
+    """FP8 training."""
+
+    fp8: str = flag(
+        "off",
+        "What computes in FP8; auto: te, else native, else emulated, and it says which.",
+        choices=("off", *BACKENDS),
+    )
+    fp8_format: str = flag(Fp8Recipe.format, "E4M3 with E5M2 gradients, or E4M3 throughout.", choices=FORMATS)
+    fp8_amax_history: int = flag(Fp8Recipe.amax_history_len, "Steps that delayed scaling looks back.")
+    fp8_scaling: str = flag(Fp8Recipe.scaling, "Where scales come from.", choices=SCALINGS)
+    fp8_exclude: list[str] = flag([], "Layers left out, as patterns of their names.", metavar="REGEX")
+    fp8_health_interval: int = flag(
+        0, "Updates between reports on saturation and underflow; 0: none.", bounds=AT_LEAST_0
+    )
+
+    def fp8_recipe(self) -> Fp8Recipe:
+        """The recipe that the flags describe; where FP8 is off, that of ``--fp8 auto``.
+
+        Raises:
+            ValueError: for a value that is not accepted; the message names the flag.
+        """
+        try:
+            return Fp8Recipe(
+                format=self.fp8_format,
+                amax_history_len=self.fp8_amax_history,
+                backend="auto" if self.fp8 == "off" else self.fp8,
+                scaling=self.fp8_scaling,
+                exclude=tuple(self.fp8_exclude),
+            )
+        except SettingError as error:
+            names = {"backend": "--fp8", "amax_history_len": "--fp8-amax-history"}
+            raise ValueError(error.spelled(names.get(error.name, f"--fp8-{error.name}"))) from error

@@ -26,18 +26,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.fp8 import Fp8Recipe, patch_fp8
-from tweo_timm.loss import TweoConfig
+from tweo_timm.fp8.patch import patch_fp8
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.dataset import image_dtype, place, preprocessing
+from tweo_timm.run.model import check_compiler
+from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
 from tweo_timm.train.data import Data, open_data
-from tweo_timm.train.model import build_model, check_compiler, check_image_sizes
+from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
-from tweo_timm.train.splits import image_dtype, place, preprocessing
-from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _attach(options: TrainOptions, task: TrainingTask) -> TweoHandle | None:
     if not (options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0):
         return None
     try:
-        return attach_tweo(task, _tweo_config(options), options.tweo_blocks)
+        return attach_tweo(task, options.tweo_config(), options.tweo_blocks)
     except RuntimeError as error:
         raise ValueError(f"{error} (or watch nothing: --tweo-weight 0 --outlier-interval 0)") from error
 
@@ -320,15 +320,8 @@ def _set_backends(world: World) -> None:
 def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
     if options.fp8 == "off":
         return None
-    recipe = Fp8Recipe(
-        format=options.fp8_format,
-        amax_history_len=options.fp8_amax_history,
-        backend=options.fp8,
-        scaling=options.fp8_scaling,
-        exclude=tuple(options.fp8_exclude),
-    )
     try:
-        return patch_fp8(model, recipe)
+        return patch_fp8(model, options.fp8_recipe())
     except RuntimeError as error:  # what was asked for by name and cannot run
         raise ValueError(f"--fp8 {options.fp8}: {error}") from error
 
@@ -342,19 +335,6 @@ def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
             raise
         _logger.info("No outlier statistics: %s", str(error).split(":")[0])
         return {}
-
-
-def _tweo_config(options: TrainOptions) -> TweoConfig:
-    return TweoConfig(
-        weight=options.tweo_weight,
-        tau=options.tweo_tau,
-        power=options.tweo_power,
-        schedule=options.tweo_schedule,
-        end_weight=options.tweo_end_weight,
-        reduction=options.tweo_reduction,
-        start=options.tweo_start,
-        end=options.tweo_end,
-    )
 
 
 def _autocast(options: TrainOptions, world: World) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -6,36 +6,21 @@ or that cannot work here, is refused. Facts about what timm does with a flag: it
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from tweo_timm.train.options import TrainOptions
-
-# Inclusive bounds of the flags that have some. None is always in range: it means unset.
-_POSITIVE_COUNTS = (
-    "batch_size validation_batch_size grad_accum_steps lr_base_size epochs stop_epoch log_interval val_interval "
-    "checkpoint_hist recount lr_cycle_limit fp8_amax_history train_batches_per_epoch num_classes in_chans img_size"
+from tweo_timm.run.rules import (
+    image_shape,
+    option_name,
+    out_of_bounds,
+    pooling,
+    regular_expressions,
+    scripting,
+    target_format,
 )
-_NOT_NEGATIVE = (
-    "workers recovery_interval mixup_off_epoch aug_repeats aug_splits tta warmup_epochs cooldown_epochs "
-    "patience_epochs outlier_interval fp8_health_interval start_epoch weight_decay min_lr warmup_lr "
-    "lr_base mixup cutmix epoch_repeats tweo_weight tweo_end_weight seed"
-)
-_FRACTIONS = (
-    "hflip vflip color_jitter_prob grayscale_prob gaussian_blur_prob reprob mixup_prob mixup_switch_prob smoothing "
-    "drop drop_path drop_block model_ema_decay multilabel_threshold tweo_start tweo_end train_size_random_mix crop_pct"
-)
-_BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_POSITIVE_COUNTS.split(), (1, math.inf)),
-    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
-    **dict.fromkeys(_FRACTIONS.split(), (0, 1)),
-}
+from tweo_timm.train.groups import TrainSettings
 
 
-def check_train_options(options: TrainOptions) -> None:
+def check_train_options(options: TrainSettings) -> None:
     """Refuse settings that are out of range, contradict each other or cannot be honoured.
 
     Raises:
@@ -46,99 +31,19 @@ def check_train_options(options: TrainOptions) -> None:
             raise ValueError(complaint)
 
 
-def option_name(dest: str) -> str:
-    """The long option string of a field, for messages."""
-    return f"--{dest.replace('_', '-')}"
-
-
-def out_of_bounds(options: Any, bounds: dict[str, tuple[float, float]]) -> Iterator[str]:
-    """A complaint for each number that is infinite, none, or outside its bounds."""
-    for dest, value in vars(options).items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            yield f"{option_name(dest)} is {value}; it must be finite"
-    for dest, (low, high) in bounds.items():
-        value = getattr(options, dest)
-        if value is not None and not low <= value <= high:
-            accepted = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-            yield f"{option_name(dest)} is {value}; it must be {accepted}"
-
-
-def image_shape(options: Any) -> Iterator[str]:
-    """A complaint for each flag that speaks of images of another shape than the others."""
-    expected = options.in_chans or (options.input_size[0] if options.input_size else 3)
-    if options.input_size is not None:
-        channels, *size = options.input_size
-        given = f"--input-size {channels} {' '.join(map(str, size))}"
-        if channels != expected:
-            yield f"--in-chans {expected} contradicts {given}, whose first number is the channels"
-        if options.img_size is not None and size != [options.img_size] * 2:
-            side = options.img_size
-            yield f"--img-size {side} contradicts {given}, which timm takes; use --input-size {channels} {side} {side}"
-    if options.crop_pct == 0:
-        yield "--crop-pct is 0; it must be above 0 (leave it out for the architecture's)"
-    for dest in ("mean", "std"):
-        values = getattr(options, dest)
-        if values is not None and len(values) not in (1, expected):
-            yield f"{option_name(dest)} has {len(values)} values; it needs one, or one for each of {expected} channels"
-
-
-def _out_of_range(options: TrainOptions) -> Iterator[str]:
-    yield from out_of_bounds(options, _BOUNDS)
-    if options.smoothing == 1:
-        yield "--smoothing is 1; it must be below 1, which would leave nothing of the label"
-    if options.lr is not None and options.lr <= 0:
-        yield f"--lr is {options.lr}; it must be above 0 (leave it out to use --lr-base {options.lr_base:g})"
+def _out_of_range(options: TrainSettings) -> Iterator[str]:
+    yield from out_of_bounds(options)
     for dest in ("scale", "ratio", "cutmix_minmax"):
         pair = getattr(options, dest)
         if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
             yield f"{option_name(dest)} is {pair}; it takes two numbers, the smaller first"
     if options.cutmix_minmax is not None and options.cutmix_minmax[0] == options.cutmix_minmax[1]:
         yield f"--cutmix-minmax is {options.cutmix_minmax}; timm draws from between the two, which must differ"
-    for dest in ("lr_cycle_mul", "lr_k_decay"):
-        if getattr(options, dest) <= 0:
-            yield f"{option_name(dest)} is {getattr(options, dest):g}; it must be above 0"
-    if any(one <= 0 for one in options.std or ()):
-        yield f"--std is {options.std}; each must be above 0"
     if sorted(options.decay_milestones) != options.decay_milestones:
         yield f"--decay-milestones is {options.decay_milestones}; the epochs must be increasing"
-    if any(epoch < 1 for epoch in options.save_epochs or ()):
-        yield f"--save-epochs is {options.save_epochs}; epochs count from 1"
 
 
-def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:
-    """A complaint for each pattern that does not compile; None is no pattern."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
-
-
-def pooling(options: Any) -> Iterator[str]:
-    """A complaint for a pooling that leaves no logits."""
-    if options.gp == "":
-        yield "--gp '' would leave the features of every place unpooled; leave it out, or give avg, max, token or map"
-
-
-def target_format(options: Any) -> Iterator[str]:
-    """A complaint for a format of targets that the data does not have."""
-    if options.target_format == "multihot" and (options.task != "multilabel" or not options.dataset):
-        yield "--target-format multihot needs --task multilabel and a --dataset whose samples hold 0/1 vectors"
-
-
-def scripting(options: Any) -> Iterator[str]:
-    """A complaint for each flag of TorchScript, which neither command honours."""
-    if options.torchscript:
-        yield (
-            "--torchscript cannot be honoured: a scripted model runs neither the hooks of TWEO nor FP8 layers; "
-            "use --torchcompile (from a file: --no-torchscript)"
-        )
-    if options.fuser:
-        yield f"--fuser {options.fuser} cannot be honoured: it belongs to --torchscript; use --torchcompile, --fuser ''"
-
-
-def _not_honoured(options: TrainOptions) -> Iterator[str]:
+def _not_honoured(options: TrainSettings) -> Iterator[str]:
     yield from scripting(options)
     if options.persistent_workers:
         yield (
@@ -167,7 +72,7 @@ def _not_honoured(options: TrainOptions) -> Iterator[str]:
         )
 
 
-def _incomplete(options: TrainOptions) -> Iterator[str]:
+def _incomplete(options: TrainSettings) -> Iterator[str]:
     yield from pooling(options)
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
@@ -212,7 +117,7 @@ def _incomplete(options: TrainOptions) -> Iterator[str]:
         yield f"--naflex-patch-size-probs has {len(probs)} values; it needs one for each of --naflex-patch-sizes"
 
 
-def _contradictory(options: TrainOptions) -> Iterator[str]:
+def _contradictory(options: TrainSettings) -> Iterator[str]:
     yield from image_shape(options)
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
@@ -243,23 +148,9 @@ def _contradictory(options: TrainOptions) -> Iterator[str]:
         yield f"--loss {options.loss} is for several labels an image; give --task multilabel, or --loss ce or bce"
 
 
-def _tweo_and_fp8(options: TrainOptions) -> Iterator[str]:
-    if options.tweo_tau <= 0:
-        yield f"--tweo-tau is {options.tweo_tau:g}; it must be above 0, in the paper 3"
-    if options.tweo_power <= 1:
-        yield f"--tweo-power is {options.tweo_power:g}; it must be above 1, in the paper 4"
-    if not options.tweo_start < options.tweo_end:
-        yield f"--tweo-start {options.tweo_start:g} must be below --tweo-end {options.tweo_end:g}"
-    moved = [
-        option_name(dest)
-        for dest, still in (("tweo_end_weight", 0.0), ("tweo_start", 0.0), ("tweo_end", 1.0))
-        if getattr(options, dest) != still
-    ]
-    if moved and options.tweo_schedule == "constant":
-        yield f"{', '.join(moved)} does nothing under --tweo-schedule constant; choose cosine or linear"
-    if options.stop_on_peak is not None and options.stop_on_peak <= 0:
-        yield f"--stop-on-peak is {options.stop_on_peak:g}; it must be above 0"
+def _tweo_and_fp8(options: TrainSettings) -> Iterator[str]:
+    options.tweo_config()
+    options.fp8_recipe()
     if options.stop_on_peak is not None and options.outlier_interval == 0 and options.tweo_weight == 0:
         yield "--stop-on-peak needs statistics: give --outlier-interval 1 or more"
     yield from regular_expressions("tweo_blocks", options.tweo_blocks)
-    yield from regular_expressions("fp8_exclude", *options.fp8_exclude)

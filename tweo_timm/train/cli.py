@@ -12,13 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tweo_timm.train.messages import held_messages, set_up_logging
+from tweo_timm.run.log import held_messages, set_up_logging
+from tweo_timm.run.recipe import dump_options
 from tweo_timm.train.options import TrainOptions, parse_train_options
-from tweo_timm.train.recipe import dump_options
 
 if TYPE_CHECKING:
+    from tweo_timm.run.world import World
     from tweo_timm.train.watch import SignalWatch
-    from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def train(options: TrainOptions) -> int:
     Returns:
         The exit status, as `main`.
     """
-    from tweo_timm.train.splits import UnreadableImage
+    from tweo_timm.run.dataset import UnreadableImage
+    from tweo_timm.run.world import join_world
     from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
-    from tweo_timm.train.world import join_world
 
     set_up_logging()
     try:
@@ -87,8 +87,8 @@ def train(options: TrainOptions) -> int:
 
 def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:
     """Build everything, and only then touch the run folder: a command that cannot run changes nothing."""
+    from tweo_timm.records import write_atomically
     from tweo_timm.train.build import build_session
-    from tweo_timm.train.journal import write_atomically
     from tweo_timm.train.loop import Trainer
     from tweo_timm.train.options import as_namespace
     from tweo_timm.train.watch import Interrupted

@@ -14,9 +14,7 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.loader import PrefetchLoader
 
-from tweo_timm.train.options import TrainOptions
-from tweo_timm.train.replay import ReplayLoader
-from tweo_timm.train.splits import (
+from tweo_timm.run.dataset import (
     RESAMPLINGS,
     check_num_classes,
     class_names,
@@ -26,8 +24,10 @@ from tweo_timm.train.splits import (
     split_folder,
     target_details,
 )
+from tweo_timm.run.world import World
+from tweo_timm.train.options import TrainOptions
+from tweo_timm.train.replay import ReplayLoader
 from tweo_timm.train.watch import PatientWorker
-from tweo_timm.train.world import World
 
 
 @dataclass

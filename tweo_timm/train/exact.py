@@ -17,7 +17,7 @@ from timm.utils import unwrap_model
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from tweo_timm.fp8 import fp8_state, load_fp8_state
+from tweo_timm.fp8.patch import fp8_state, load_fp8_state
 from tweo_timm.train.build import Session
 from tweo_timm.train.meters import EpochMeters
 from tweo_timm.train.replay import Position, RandomState

@@ -12,17 +12,14 @@ Only the primary process has one. Rows of epochs that a resumed run will repeat 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tweo_timm.diagnose.record import plain
+from tweo_timm.records import append_rows, keep_rows_before, write_atomically
 from tweo_timm.stats import ActivationStats
 
 OWN_COLUMNS = ("train_task_loss", "train_tweo_loss", "train_peak_abs", "eval_peak_abs")
@@ -135,37 +132,6 @@ class Journal:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append mappings to a JSON-lines file; numbers that are not finite become null, which JSON has."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def keep_rows_before(path: Path, key: str, limit: int) -> None:
-    """Take out the rows of a JSON-lines file that will be written again, and what a crash left of one.
-
-    Args:
-        path: the file; it need not exist.
-        key: what a row's place in the run is called, "epoch" say.
-        limit: the first place that will be written again.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)[key] < limit:
-                kept.append(f"{line}\n")
-    write_atomically(path, "".join(kept))
 
 
 def _continue_table(path: Path, columns: Sequence[str], epoch: int) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
+from tweo_timm.records import append_rows
+from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
 from tweo_timm.train.exact import Cursor, capture_exact, put_back_statistics, restore_exact
-from tweo_timm.train.journal import Journal, append_rows
+from tweo_timm.train.journal import Journal
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
 from tweo_timm.train.options import changed_settings
-from tweo_timm.train.progress import ProgressLine
 from tweo_timm.train.replay import Position, RandomState
 from tweo_timm.train.step import TrainStep
 from tweo_timm.train.validation import evaluate

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import create_model, list_models, resolve_model_input_args
+from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
-from tweo_timm.suggestion import suggest, suggest_path
+from tweo_timm.run.model import check_image_size, suggest_model
+from tweo_timm.run.world import World
+from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.options import TrainOptions, as_namespace
-from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
 
@@ -76,11 +77,6 @@ def _create(options: TrainOptions) -> nn.Module:
         raise ValueError(_why_not(options, error)) from error
 
 
-def suggest_model(name: str, error: Exception) -> str:
-    """Name the model of timm whose name is nearest, if the error is that it knows none of this name."""
-    return suggest(name, list_models()) if "Unknown model" in str(error) else ""
-
-
 def _why_not(options: TrainOptions, error: Exception) -> str:
     text = str(error) or type(error).__name__
     if "Unknown model" in text:
@@ -121,41 +117,6 @@ def _initialise_head(model: Any, options: TrainOptions) -> None:
                 head.bias.mul_(options.head_init_scale)
             if options.head_init_bias is not None:
                 nn.init.constant_(head.bias, options.head_init_bias)
-
-
-def check_compiler(backend: str | None) -> None:
-    """Refuse a backend of torch.compile that is not there.
-
-    Raises:
-        ValueError: with the names of those that are.
-    """
-    if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
-        known = torch.compiler.list_backends()
-        raise ValueError(f"--torchcompile {backend}: torch knows {', '.join(known)}{suggest(backend, known)}")
-
-
-@torch.no_grad()
-def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> None:
-    """Try a model on one blank image: windows, strides and heads set conditions that nothing else tells.
-
-    Args:
-        arch: its name, for the message.
-        model: on its device, in any mode, which it keeps.
-        input_size: channels, height and width.
-
-    Raises:
-        ValueError: if the model does not accept it.
-    """
-    weight, mode = next(model.parameters()), model.training
-    model.eval()
-    try:
-        model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        size = "x".join(map(str, input_size[1:]))
-        reason = str(error)[:400] or type(error).__name__
-        raise ValueError(f"{arch} does not accept images of {size}: {reason}") from error
-    finally:
-        model.train(mode)
 
 
 def check_image_sizes(options: TrainOptions, model: nn.Module, input_size: Sequence[int]) -> None:

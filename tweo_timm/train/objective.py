@@ -19,10 +19,10 @@ from timm.task import (
 )
 from torch import Tensor, nn
 
+from tweo_timm.run.model import suggest_model
+from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
-from tweo_timm.train.model import suggest_model
 from tweo_timm.train.options import TrainOptions
-from tweo_timm.train.world import World
 
 _logger = logging.getLogger(__name__)
 

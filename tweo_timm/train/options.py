@@ -14,13 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tweo_timm.run.flags import CommandLine, as_namespace, freeze
+from tweo_timm.run.recipe import require_switches, resolve
 from tweo_timm.train.checks import check_train_options
-from tweo_timm.train.flags import CommandLine, as_namespace, freeze
-from tweo_timm.train.groups.data import AugmentOptions, DatasetOptions, ImageSizeOptions, NaflexOptions
-from tweo_timm.train.groups.model import DeviceOptions, EmaOptions, ModelOptions, NormOptions
-from tweo_timm.train.groups.optimizer import DistillationOptions, LossOptions, OptimizerOptions, ScheduleOptions
-from tweo_timm.train.groups.run import ConfigOptions, Fp8Options, RunOptions, TweoOptions
-from tweo_timm.train.recipe import require_switches, resolve
+from tweo_timm.train.groups import TrainSettings
 
 __all__ = ["TrainOptions", "as_namespace", "parse_train_options", "resolved_lr"]
 
@@ -30,24 +27,7 @@ _DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class TrainOptions(
-    ConfigOptions,
-    TweoOptions,
-    Fp8Options,
-    DatasetOptions,
-    ModelOptions,
-    DeviceOptions,
-    OptimizerOptions,
-    ScheduleOptions,
-    LossOptions,
-    AugmentOptions,
-    RunOptions,
-    EmaOptions,
-    NormOptions,
-    DistillationOptions,
-    ImageSizeOptions,
-    NaflexOptions,
-):
+class TrainOptions(TrainSettings):
     """The settings of one training run, one field per flag.
 
     Fields that belong to one invocation rather than to the run (``config``, ``config_unknown``, ``print_config``,

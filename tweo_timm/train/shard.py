@@ -24,9 +24,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
-    from tweo_timm.fp8 import Fp8Report
+    from tweo_timm.fp8.patch import Fp8Report
+    from tweo_timm.run.world import World
     from tweo_timm.train.options import TrainOptions
-    from tweo_timm.train.world import World
 
 
 def check_sharding(options: TrainOptions, world: World, fp8: Fp8Report | None) -> None:

@@ -10,7 +10,8 @@ import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from tweo_timm.fp8 import Fp8HealthMonitor, check_fp8_ran
+from tweo_timm.fp8.health import Fp8HealthMonitor
+from tweo_timm.fp8.patch import check_fp8_ran
 from tweo_timm.train.build import Session
 from tweo_timm.train.exact import Cursor
 from tweo_timm.train.meters import EpochMeters

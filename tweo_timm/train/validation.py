@@ -11,8 +11,8 @@ from timm.task.evaluator import evaluation_sample_limit
 from torch.nn.parallel import DistributedDataParallel
 
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
-from tweo_timm.train.progress import ProgressLine
 from tweo_timm.train.watch import Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tweo_timm.peaks import Peaks, as_numbers, as_tensor
-from tweo_timm.train.world import World
+from tweo_timm.run.world import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE_S = 60

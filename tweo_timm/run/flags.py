@@ -19,47 +19,17 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
+from tweo_timm.settings import Flag
 from tweo_timm.suggestion import suggest
 
 # PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _PLURAL = {bool: "true or false", int: "integers", float: "numbers", str: "strings"}
 _SINGULAR = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What a field's annotation and default do not say about its flag.
-
-    Attributes:
-        help: One sentence for ``-h``.
-        names: Option strings; empty means ``--`` plus the field's name with dashes. Without dashes it is positional.
-        nargs: How many values a list takes ('+' unless said), or '?' for a string with a ``const``.
-        choices: The accepted values, or None for any of the type.
-        metavar: What stands for the value in ``-h``.
-        const: The value of a '?' flag that is given bare.
-        recorded: Whether args.yaml holds it; False for what belongs to one invocation, not to the run.
-    """
-
-    help: str
-    names: tuple[str, ...] = ()
-    nargs: str | int | None = None
-    choices: tuple[Any, ...] | None = None
-    metavar: str | None = None
-    const: Any = None
-    recorded: bool = True
-
-
-def flag(default: Any, help: str, *names: str, recorded: bool = True, **details: Any) -> Any:
-    """Declare one flag as a dataclass field; see :class:`Flag` for the arguments."""
-    metadata = {"flag": Flag(help, names, recorded=recorded, **details)}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: default.copy(), metadata=metadata, compare=recorded)
-    return field(default=default, metadata=metadata, compare=recorded)
 
 
 @dataclass(frozen=True)
@@ -121,16 +91,23 @@ def _resolve(dest: str, group: str, annotation: Any, entry: Flag, default: Any) 
 
 
 def option_table(options: type) -> dict[str, Option]:
-    """Every flag of an options dataclass by field name, in the order of its groups (its base classes)."""
+    """Every flag of an options dataclass by field name, in the order of its groups: its base classes, theirs first."""
     hints = typing.get_type_hints(options)
     declared = {item.name: item for item in fields(options)}
     table = {}
-    for group in (*options.__bases__, options):
+    for group in _groups(options):
         for name in inspect.get_annotations(group):
             item = declared[name]
             default = item.default_factory() if callable(item.default_factory) else item.default
             table[name] = _resolve(name, _title(group), hints[name], item.metadata["flag"], default)
     return table
+
+
+def _groups(options: type) -> Iterator[type]:
+    """The classes that declare fields of an options dataclass: those it inherits from, at any depth, then itself."""
+    for base in options.__bases__:
+        yield from _groups(base)
+    yield options
 
 
 def _title(group: type) -> str:

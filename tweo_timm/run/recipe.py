@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
+from tweo_timm.run.flags import Option, convert, option_table
+from tweo_timm.run.legacy import Modernized, modernize
 from tweo_timm.suggestion import suggest, suggest_path
-from tweo_timm.train.flags import Option, convert, option_table
-from tweo_timm.train.legacy import Modernized, modernize
 
 _logger = logging.getLogger(__name__)
 

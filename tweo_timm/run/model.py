@@ -1,0 +1,51 @@
+"""What every command asks of a model before it works: is its name known, does it take these images, can it compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.models import list_models
+from torch import nn
+
+from tweo_timm.suggestion import suggest
+
+
+def suggest_model(name: str, error: Exception) -> str:
+    """Name the model of timm whose name is nearest, if the error is that it knows none of this name."""
+    return suggest(name, list_models()) if "Unknown model" in str(error) else ""
+
+
+def check_compiler(backend: str | None) -> None:
+    """Refuse a backend of torch.compile that is not there.
+
+    Raises:
+        ValueError: with the names of those that are.
+    """
+    if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = torch.compiler.list_backends()
+        raise ValueError(f"--torchcompile {backend}: torch knows {', '.join(known)}{suggest(backend, known)}")
+
+
+@torch.no_grad()
+def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> None:
+    """Try a model on one blank image: windows, strides and heads set conditions that nothing else tells.
+
+    Args:
+        arch: its name, for the message.
+        model: on its device, in any mode, which it keeps.
+        input_size: channels, height and width.
+
+    Raises:
+        ValueError: if the model does not accept it.
+    """
+    weight, mode = next(model.parameters()), model.training
+    model.eval()
+    try:
+        model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = "x".join(map(str, input_size[1:]))
+        reason = str(error)[:400] or type(error).__name__
+        raise ValueError(f"{arch} does not accept images of {size}: {reason}") from error
+    finally:
+        model.train(mode)

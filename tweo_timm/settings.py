@@ -1,0 +1,142 @@
+"""A setting: its default, what it is for, and what it accepts, declared once as a field of a dataclass.
+
+Two kinds of dataclass are made of such fields. The settings of a component, `TweoConfig` say, are declared by
+`setting` and checked by `check_settings`. The options of a command are declared by `flag`; tweo_timm.run.flags derives
+the command line and the reading of YAML from them. A component declares its options beside its settings, and spells
+what its settings refuse in the words of a flag or of an environment variable: see `SettingError`.
+
+Imports neither torch nor argparse: ``-h`` must be quick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tweo_timm.suggestion import suggest
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting accepts.
+
+    Attributes:
+        low: the least.
+        high: the largest.
+        open: which of the two is itself not accepted: '', 'low', 'high' or 'both'.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open in ("low", "both") else self.low <= value
+        return above and (value < self.high if self.open in ("high", "both") else value <= self.high)
+
+    def __str__(self) -> str:
+        above = f"above {self.low:g}" if self.open in ("low", "both") else f"at least {self.low:g}"
+        below = f"below {self.high:g}" if self.open in ("high", "both") else f"at most {self.high:g}"
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f"{above} and {below}" if self.open else f"between {self.low:g} and {self.high:g}"
+        return above if math.isfinite(self.low) else below if math.isfinite(self.high) else "finite"
+
+
+ANY = Bounds()
+AT_LEAST_0 = Bounds(0)
+AT_LEAST_1 = Bounds(1)
+ABOVE_0 = Bounds(0, open="low")
+FRACTION = Bounds(0, 1)
+
+
+class SettingError(ValueError):
+    """A setting with a value that is not accepted.
+
+    Attributes:
+        name: of the setting, as its dataclass has it.
+        value: what it was given.
+        accepted: what it accepts, as the end of a sentence.
+    """
+
+    def __init__(self, owner: str, name: str, value: object, accepted: str) -> None:
+        super().__init__(f"{owner}.{name} is {value!r}; accepted: {accepted}")
+        self.name, self.value, self.accepted = name, value, accepted
+
+    def spelled(self, name: str, joint: str = " ") -> str:
+        """The message under the name of a flag or an environment variable, which `joint` joins with its value."""
+        return f"{name}{joint}{self.value} is not accepted; accepted: {self.accepted}"
+
+
+def setting(default: Any, bounds: Bounds = ANY, choices: tuple[str, ...] = (), accepted: str = "") -> Any:
+    """Declare one setting of a component as a dataclass field.
+
+    Args:
+        default: its default.
+        bounds: the numbers it accepts.
+        choices: the words it accepts, if it is a word.
+        accepted: what it accepts in words; empty: the bounds or choices say it.
+    """
+    return field(default=default, metadata={"bounds": bounds, "choices": choices, "accepted": accepted})
+
+
+def check_settings(config: Any) -> None:
+    """Check every field that `setting` declared.
+
+    Raises:
+        SettingError: a value is not accepted.
+        TypeError: a value is of another type than the default; an integer is a number too.
+    """
+    owner = type(config).__name__
+    for item in fields(config):
+        if "bounds" not in item.metadata:
+            continue
+        value, choices = getattr(config, item.name), item.metadata["choices"]
+        _check_type(owner, item.name, value, item.default)
+        accepted = item.metadata["accepted"]
+        if choices and value not in choices:
+            near = suggest(value, choices)
+            raise SettingError(owner, item.name, value, accepted or f"{', '.join(map(repr, choices))}{near}")
+        if not choices and not (math.isfinite(value) and value in item.metadata["bounds"]):
+            raise SettingError(owner, item.name, value, accepted or str(item.metadata["bounds"]))
+
+
+def _check_type(owner: str, name: str, value: object, default: object) -> None:
+    wanted = {str: str, int: int, float: (int, float)}[type(default)]
+    if isinstance(value, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
+        words = {str: "a string", int: "an integer", float: "a number"}[type(default)]
+        raise TypeError(f"{owner}.{name} is {words}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field's annotation and default do not say about its flag.
+
+    Attributes:
+        help: one sentence for ``-h``.
+        names: option strings; empty means ``--`` plus the field's name with dashes. Without dashes it is positional.
+        bounds: the numbers it accepts, each element of a list; None where the component's own settings check it.
+        nargs: how many values a list takes ('+' unless said), or '?' for a string with a ``const``.
+        choices: the accepted values, or None for any of the type.
+        metavar: what stands for the value in ``-h``.
+        const: the value of a '?' flag that is given bare.
+        recorded: whether args.yaml holds it; False for what belongs to one invocation, not to the run.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    bounds: Bounds | None = None
+    nargs: str | int | None = None
+    choices: tuple[Any, ...] | None = None
+    metavar: str | None = None
+    const: Any = None
+    recorded: bool = True
+
+
+def flag(default: Any, help: str, *names: str, recorded: bool = True, **details: Any) -> Any:
+    """Declare one flag as a dataclass field; see :class:`Flag` for the arguments."""
+    metadata: Mapping[str, Any] = {"flag": Flag(help, names, recorded=recorded, **details)}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata, compare=recorded)
+    return field(default=default, metadata=metadata, compare=recorded)
