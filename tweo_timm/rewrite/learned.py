@@ -6,8 +6,9 @@ changes. Relative, because the last blocks are the largest and would otherwise b
 literally, did worse for that reason. The sites are what enters and what leaves every norm of the blocks: the stream
 that is quantized, and the inputs of the layers that read it.
 
-Steps are Cayley transforms of a skew matrix that annihilates ones, so that every iterate is a rotation that fixes it;
-their size is an angle, the same for every model.
+Steps are Cayley transforms of a skew matrix that annihilates ones, so that every iterate is a rotation that fixes them.
+Their size is an angle, which needs no tuning from model to model: it grows while the objective falls, and is halved when
+it does not.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ POWER = 8
 STEPS = 200
 TOKENS = 1024
 """Tokens kept for each site: half of them those with the largest values, half drawn."""
-_ANGLE = 0.05
-_MOMENTUM = 0.9
+_ANGLE = 0.02
+"""By how much the first step turns a direction, in radians (rms)."""
+_GROWTH = 1.1
+_MOMENTUM = 0.7
 _REPORT = 20
 
 
@@ -74,7 +77,6 @@ def learn_orthogonal(
     sites: Sequence[Tensor],
     start: Tensor,
     steps: int = STEPS,
-    angle: float = _ANGLE,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Tensor:
     """Descend from `start` to a Q that fixes ones and under which no site has large values.
@@ -82,24 +84,29 @@ def learn_orthogonal(
     Args:
         sites: activations (tokens, width) each.
         start: (width, width), orthogonal, fixing ones.
-        steps: of the descent.
-        angle: by how much the first step turns a direction, in radians (rms); later ones follow a cosine to 0.
+        steps: tried; one that does not help is taken back and halves those that follow.
         progress: called with a line every 20 steps.
 
     Returns:
         (width, width) float64.
     """
-    scaled = [site / site.square().mean().sqrt().clamp(min=1e-30) for site in sites if bool(site.any())]
+    scaled = [site / site.square().mean().sqrt() for site in sites if bool(site.any())]
+    angle = _ANGLE * math.sqrt(len(start))
     rotation, velocity = start.float(), torch.zeros_like(start, dtype=torch.float32)
-    width = len(start)
+    reached, gradient = _peakedness(scaled, rotation)
     for step in range(steps):
-        peakedness, gradient = _peakedness(scaled, rotation)
         if step % _REPORT == 0:
-            progress(f"step {step} of {steps}: {POWER}-norm over rms {peakedness:.3f}")
-        velocity = _MOMENTUM * velocity + _skew(gradient, rotation)
-        size = angle * 0.5 * (1 + math.cos(math.pi * step / steps)) * math.sqrt(width)
-        rotation = _cayley(velocity * (size / velocity.norm().clamp(min=1e-30))) @ rotation
-    progress(f"step {steps} of {steps}: {POWER}-norm over rms {_peakedness(scaled, rotation)[0]:.3f}")
+            progress(f"step {step} of {steps}: {POWER}-norm over rms {reached:.3f}")
+        direction = _skew(gradient, rotation) + _MOMENTUM * velocity
+        tried = _cayley(direction * (angle / direction.norm().clamp(min=1e-30))) @ rotation
+        value, its_gradient = _peakedness(scaled, tried)
+        if value < reached:
+            rotation, reached, gradient, velocity = tried, value, its_gradient, direction
+            angle *= _GROWTH
+        else:
+            velocity = torch.zeros_like(velocity)
+            angle /= 2
+    progress(f"step {steps} of {steps}: {POWER}-norm over rms {reached:.3f}")
     return nearest_orthogonal(rotation)
 
 
