@@ -161,12 +161,12 @@ def test_bad_outputs_are_refused_with_a_reason():
         ({"weight": math.nan}, ValueError, "finite"),
         ({"tau": 0}, ValueError, "tau is 0"),
         ({"tau": "3"}, TypeError, "number"),
-        ({"power": 1}, ValueError, "more than 1"),
+        ({"power": 1}, ValueError, "above 1"),
         ({"power": True}, TypeError, "number"),
         ({"schedule": "cosin"}, ValueError, "did you mean 'cosine'"),
         ({"reduction": "mean"}, ValueError, "'block', 'element'"),
-        ({"schedule": "linear", "start": 0.5, "end": 0.5}, ValueError, "start < end"),
-        ({"end_weight": 0.1}, ValueError, "schedule='constant' does not"),
+        ({"schedule": "linear", "start": 0.5, "end": 0.5}, ValueError, "start is 0.5; it must be below"),
+        ({"end_weight": 0.1}, ValueError, "end_weight is 0.1.*constant schedule"),
     ],
 )
 def test_wrong_settings_name_the_field_and_what_is_accepted(wrong, error, message):

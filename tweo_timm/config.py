@@ -37,9 +37,9 @@ class TweoConfig:
         TypeError: for a value of the wrong type.
     """
 
-    weight: float = setting(0.01, Bounds(0, 1e30), accepted="0 (off) or more, up to 1e30; 0.01 in the paper")
-    tau: float = setting(3.0, Bounds(1e-3, 1e30), accepted="0.001 or more, up to 1e30; 3 in the paper")
-    power: float = setting(4.0, Bounds(1, 64, open="low"), accepted="more than 1, up to 64; 4 in the paper")
+    weight: float = setting(0.01, Bounds(0, 1e30), hint="0: off; 0.01 in the paper")
+    tau: float = setting(3.0, Bounds(1e-3, 1e30), hint="3 in the paper")
+    power: float = setting(4.0, Bounds(1, 64, open="low"), hint="4 in the paper")
     eps: float = setting(1e-6, AT_LEAST_0)
     schedule: str = setting("constant", choices=SCHEDULES)
     end_weight: float = setting(0.0, Bounds(0, 1e30))
@@ -50,7 +50,7 @@ class TweoConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         if not self.start < self.end:
-            raise SettingError("TweoConfig", "start", self.start, f"a fraction below the end, which is {self.end:g}")
+            raise SettingError("TweoConfig", "start", self.start, f"below the end of the window, which is {self.end:g}")
         still = {"end_weight": 0.0, "start": 0.0, "end": 1.0}
         moved = [name for name, value in still.items() if getattr(self, name) != value]
         if self.schedule == "constant" and moved:

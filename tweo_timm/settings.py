@@ -61,24 +61,28 @@ class SettingError(ValueError):
     """
 
     def __init__(self, owner: str, name: str, value: object, accepted: str) -> None:
-        super().__init__(f"{owner}.{name} is {value!r}; accepted: {accepted}")
+        super().__init__(_refusal(f"{owner}.{name}", value, accepted))
         self.name, self.value, self.accepted = name, value, accepted
 
-    def spelled(self, name: str, joint: str = " ") -> str:
-        """The message under the name of a flag or an environment variable, which `joint` joins with its value."""
-        return f"{name}{joint}{self.value} is not accepted; accepted: {self.accepted}"
+    def spelled(self, name: str) -> str:
+        """The message under another name: that of a flag, or of an environment variable."""
+        return _refusal(name, self.value, self.accepted)
 
 
-def setting(default: Any, bounds: Bounds = ANY, choices: tuple[str, ...] = (), accepted: str = "") -> Any:
+def _refusal(name: str, value: object, accepted: str) -> str:
+    return f"{name} is {value!r}; it must be {accepted}"
+
+
+def setting(default: Any, bounds: Bounds = ANY, choices: tuple[str, ...] = (), hint: str = "") -> Any:
     """Declare one setting of a component as a dataclass field.
 
     Args:
         default: its default.
         bounds: the numbers it accepts.
         choices: the words it accepts, if it is a word.
-        accepted: what it accepts in words; empty: the bounds or choices say it.
+        hint: what else helps who gave a value that is not accepted.
     """
-    return field(default=default, metadata={"bounds": bounds, "choices": choices, "accepted": accepted})
+    return field(default=default, metadata={"bounds": bounds, "choices": choices, "hint": hint and f" ({hint})"})
 
 
 def check_settings(config: Any) -> None:
@@ -94,12 +98,12 @@ def check_settings(config: Any) -> None:
             continue
         value, choices = getattr(config, item.name), item.metadata["choices"]
         _check_type(owner, item.name, value, item.default)
-        accepted = item.metadata["accepted"]
         if choices and value not in choices:
-            near = suggest(value, choices)
-            raise SettingError(owner, item.name, value, accepted or f"{', '.join(map(repr, choices))}{near}")
+            words = f"one of {', '.join(map(repr, choices))}{suggest(value.lower(), choices)}"
+            raise SettingError(owner, item.name, value, words)
         if not choices and not (math.isfinite(value) and value in item.metadata["bounds"]):
-            raise SettingError(owner, item.name, value, accepted or str(item.metadata["bounds"]))
+            finite = "finite, and " if not math.isfinite(value) else ""
+            raise SettingError(owner, item.name, value, f"{finite}{item.metadata['bounds']}{item.metadata['hint']}")
 
 
 def _check_type(owner: str, name: str, value: object, default: object) -> None:

@@ -80,7 +80,7 @@ def read_settings(environ: Mapping[str, str]) -> tuple[TweoConfig, str | None]:
         config = TweoConfig(**values)
     except SettingError as error:
         environment = " ".join(f"{name}={value}" for name, value in given.items())
-        message = error.spelled(f"TWEO_{error.name.upper()}", "=")
+        message = error.spelled(f"TWEO_{error.name.upper()}")
         raise ValueError(f"{message} (the environment has {environment})") from error
     return config, given.get(_BLOCKS)
 

@@ -59,7 +59,7 @@ def test_several_checkpoints_schemes_and_reports_are_lists():
         ("--colinearity-block blocks.3", ["--colinearity-block", "--colinearity"]),
         ("--colinearity-channel 3", ["--colinearity-channel", "--colinearity"]),
         ("--calibration-images 0", ["--calibration-images is 0", "at least 1"]),
-        ("--crop-pct 1.5", ["--crop-pct is 1.5", "between 0 and 1"]),
+        ("--crop-pct 1.5", ["--crop-pct is 1.5", "above 0 and at most 1"]),
         ("--tweo-blocks (", ["--tweo-blocks '('", "no regular expression"]),
     ],
 )

@@ -25,7 +25,7 @@ def test_defaults_are_the_published_configuration():
     ],
 )
 def test_value_outside_the_accepted_set_is_refused_and_the_nearest_is_named(field, value, nearest):
-    with pytest.raises(ValueError, match=f"{field}.*nearest is '?{nearest}"):
+    with pytest.raises(ValueError, match=f"{field}.*(did you mean '{nearest}'|between .*{nearest})"):
         Fp8Recipe(**{field: value})
 
 

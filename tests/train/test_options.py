@@ -16,7 +16,8 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 import tweo_timm
 from tests.reference_flags import assert_flag_is_timms, dest_of, reference_flags
 from tweo_timm import TweoConfig
-from tweo_timm.run.flags import CommandLine, flag, option_table
+from tweo_timm.run.flags import CommandLine, option_table
+from tweo_timm.settings import flag
 from tweo_timm.train.groups.optimizer import SCHEDULES
 from tweo_timm.train.options import TrainOptions, as_namespace, parse_train_options, resolved_lr
 

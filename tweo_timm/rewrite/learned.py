@@ -7,8 +7,8 @@ literally, did worse for that reason. The sites are what enters and what leaves 
 that is quantized, and the inputs of the layers that read it.
 
 Steps are Cayley transforms of a skew matrix that annihilates ones, so that every iterate is a rotation that fixes them.
-Their size is an angle, which needs no tuning from model to model: it grows while the objective falls, and is halved when
-it does not.
+Their size is an angle, which needs no tuning from model to model: it grows while the objective falls, and is halved
+when it does not.
 """
 
 from __future__ import annotations

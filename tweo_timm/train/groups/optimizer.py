@@ -105,7 +105,7 @@ class LossOptions:
     bce_target_thresh: float | None = flag(
         None, "Make soft targets 0 or 1 at this value, in the bce loss.", bounds=FRACTION
     )
-    bce_pos_weight: float | None = flag(None, "Weight of positives in the bce loss; one number.", bounds=ABOVE_0)
+    bce_pos_weight: float | None = flag(None, "Weight of positives in the bce loss; one number.", bounds=AT_LEAST_0)
     asl_gamma_pos: float = flag(1.0, "Focusing of positives, in the asl loss.", bounds=AT_LEAST_0)
     asl_gamma_neg: float = flag(4.0, "Focusing of negatives, in the asl loss.", bounds=AT_LEAST_0)
     asl_clip: float | None = flag(
