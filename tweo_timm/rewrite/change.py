@@ -58,6 +58,7 @@ class RotationReport:
         left: stages that stay as they were -> the reason.
         digests: stage -> digest of its Q.
         rotations: stage -> Q, (width, width) float64.
+        rotated_features: whether the model has no head and hands out features in the new basis.
         norms: stage -> the affine (weight, bias, constant) that its last norm lost, where no head reads it.
     """
 
@@ -71,6 +72,7 @@ class RotationReport:
     digests: dict[str, str]
     rotations: dict[str, Tensor] = field(repr=False)
     norms: dict[str, dict[str, Tensor]] = field(repr=False, default_factory=dict)
+    rotated_features: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the matrices."""

@@ -105,6 +105,7 @@ def rotate(
         digests={name: digest(rotation) for name, rotation in rotations.items()},
         rotations=rotations,
         norms=norms,
+        rotated_features=stream.stages[-1].features is not None,
     )
 
 
