@@ -37,11 +37,17 @@ class Bounds:
         return above and (value < self.high if self.open in ("high", "both") else value <= self.high)
 
     def __str__(self) -> str:
-        above = f"above {self.low:g}" if self.open in ("low", "both") else f"at least {self.low:g}"
-        below = f"below {self.high:g}" if self.open in ("high", "both") else f"at most {self.high:g}"
+        low, high = _plain(self.low), _plain(self.high)
+        above = f"above {low}" if self.open in ("low", "both") else f"at least {low}"
+        below = f"below {high}" if self.open in ("high", "both") else f"at most {high}"
         if math.isfinite(self.low) and math.isfinite(self.high):
-            return f"{above} and {below}" if self.open else f"between {self.low:g} and {self.high:g}"
+            return f"{above} and {below}" if self.open else f"between {low} and {high}"
         return above if math.isfinite(self.low) else below if math.isfinite(self.high) else "finite"
+
+
+def _plain(number: float) -> str:
+    """A number as people write it: all digits of an integer."""
+    return f"{number:d}" if isinstance(number, int) else f"{number:g}"
 
 
 ANY = Bounds()

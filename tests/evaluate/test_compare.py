@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from tweo_timm.evaluate.cli import main
-from tweo_timm.evaluate.compare import compare, mcnemar_p, paired_difference, read_reports, unpacked
-from tweo_timm.evaluate.measure import _packed as packed
+from tweo_timm.evaluate.compare import compare, mcnemar_p, packed, paired_difference, read_reports, unpacked
 
 
 def record(name, correct, fingerprint="x", peak=10.0):

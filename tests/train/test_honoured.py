@@ -10,13 +10,14 @@ from timm.data import resolve_data_config
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
+import tweo_timm.run
 import tweo_timm.train
 from tests.train.runs import command, same_tensors, session_of, train
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import TrainOptions
 
 # Files that define and check flags, but act on none.
-DECLARING = {"checks.py", "flags.py", "legacy.py"}
+DECLARING = {"checks.py", "flags.py", "legacy.py", "rules.py"}
 REFUSED = {
     "torchscript": ["--torchscript"],
     "fuser": ["--fuser", "te"],
@@ -53,18 +54,25 @@ class Listening(dict):
         return super().get(name, default)
 
 
-def read_by_timm():
+def read_by_timm_and_by_components():
     values = Listening({field.name: getattr(TrainOptions(), field.name) for field in dataclasses.fields(TrainOptions)})
     optimizer_kwargs(cfg=values)
     scheduler_kwargs(values)
     resolve_data_config(values, pretrained_cfg={"input_size": (3, 32, 32)})
+    TrainOptions.tweo_config(values)
+    TrainOptions.fp8_recipe(values)
     return values.read
 
 
 def test_every_flag_is_read_or_refused():
-    folder = Path(tweo_timm.train.__file__).parent
-    source = "".join(path.read_text() for path in folder.glob("*.py") if path.name not in DECLARING)
-    read = set(re.findall(r"\b(?:options|self\._options)\.(\w+)", source)) | read_by_timm() | OF_THE_PARSER
+    folders = [Path(package.__file__).parent for package in (tweo_timm.train, tweo_timm.run)]
+    files = [path for folder in folders for path in folder.glob("*.py") if path.name not in DECLARING]
+    source = "".join(path.read_text() for path in files)
+    read = (
+        set(re.findall(r"\b(?:options|self\._options)\.(\w+)", source))
+        | read_by_timm_and_by_components()
+        | OF_THE_PARSER
+    )
     of_naflex = {field.name for field in dataclasses.fields(TrainOptions) if field.name.startswith("naflex_")}
     assert {field.name for field in dataclasses.fields(TrainOptions)} - read - of_naflex - REFUSED.keys() == set()
 

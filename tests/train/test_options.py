@@ -2,7 +2,7 @@ import argparse
 import inspect
 import subprocess
 import sys
-from dataclasses import make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 
 import pytest
 import timm.utils
@@ -16,6 +16,9 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 import tweo_timm
 from tests.reference_flags import assert_flag_is_timms, dest_of, reference_flags
 from tweo_timm import TweoConfig
+from tweo_timm.config import TweoOptions
+from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.fp8.recipe import Fp8Options
 from tweo_timm.run.flags import CommandLine, option_table
 from tweo_timm.settings import flag
 from tweo_timm.train.groups.optimizer import SCHEDULES
@@ -23,6 +26,7 @@ from tweo_timm.train.options import TrainOptions, as_namespace, parse_train_opti
 
 TABLE = option_table(TrainOptions)
 LINE = CommandLine(TrainOptions, "train.py", "")
+NUMBERS = sorted(name for name, option in TABLE.items() if option.scalar in (int, float))
 
 
 @pytest.mark.parametrize("row", reference_flags("train"), ids=lambda row: row["flag"])
@@ -185,7 +189,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--gp=", ["--gp ''", "avg"]),
         ("--batch-size 0", ["--batch-size is 0", "at least 1"]),
         ("--mixup-prob 1.5", ["--mixup-prob is 1.5", "between 0 and 1"]),
-        ("--lr 0", ["--lr is 0", "--lr-base"]),
+        ("--lr 0", ["--lr is 0", "above 0"]),
         ("--scale 1 0.1", ["--scale", "smaller first"]),
         ("--cutmix-minmax 0.2", ["--cutmix-minmax", "two numbers"]),
         ("--decay-milestones 90 30", ["--decay-milestones", "increasing"]),
@@ -194,19 +198,29 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--task multilabel --bce-pos-weight 2 --loss-pos-weight 3", ["--bce-pos-weight", "--loss-pos-weight"]),
         ("--pretrained-cfg-overlay custom_load=true", ["--pretrained-cfg-overlay", "--pretrained"]),
         ("--model-ema-force-fp32", ["--model-ema-force-fp32", "--model-ema"]),
-        ("--save-epochs 0", ["--save-epochs", "count from 1"]),
+        ("--save-epochs 0", ["--save-epochs is [0]", "each must be at least 1"]),
         ("--train-batch-sizes 8", ["--train-batch-sizes has 1", "--train-img-sizes"]),
         ("--naflex-patch-size-probs 1", ["--naflex-patch-size-probs has 1", "--naflex-patch-sizes"]),
-        ("--tweo-weight -1", ["--tweo-weight is -1", "at least 0"]),
-        ("--tweo-tau 0", ["--tweo-tau is 0", "above 0"]),
+        ("--tweo-weight -1", ["--tweo-weight is -1", "between 0 and", "0.01 in the paper"]),
+        ("--tweo-tau 0", ["--tweo-tau is 0", "between 0.001 and", "3 in the paper"]),
         ("--tweo-power 1", ["--tweo-power is 1", "above 1"]),
-        ("--tweo-schedule linear --tweo-start 0.5 --tweo-end 0.5", ["--tweo-start 0.5", "below --tweo-end"]),
-        ("--tweo-end-weight 0.1", ["--tweo-end-weight", "--tweo-schedule constant", "cosine"]),
+        (
+            "--tweo-schedule linear --tweo-start 0.5 --tweo-end 0.5",
+            ["--tweo-start is 0.5", "below the end of the window"],
+        ),
+        ("--tweo-end-weight 0.1", ["--tweo-end-weight is 0.1", "constant schedule", "cosine"]),
         ("--stop-on-peak 0", ["--stop-on-peak is 0"]),
         ("--stop-on-peak 9 --outlier-interval 0", ["--stop-on-peak needs statistics", "--outlier-interval"]),
-        ("--fp8-exclude head ( ", ["--fp8-exclude '('", "no regular expression"]),
+        ("--fp8-exclude head ( ", ["--fp8-exclude is '('", "a regular expression"]),
         ("--tweo-blocks *", ["--tweo-blocks '*'", "no regular expression"]),
-        ("--fp8-amax-history 0", ["--fp8-amax-history is 0", "at least 1"]),
+        ("--naflex-loader", ["--naflex-loader cannot be honoured", "--img-size"]),
+        ("--fp8-health-interval 5", ["--fp8-health-interval 5", "--fp8 auto"]),
+        (
+            "--fp8 emulated --kd-model-name vit_tiny_patch16_224 --kd-distill-type feature",
+            ["--kd-distill-type feature"],
+        ),
+        ("--aug-splits 3 --no-prefetcher", ["--aug-splits 3", "--no-prefetcher"]),
+        ("--fp8-amax-history 0", ["--fp8-amax-history is 0", "between 1 and"]),
     ],
 )
 def test_setting_that_cannot_be_honoured_is_refused_with_the_remedy(argv, words):
@@ -299,3 +313,48 @@ def test_annotation_that_is_no_flag_is_refused():
     options = make_dataclass("Options", [("when", complex, flag(1j, "Never."))], bases=(Group,))
     with pytest.raises(TypeError, match=r"when: .*complex.* is no type of a flag"):
         option_table(options)
+
+
+@pytest.mark.parametrize("options", [TrainOptions, ValidateOptions])
+def test_every_field_is_a_flag_and_every_flag_a_field(options):
+    assert set(option_table(options)) == {item.name for item in fields(options)}
+
+
+def test_a_group_inherited_through_a_command_s_own_group_keeps_its_flags():
+    @dataclass(frozen=True)
+    class Shared:
+        """Data."""
+
+        data_dir: str = flag("", "Folder.")
+
+    @dataclass(frozen=True)
+    class Own(Shared):
+        """Data."""
+
+        train_split: str = flag("train", "Split.")
+
+    @dataclass(frozen=True)
+    class Options(Own):
+        """All."""
+
+    assert list(option_table(Options)) == ["data_dir", "train_split"]
+
+
+@pytest.mark.parametrize("options", [TrainOptions, ValidateOptions])
+def test_every_number_has_bounds_or_is_checked_by_the_settings_of_its_component(options):
+    checked = {item.name for item in (*fields(TweoOptions), *fields(Fp8Options))}
+    numbers = {name for name, option in option_table(options).items() if option.scalar in (int, float)}
+    free = {name for name in numbers - checked if option_table(options)[name].flag.bounds is None}
+    assert not free
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_minus_three_is_refused_or_means_something(name):
+    meaningful = {"mean", "head_init_scale", "head_init_bias"}
+    flag_name = f"--{name.replace('_', '-')}"
+    words = [TABLE[name].names[0], *["-3"] * (TABLE[name].flag.nargs or 1)]
+    if name in meaningful:
+        parse_train_options(words)
+    else:
+        with pytest.raises(ValueError, match=flag_name):
+            parse_train_options(words)

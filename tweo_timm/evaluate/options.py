@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - flag() returns a dataclass field, with a factory where the default is mutable
 """The settings of one validation: every flag of timm's validate.py under timm's names, and this package's own.
 
 One difference: ``--checkpoint`` takes several, which are validated under identical conditions and compared. Settings
@@ -11,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze
-from tweo_timm.run.options import ConfigOptions
 from tweo_timm.run.recipe import resolve
 from tweo_timm.run.rules import (
     image_shape,
@@ -25,7 +23,7 @@ from tweo_timm.run.rules import (
     scripting,
     target_format,
 )
-from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_0, AT_LEAST_1, Bounds, flag
+from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, flag
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 
@@ -36,40 +34,20 @@ _DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class DatasetOptions:
+class DatasetOptions(shared.DatasetOptions):
     """Dataset."""
 
-    data: str | None = flag(
-        None, "Dataset folder; the old positional form of --data-dir.", "data", nargs="?", metavar="DIR"
-    )
-    data_dir: str | None = flag(None, "Dataset root folder.", metavar="DIR")
-    dataset: str = flag(
-        "", "Dataset as TYPE/NAME, e.g. wds/imagenet, hfds/NAME, torch/NAME; empty: image folder or tar."
-    )
     split: str = flag("validation", "Split to validate on.")
     num_samples: int | None = flag(
         None, "Number of samples, for iterable datasets that do not know.", bounds=AT_LEAST_1
-    )
-    dataset_download: bool = flag(False, "Let torch/ and tfds/ datasets download themselves.")
-    class_map: str = flag("", "Text file that maps class names to indices.", metavar="FILE")
-    input_key: str | None = flag(None, "Dataset field that holds the image.")
-    input_img_mode: str | None = flag(None, "PIL mode that images are converted to, e.g. RGB or L.")
-    target_key: str | None = flag(None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.")
-    dataset_trust_remote_code: bool = flag(False, "Let a Hugging Face dataset run code of its own repository.")
-    task: str = flag("classification", "What the labels are.", choices=("classification", "multilabel"))
-    target_format: str | None = flag(
-        None, "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
-    )
-    multilabel_threshold: float = flag(
-        0.5, "Probability above which a label counts as predicted (F1).", bounds=Bounds(0, 1, open="both")
     )
     real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE")
     valid_labels: str = flag("", "Text file: line i is the model's class of the data's class i.", metavar="FILE")
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Model and checkpoints."""
+class ModelOptions(shared.ModelOptions):
+    """Model."""
 
     model: str = flag(
         "dpn92", "Architecture, as timm names it; a checkpoint's own if it says.", "--model", "-m", metavar="NAME"
@@ -79,58 +57,28 @@ class ModelOptions:
         [], "Checkpoints to validate and compare; a folder stands for all in it.", metavar="FILE"
     )
     use_ema: bool = flag(False, "The moving average of the weights, where the checkpoint holds one.")
-    num_classes: int | None = flag(None, "Number of classes; unset: the architecture's.", bounds=AT_LEAST_1)
-    gp: str | None = flag(None, "Global pooling: avg, max, avgmax, token, map; unset: the architecture's.")
-    in_chans: int | None = flag(None, "Number of image channels.", bounds=AT_LEAST_1)
-    model_kwargs: dict[str, Any] = flag({}, "Further arguments of the architecture.")
     test_pool: bool = flag(False, "Test-time pooling, for models that support it.")
     reparam: bool = flag(False, "Merge the training branches of models that have them.")
 
 
 @dataclass(frozen=True)
-class InputOptions:
+class InputOptions(shared.ImageOptions):
     """Images."""
 
-    img_size: int | None = flag(None, "Image size; unset: the architecture's.", bounds=AT_LEAST_1)
-    input_size: list[int] | None = flag(None, "Channels, height and width.", nargs=3, bounds=AT_LEAST_1)
     use_train_size: bool = flag(False, "The training size even where the architecture has another for testing.")
-    crop_pct: float | None = flag(
-        None, "Center crop, as a fraction of the resized image.", bounds=Bounds(0, 1, open="low")
-    )
     crop_mode: str | None = flag(None, "Crop: center, squash or border; unset: the architecture's.")
     crop_border_pixels: int | None = flag(None, "Pixels cut from each border.", bounds=AT_LEAST_0)
-    mean: list[float] | None = flag(None, "Pixel mean per channel; unset: the architecture's.", bounds=ANY)
-    std: list[float] | None = flag(
-        None, "Pixel standard deviation per channel; unset: the architecture's.", bounds=ABOVE_0
-    )
-    interpolation: str = flag("", "Resize interpolation; empty: the architecture's.")
     tf_preprocessing: bool = flag(False, "Preprocess with TensorFlow, which must be installed.")
 
 
 @dataclass(frozen=True)
-class DeviceOptions:
-    """Device, precision and loading."""
+class DeviceOptions(shared.PrecisionOptions):
+    """Device and precision."""
 
-    device: str = flag("cuda", "Device: cuda, cpu, mps, cuda:1.")
     num_gpu: int = flag(1, "Refused above 1: threads of DataParallel would mix up the statistics.", bounds=ANY)
-    amp: bool = flag(False, "Mixed precision through autocast.")
-    amp_dtype: str = flag("float16", "Low precision of --amp.", choices=("float16", "bfloat16"))
-    model_dtype: str | None = flag(
-        None, "Dtype of the whole model, without autocast.", choices=("float32", "float16", "bfloat16")
-    )
-    channels_last: bool = flag(False, "Use the channels-last memory layout.")
-    fast_norm: bool = flag(False, "Normalize in low precision under autocast.")
-    torchcompile: str | None = flag(None, "Compile with this backend (bare: inductor).", nargs="?", const="inductor")
-    torchcompile_mode: str | None = flag(None, "Mode of torch.compile, e.g. max-autotune.")
-    torchscript: bool = flag(
-        False, "Refused: a scripted model does not run the hooks that measure; use --torchcompile."
-    )
     aot_autograd: bool = flag(False, "Refused: use --torchcompile aot_eager.")
-    fuser: str = flag("", "TorchScript fuser; only empty is accepted, see --torchscript.")
     batch_size: int = flag(256, "Batch size.", "-b", "--batch-size", bounds=AT_LEAST_1)
     workers: int = flag(4, "Loader processes.", "-j", "--workers", bounds=Bounds(0, 1024))
-    pin_mem: bool = flag(False, "Pin the loader's memory.")
-    no_prefetcher: bool = flag(False, "No prefetching to the device.")
     retry: bool = flag(False, "After running out of memory try again with a smaller batch.")
     seed: int = flag(42, "Random seed, of calibration and random inputs too.", bounds=Bounds(0, 2**32 - 1))
     naflex_loader: bool = flag(False, "Refused: statistics would count the padding tokens of its batches.")
@@ -174,7 +122,14 @@ class MeasurementOptions:
 
 @dataclass(frozen=True)
 class ValidateOptions(
-    ConfigOptions, MeasurementOptions, OutputOptions, DatasetOptions, ModelOptions, InputOptions, DeviceOptions
+    shared.ConfigOptions,
+    MeasurementOptions,
+    OutputOptions,
+    DatasetOptions,
+    shared.TargetOptions,
+    ModelOptions,
+    InputOptions,
+    DeviceOptions,
 ):
     """The settings of one validation, one field per flag.
 

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - flag() and setting() return a dataclass field
 """The one description of an FP8 run, read by every backend.
 
 Names and defaults are those of NVIDIA Transformer Engine's ``DelayedScaling``, so that a recipe means the same thing

@@ -135,7 +135,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     Raises:
         ValueError: if an option cannot be honoured, data or model are missing, or they do not fit each other.
     """
-    _refuse_unbuilt(options, world)
+    _refuse_here(options, world)
     check_compiler(options.torchcompile)
     _set_backends(world)
     random_seed(options.seed, world.rank)
@@ -222,24 +222,10 @@ def _check_differentiable_twice(session: Session) -> None:
         raise ValueError(f"{twice} fused attention does not allow: set TIMM_FUSED_ATTN=0")
 
 
-def _refuse_unbuilt(options: TrainOptions, world: World) -> None:
-    """Refuse what timm's loop does and this one does not, and what needs something that is not there."""
-    if options.naflex_loader:
-        raise ValueError(
-            "--naflex-loader is not supported: its batches of varying length hold padding tokens, which statistics of "
-            "outliers would count. Train NaFlexViT at a fixed --img-size, or with timm's train.py"
-        )
+def _refuse_here(options: TrainOptions, world: World) -> None:
+    """Refuse what needs processes, packages or a folder that are not there; checks.py refuses settings alone."""
     if options.resume == "auto" and not options.experiment:
         raise ValueError("--resume auto continues the run of a name: give --experiment NAME too, or --resume FILE")
-    if options.fp8_health_interval and options.fp8 == "off":
-        raise ValueError("--fp8-health-interval reports on FP8 layers: give --fp8 auto too, or leave it out")
-    if options.kd_model_name is not None and options.kd_distill_type == "feature" and options.fp8 != "off":
-        raise ValueError(
-            "--kd-distill-type feature calls parts of the model, not the model, and FP8 layers would never learn that "
-            "a step begins: use --kd-distill-type logit or token, or leave out --fp8"
-        )
-    if options.aug_splits and options.no_prefetcher:
-        raise ValueError("--aug-splits needs timm's prefetcher, which puts the splits together: drop --no-prefetcher")
     if options.aug_repeats and not world.distributed:
         raise ValueError(
             f"--aug-repeats {options.aug_repeats:g} shares the copies of an image among processes: start with "
@@ -340,8 +326,6 @@ def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
 def _autocast(options: TrainOptions, world: World) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     if not options.amp:
         return contextlib.nullcontext
-    if options.model_dtype not in (None, "float32"):
-        raise ValueError(f"--amp needs a float32 model, and --model-dtype is {options.model_dtype}: use one of the two")
     dtype = torch.bfloat16 if options.amp_dtype in ("bfloat16", "bf16") else torch.float16
     return lambda: torch.autocast(device_type=world.device.type, dtype=dtype)
 

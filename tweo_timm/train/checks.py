@@ -65,10 +65,16 @@ def _not_honoured(options: TrainSettings) -> Iterator[str]:
             f"--drop-connect {options.drop_connect} cannot be honoured: timm no longer reads it; "
             f"use --drop-path {options.drop_connect}"
         )
-    if options.naflex_loader and options.tweo_weight > 0:
+    if options.naflex_loader:
         yield (
-            "--tweo-weight with --naflex-loader cannot be honoured: its batches hold padding tokens, which the mean "
-            "of the penalty would count; train without --naflex-loader, or with --tweo-weight 0"
+            "--naflex-loader cannot be honoured: its batches of varying length hold padding tokens, which statistics "
+            "of outliers and the mean of the penalty would count; train NaFlexViT at a fixed --img-size, or with "
+            "timm's train.py"
+        )
+    if options.kd_model_name is not None and options.kd_distill_type == "feature" and options.fp8 != "off":
+        yield (
+            f"--kd-distill-type feature cannot be honoured with --fp8 {options.fp8}: it calls parts of the model, and "
+            "FP8 layers would not know that a step begins; use --kd-distill-type logit or token, or leave out --fp8"
         )
 
 
@@ -90,6 +96,16 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
         yield "--loss db, neg_pos, inv_freq and effective_num count labels; give --class-stats FILE"
     if options.aug_splits == 1:
         yield "--aug-splits is 1; it must be 0 (off) or at least 2"
+    if options.aug_splits and options.no_prefetcher:
+        yield (
+            f"--aug-splits {options.aug_splits} needs timm's prefetcher, which puts the splits together; leave out "
+            "--no-prefetcher"
+        )
+    if options.fp8_health_interval and options.fp8 == "off":
+        yield (
+            f"--fp8-health-interval {options.fp8_health_interval} reports on FP8 layers; give --fp8 auto too, or leave "
+            "it out"
+        )
     if options.jsd_loss and options.aug_splits < 2:
         yield f"--jsd-loss needs --aug-splits 2 or more, which is {options.aug_splits}"
     if options.split_bn and options.aug_splits < 2 and not options.resplit:

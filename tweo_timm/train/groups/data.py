@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - flag() returns a dataclass field, with a factory where the default is mutable
 """Where images come from, and how they are cut and augmented: names, types and defaults are those of timm's train.py.
 
 Refuses nothing by itself; combinations are checked where the groups meet.  Source: timm's training script, 1.0.29 to
@@ -9,20 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tweo_timm.run import options as shared
 from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds, flag
 
 
 @dataclass(frozen=True)
-class DatasetOptions:
+class DatasetOptions(shared.DatasetOptions):
     """Dataset."""
 
-    data: str | None = flag(
-        None, "Dataset folder; the old positional form of --data-dir.", "data", nargs="?", metavar="DIR"
-    )
-    data_dir: str | None = flag(None, "Dataset root folder.", metavar="DIR")
-    dataset: str = flag(
-        "", "Dataset as TYPE/NAME, e.g. wds/imagenet, hfds/NAME, torch/NAME; empty: image folder or tar."
-    )
     train_split: str = flag("train", "Training split.")
     val_split: str = flag("validation", "Validation split; empty: none, and the training loss decides.")
     train_num_samples: int | None = flag(
@@ -31,15 +24,6 @@ class DatasetOptions:
     val_num_samples: int | None = flag(
         None, "Number of validation samples, for iterable datasets that do not know.", bounds=AT_LEAST_1
     )
-    dataset_download: bool = flag(False, "Let torch/ and tfds/ datasets download themselves.")
-    class_map: str = flag("", "Text file that maps class names to indices.", metavar="FILE")
-    input_img_mode: str | None = flag(None, "PIL mode that images are converted to, e.g. RGB or L.")
-    input_key: str | None = flag(None, "Dataset field that holds the image.")
-    target_key: str | None = flag(None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.")
-    target_format: str | None = flag(
-        None, "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
-    )
-    dataset_trust_remote_code: bool = flag(False, "Let a Hugging Face dataset run code of its own repository.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - flag() returns a dataclass field, with a factory where the default is mutable
 """How weights move: optimizer, learning rate schedule, loss: names, types and defaults are those of timm's train.py.
 
 The loss options of timm 1.0.31 are named after the arguments of ``timm.loss.create_classification_loss``.
@@ -11,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tweo_timm.run import options as shared
 from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds, flag
 
 RATE = Bounds(0, 1e6)
@@ -91,13 +91,9 @@ class ScheduleOptions:
 
 
 @dataclass(frozen=True)
-class LossOptions:
-    """Task and loss."""
+class LossOptions(shared.TargetOptions):
+    """Loss."""
 
-    task: str = flag("classification", "What the labels are.", choices=("classification", "multilabel"))
-    multilabel_threshold: float = flag(
-        0.5, "Probability above which a label counts as predicted (F1).", bounds=Bounds(0, 1, open="both")
-    )
     loss: str | None = flag(None, "Loss; unset: bce for --task multilabel, else ce.", choices=LOSSES)
     jsd_loss: bool = flag(False, "Jensen-Shannon loss over --aug-splits; the old form of --loss jsd.")
     bce_loss: bool = flag(False, "Binary cross-entropy; the old form of --loss bce.")

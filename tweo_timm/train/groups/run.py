@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - flag() returns a dataclass field, with a factory where the default is mutable
 """What a run writes, watches and logs: names, types and defaults of timm's train.py, and this package's own.
 
 Refuses nothing by itself; combinations are checked where the groups meet.  Source: timm's training script, 1.0.29 to
@@ -26,8 +25,6 @@ class RunOptions:
     workers: int = flag(4, "Loader processes per process.", "-j", "--workers", bounds=Bounds(0, 1024))
     persistent_workers: bool = flag(False, "Refused: loader processes start anew every epoch, for exact continuation.")
     save_images: bool = flag(False, "Save input batches at each log line.")
-    pin_mem: bool = flag(False, "Pin the loader's memory.")
-    no_prefetcher: bool = flag(False, "No prefetching to the device.")
     output: str = flag("", "Folder of the runs; empty: ./output/train.", metavar="DIR")
     experiment: str = flag("", "Name of the run's folder; empty: date, model and size.")
     eval_metric: str = flag("top1", "What decides the best checkpoint; for multi-label unless given: map.")
