@@ -1,10 +1,12 @@
 """What goes wrong ends the run with one message and a status, and loses nothing that was written."""
 
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import threading
 
 import pytest
 import timm
@@ -20,7 +22,7 @@ from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.step import TrainStep
-from tweo_timm.train.watch import HealthWatch, SignalWatch, TrainingStopped
+from tweo_timm.train.watch import HealthWatch, PatientWorker, SignalWatch, TrainingStopped
 
 CPU = World(torch.device("cpu"))
 
@@ -328,15 +330,54 @@ def test_what_clipping_or_a_sign_would_hide_of_one_gradient_is_named_in_its_upda
         Trainer(session, SignalWatch()).train_epoch(0)
 
 
+MARKING_WHO_WAITS = """
+import os, pathlib, signal, sys
+from tweo_timm.train.cli import main
+def wait(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    os._exit(0)
+signal.sigtimedwait = wait
+sys.exit(main(sys.argv[2:]))
+"""
+"""A training command whose workers end at once, and leave a mark, where they would begin to wait for their run."""
+
+
 def test_a_run_that_cannot_go_on_does_not_wait_for_its_workers(tmp_path):
     """Its own process: workers that are left when Python exits are told to end by a signal, which they outlive."""
     data = write_images(tmp_path / "data", train=24, val=6)
     next((data / "train" / "class0").iterdir()).write_bytes(b"")
-    script = Path(__file__).parents[2] / "train.py"
-    words = [sys.executable, str(script), *command(data, tmp_path, "-j", "2")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
+    program = [sys.executable, "-c", MARKING_WHO_WAITS, str(tmp_path / "waited")]
+    done = subprocess.run([*program, *command(data, tmp_path, "-j", "2")], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "the file is damaged" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "waited").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="nobody knows here who sent a signal")
+@pytest.mark.parametrize("own_run", [True, False])
+def test_a_worker_ends_at_once_for_its_own_run_and_waits_for_it_when_anybody_else_sends_the_signal(own_run):
+    fork = multiprocessing.get_context("fork")
+    ready, waiting = fork.Event(), fork.Event()
+
+    def wait(*_):
+        waiting.set()
+        os._exit(0)
+
+    def work():
+        signal.sigtimedwait = wait
+        PatientWorker(None)(0)
+        ready.set()
+        threading.Event().wait()
+
+    worker = fork.Process(target=work)
+    worker.start()
+    ready.wait()
+    if own_run:
+        worker.terminate()
+    else:
+        subprocess.run(["kill", str(worker.pid)], check=True)
+    worker.join()
+    assert (worker.exitcode, waiting.is_set()) == (0, not own_run)
 
 
 def test_the_first_bad_step_is_the_one_that_is_reported():

@@ -104,13 +104,13 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
     """Append the record of each checkpoint as it is finished; one that fails does not stop the others.
 
     Returns:
-        The exit status: 1 if a checkpoint or a scheme failed.
+        The exit status: 1 if a checkpoint or a scheme failed, or an exported file is wrong.
     """
     from timm.utils import random_seed
 
     from tweo_timm.evaluate.compare import headline
     from tweo_timm.evaluate.measure import measure
-    from tweo_timm.evaluate.report import failures
+    from tweo_timm.evaluate.report import failures, faults
     from tweo_timm.evaluate.subject import find_sources, load_subject
 
     status = 0
@@ -127,7 +127,7 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
                 raise
             return _fail("the images have lists of labels: give --task multilabel")
         records.append(record)
-        for reason in failures(record):
+        for reason in [*failures(record), *faults(record)]:
             status = _fail(reason)
         peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
         field, metric = headline(record)

@@ -24,7 +24,7 @@ from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.quant.deploy import export_record
-from tweo_timm.quant.export import require_export_extra
+from tweo_timm.quant.export import FLOAT, require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
@@ -34,9 +34,6 @@ _logger = logging.getLogger(__name__)
 
 DIAGNOSIS_IMAGES = 64
 """Images of the validation split that stethoscope, colinearity, readiness and fidelity look at."""
-
-FLOAT = "float32"
-"""What stands in the name of a float model's ONNX file where others have their scheme."""
 
 
 def measure(subject: Subject, world: World) -> dict[str, Any]:

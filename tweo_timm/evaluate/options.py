@@ -109,7 +109,7 @@ class MeasurementOptions:
     )
     tweo_blocks: str | None = flag(None, "Names the transformer blocks where they are not found.", metavar="REGEX")
     quantize: list[str] = flag(
-        [], "Top-1 after static quantization, e.g. w8a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
+        [], "Top-1 after static quantization, e.g. w8a8-tt, w7a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
     )
     calibration_images: int = flag(512, "Images that fix the quantization's scales.", bounds=AT_LEAST_1)
     calibration_split: str = flag("train", "Split that they come from.")

@@ -160,6 +160,7 @@ def _details(record: dict[str, Any]) -> str:
         for entry in record.get("quantized", [])
     ]
     parts += [f"- not measured: {reason}" for reason in failures(record)]
+    parts += [f"- **wrong:** {fault}" for fault in faults(record)]
     for heading, caption, rows in _export_tables(record):
         parts += [f"### {heading}", *([caption] if caption else []), _markdown_table(rows)]
     for name, describe in (
@@ -182,10 +183,20 @@ def failures(record: dict[str, Any]) -> list[str]:
     return [*record.get("not_quantized", {}).values(), *exports]
 
 
+def faults(record: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the exported files of a record: those that do not compute what the model does."""
+    files = [file for export in _exports(record) for file in export["files"]]
+    return [f"--export onnx, {record['name']}: {file['fault']}" for file in files if file.get("fault")]
+
+
+def _exports(record: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [record.get("exported"), *(entry.get("exported") for entry in record.get("quantized", []))]
+    return [export for export in found if export]
+
+
 def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str, str]]]]:
     """Heading, caption and rows of what is known about the exported files of a checkpoint."""
-    found = [record.get("exported"), *(entry.get("exported") for entry in record.get("quantized", []))]
-    exports = [export for export in found if export]
+    exports = _exports(record)
     tables = []
     if exports:
         caption = (
@@ -193,7 +204,7 @@ def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str
             "moved them; and the same for that model against itself, with inputs of layers multiplied by 1.000001."
         )
         tables.append(("Exported files, run in onnxruntime", caption, _file_rows(exports)))
-    timed = [(export["scheme"], batch) for export in exports for batch in export.get("latency", [])]
+    timed = [(export, batch) for export in exports for batch in export.get("latency", [])]
     if timed:
         first = timed[0][1]
         caption = (
@@ -212,26 +223,31 @@ def _file_rows(exports: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             row = {"file": Path(file["path"]).name, "MB": _number(file["size_mb"]), "Top-1 %": f"{file['top1']:.2f}"}
             row |= {"PyTorch Top-1 %": f"{export['top1']:.2f}", "same first class": _number(file["top1_agreement"])}
             row |= {"error ratio": _number(file["error_ratio"]), "itself": _number(export.get("self_error_ratio"))}
+            row |= {"verdict": ("wrong" if file["fault"] else "as the model") if "fault" in file else "-"}
             row |= {"int8 products": str(sum(nodes["int8"].values())), "float islands": str(nodes["float_islands"])}
             rows.append(row)
     return rows
 
 
-def _latency_rows(timed: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, str]]:
+def _latency_rows(timed: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, str]]:
     return [
         {
-            "scheme": scheme,
+            "scheme": export["scheme"],
             "batch": str(batch["batch"]),
             "rounds": str(batch["rounds"]),
-            "file": row["file"],
+            "file": row["file"] + (" (wrong)" if row["file"] in _wrong_targets(export) else ""),
             "median ms": f"{row['median_ms']:.2f}",
             "min ms": f"{row['min_ms']:.2f}",
             "images/s": f"{row['images_per_s']:.1f}",
             "speed, float32 = 1": f"{row['ratio']:.2f}",
         }
-        for scheme, batch in timed
+        for export, batch in timed
         for row in batch["rows"]
     ]
+
+
+def _wrong_targets(export: dict[str, Any]) -> set[str]:
+    return {file["target"] for file in export["files"] if file.get("fault")}
 
 
 def _stethoscope(found: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,15 +28,20 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tweo_timm.machine import EXACT_INT8
 from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.flow import name_of
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.stream import StreamQuantizer
+from tweo_timm.version import __version__
 
 OPSET = 20
 TARGETS = ("qdq", "onnxruntime")
 INPUT, OUTPUT = "images", "logits"
+FLOAT = "float32"
+"""What stands for a float model where others have their scheme."""
 _EXTRA = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -76,6 +82,8 @@ def export_onnx(
     Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 19; the scheme is arXiv:2511.23225's.
     """
     require_export_extra()
+    from tweo_timm.quant.ort import fuse_for_onnxruntime, separate_integers
+
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; accepted are {', '.join(TARGETS)}")
     working = _working_copy(model)
@@ -87,12 +95,22 @@ def export_onnx(
     with _quiet():
         program = _traced(working, example.detach().float().cpu(), dynamic_batch)
         if target == "onnxruntime":
-            from tweo_timm.quant.ort import fuse_for_onnxruntime
-
             fused = fuse_for_onnxruntime(program.model)
+        separate_integers(program.model)
+        program.model.metadata_props.update(_metadata(scheme))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         program.save(str(path))
     return {"path": str(path), "target": target, "opset": OPSET, "scheme": scheme, **folds, "fused": fused}
+
+
+def _metadata(scheme: str | None) -> dict[str, str]:
+    """What a file says of itself: how it is quantized, what a session needs where int8 products saturate, by whom."""
+    saturable = scheme is not None and Scheme.parse(scheme).weight_bits == 8
+    return {
+        "scheme": scheme or FLOAT,
+        "session_options": json.dumps(EXACT_INT8 if saturable else {}),
+        "tweo_timm": __version__,
+    }
 
 
 def _working_copy(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.smooth import smooth
 from tweo_timm.quant.stream import BlockSites, SiteWatcher, StreamQuantizer
+from tweo_timm.rewrite.rotate import rotate
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def quantize_static(
     Returns:
         A model in evaluation mode with the float model's interface. Its Linear layers and convolutions are
         QuantizedLayers; `quantization_scales` lists every scale. Its attribute `quantization` is a dict that is ready
-        for JSON: scheme, calibration_images, unused_layers (stay float), and what +smooth and +qwt did.
+        for JSON: scheme, calibration_images, unused_layers (stay float), and what +rot, +smooth and +qwt did.
 
     Raises:
         ValueError: for a scheme that cannot be parsed, no calibration images, activations that are not finite, or a
@@ -79,13 +80,17 @@ def quantize_static(
             see the operands.
         TypeError: for scripted models, and layers whose effective weight is not stored.
 
-    Source: arXiv:2511.23225, PTQ protocol; suffixes +smooth and +qwt: see `smooth` and `compensate`.
+    Source: arXiv:2511.23225, PTQ protocol; suffixes +rot, +smooth and +qwt: see `rotate`, `smooth`, `compensate`.
     """
     scheme = Scheme.parse(scheme)
     batches = list(calibration_batches)
     quantized = _working_copy(model, fused_attention=not scheme.attention)
     found = find_blocks(quantized, blocks)
     report: dict[str, Any] = {"scheme": str(scheme)}
+    if scheme.rotation:
+        _refuse_no_images(batches)
+        report["rotation"] = rotate(quantized, scheme.rotation_method, batches).to_json()
+    reference = copy.deepcopy(quantized) if scheme.compensation else None
     if scheme.smooth:
         report["smooth"] = smooth(quantized, batches)
     observation = observe(quantized, batches, found)
@@ -93,8 +98,7 @@ def quantize_static(
     _replace_layers(quantized, observation, scheme)
     _quantize_streams(quantized, found, observation, scheme)
     quantized.eval().requires_grad_(False)
-    if scheme.compensation:
-        reference = _working_copy(model, fused_attention=not scheme.attention)
+    if reference is not None:
         report["compensation"] = compensate(reference, quantized, batches, scheme.compensation)
     quantized.quantization = report  # type: ignore[assignment]
     return quantized
@@ -182,10 +186,14 @@ def observe(model: nn.Module, batches: Iterable[Tensor], blocks: Mapping[str, nn
         for images in batches:
             seen.num_images += len(images)
             model(images.to(device))
-    if seen.num_images == 0:
-        raise ValueError("calibration needs at least one image: pass batches of the training split")
+    _refuse_no_images(batches)
     watch.check()
     return seen
+
+
+def _refuse_no_images(batches: Sequence[Tensor]) -> None:
+    if not any(len(images) for images in batches):
+        raise ValueError("calibration needs at least one image: pass batches of the training split")
 
 
 class _Watch(TorchFunctionMode):

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - flag() returns a dataclass field, with a factory where the default is mutable
 """The settings of one repair. Imports neither torch nor timm, so that ``-h`` is quick."""
 
 from __future__ import annotations
