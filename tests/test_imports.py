@@ -23,7 +23,7 @@ LAYERS = [
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
-    ["settings", "photos", "peaks"],
+    ["settings", "photos"],
     ["suggestion", "version", "records", "structure", "machine"],
 ]
 # On one layer, or above, and yet the first does not know the second.

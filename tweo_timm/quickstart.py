@@ -15,7 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from tweo_timm import machine
 from tweo_timm.photos import write_photo_crops
+from tweo_timm.run.precision import precision_of
 
 RUNS = ("healthy", "healthy_tweo", "stress", "stress_tweo")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
-    names = [name for seed in options.seeds for name in _train_all(photos, options.output, seed, options.fp8)]
+    names = _train_all(photos, options)
     report = options.output / "report"
     checkpoints = [str(options.output / name / "last.pth.tar") for name in names]
     precision = ["--quantize", "w8a8-tt", "w8a8-tt+res", "w4a4-tt+res"] if len(options.seeds) == 1 else []
@@ -56,21 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_seeds(report / "report.csv", options.seeds)
     print(f"\nPictures and tables: {report}/  (start with {report}/report.md)")
     print(f"Run folders with summary.csv and outliers.jsonl: {options.output}/<run>/")
+    print(f"Trained in {_precision(options.output / names[0])} on {_processor()}.")
     print(f"Done in {time.monotonic() - started:.0f} s, installation not counted.")
     return 0
 
 
-def _train_all(photos: Path, output: Path, seed: int, fp8: bool) -> list[str]:
-    """Train the four recipes with one seed; a run that is complete already is not repeated."""
-    names = []
-    for run in RUNS:
-        name = run + ("_fp8" if fp8 else "") + (f"_seed{seed}" if seed else "")
+def _train_all(photos: Path, options: argparse.Namespace) -> list[str]:
+    """Train the four recipes once per seed; a run that is complete already is not repeated."""
+    runs = [(seed, run) for seed in options.seeds for run in RUNS]
+    names: list[str] = []
+    began = time.monotonic()
+    for done, (seed, run) in enumerate(runs):
+        name = run + ("_fp8" if options.fp8 else "") + (f"_seed{seed}" if seed else "")
         names.append(name)
-        words = ["--data-dir", str(photos), "--output", str(output), "--experiment", name, "--seed", str(seed)]
-        extra = ["--fp8", "emulated"] if fp8 else []
-        recipe = f"recipes/quickstart_{run}.yaml"
-        _run([sys.executable, "train.py", "-c", recipe, *words, *extra, "--resume", "auto"])
+        left = f", about {(time.monotonic() - began) / done * (len(runs) - done):.0f} s left" if done else ""
+        print(f"\nTraining {done + 1} of {len(runs)}{left}: {name}")
+        words = ["--data-dir", str(photos), "--output", str(options.output)]
+        words += ["--experiment", name, "--seed", str(seed), *(["--fp8", "emulated"] if options.fp8 else [])]
+        _run([sys.executable, "train.py", "-c", f"recipes/quickstart_{run}.yaml", *words, "--resume", "auto"])
     return names
+
+
+def _precision(folder: Path) -> str:
+    """The precision that a run trained in, from its args.yaml."""
+    return precision_of(argparse.Namespace(**yaml.safe_load((folder / "args.yaml").read_text())))
+
+
+def _processor() -> str:
+    about = machine.describe()
+    return f"{about['processor']}, {about['cores']} cores"
 
 
 def _run(command: list[str]) -> None:

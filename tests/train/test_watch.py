@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageDataset
+from torch.distributed.fsdp import fully_shard
 
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
@@ -20,9 +21,10 @@ from tweo_timm.blocks import find_blocks
 from tweo_timm.run.dataset import StrictImages
 from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
+from tweo_timm.train.health import HealthWatch, TrainingStopped
 from tweo_timm.train.loop import Trainer
+from tweo_timm.train.signals import PatientWorker, SignalWatch
 from tweo_timm.train.step import TrainStep
-from tweo_timm.train.watch import HealthWatch, PatientWorker, SignalWatch, TrainingStopped
 
 CPU = World(torch.device("cpu"))
 
@@ -253,19 +255,24 @@ def test_a_gradient_that_is_no_number_stops_and_names_where_it_came_first(images
     assert "last.pth.tar" in message
 
 
-def spoil_one_weight(step):
-    step.session.model.blocks[1].attn.qkv.weight.register_hook(lambda gradient: gradient * float("nan"))
+def break_one_weight(step):
+    """A finite gradient, an update that is not: what a rate or a trust ratio that overflows does."""
+
+    def overflow(optimizer, args, kwargs):
+        step.session.model.blocks[1].attn.qkv.weight.data[3, 5] = float("inf")
+
+    step.session.optimizer.register_step_post_hook(overflow)
 
 
-def test_a_gradient_that_breaks_one_weight_is_found_by_the_next_loss_and_named(images, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, spoil_one_weight)
+def test_a_weight_that_its_own_update_breaks_is_found_by_the_next_loss_and_named(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, break_one_weight)
     message = failure(command(images, tmp_path), capsys)
     assert "update 10" in message
     assert "first at block blocks.1, because blocks.1.attn.qkv.weight is not finite after update 9" in message
 
 
 def test_weights_that_are_not_finite_are_never_written(images, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, spoil_one_weight)
+    poison(monkeypatch, break_one_weight)
     message = failure(command(images, tmp_path, "--recovery-interval", "1"), capsys)
     assert "stopped at update 9: blocks.1.attn.qkv.weight is not finite after update 9" in message
     written = list((tmp_path / "run").glob("*.pth.tar"))
@@ -317,12 +324,13 @@ def test_one_bad_element_anywhere_in_a_backward_pass_is_seen_in_the_same_update(
             watch.check(CPU, "none")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--clip-grad", "1"], ["--clip-grad", "1", "--clip-mode", "value"], ["--opt", "lion"], ["--opt", "adopt"]],
-    ids=" ".join,
-)
-def test_what_clipping_or_a_sign_would_hide_of_one_gradient_is_named_in_its_update(words, images, tmp_path):
+OPTIMIZERS = [[], ["--clip-grad", "1"], ["--clip-grad", "1", "--clip-mode", "value"]]
+OPTIMIZERS += [["--opt", name] for name in ("lamb", "lion", "adopt")]
+
+
+@pytest.mark.parametrize("words", OPTIMIZERS, ids=" ".join)
+def test_a_gradient_that_is_not_finite_is_named_in_its_own_update(words, images, tmp_path):
+    """Clipping and signs would hide it, and LAMB, which clips by the norm of all, spread it to every weight."""
     session = session_of(images, tmp_path, *words)
     name = "blocks.1.mlp.fc1.weight"
     session.model.get_parameter(name).register_hook(lambda gradient: gradient + float("nan"))
@@ -340,6 +348,51 @@ signal.sigtimedwait = wait
 sys.exit(main(sys.argv[2:]))
 """
 """A training command whose workers end at once, and leave a mark, where they would begin to wait for their run."""
+
+
+@pytest.fixture
+def lone_process():
+    """A process group of one, in which tensors can be sharded."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def watch_of_gradient(gradient):
+    """A watch that has looked at a layer whose weight has this gradient."""
+    layer = torch.nn.Linear(*reversed(gradient.shape), bias=False).to(gradient.dtype)
+    layer.weight.grad = gradient
+    watch = HealthWatch(layer, [], CPU.device)
+    watch.note_gradients(0)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(1e20, torch.float32), (300.0, torch.float16), (1e20, torch.bfloat16), (1e300, torch.float64)],
+    ids=str,
+)
+def test_a_million_large_gradients_do_not_stop_a_run_and_one_that_is_not_finite_does(value, dtype):
+    gradient = torch.full((1000, 1000), value, dtype=dtype)
+    watch_of_gradient(gradient).check(CPU, "none")
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        spoiled = gradient.clone()
+        spoiled[500, 500] = bad
+        with pytest.raises(TrainingStopped, match="update 0: gradients are not finite, first that of weight"):
+            watch_of_gradient(spoiled).check(CPU, "none")
+
+
+def test_gradients_of_sharded_weights_are_looked_at(lone_process):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    fully_shard(model, mesh=lone_process)
+    model(torch.ones(1, 4)).sum().backward()
+    watch = HealthWatch(model, [], CPU.device)
+    watch.note_gradients(0)
+    watch.check(CPU, "none")
+    model[1].weight.grad.mul_(float("nan"))
+    watch.note_gradients(1)
+    with pytest.raises(TrainingStopped, match=r"update 1: gradients are not finite, first that of 1\.weight"):
+        watch.check(CPU, "none")
 
 
 def test_a_run_that_cannot_go_on_does_not_wait_for_its_workers(tmp_path):
@@ -386,6 +439,20 @@ def test_the_first_bad_step_is_the_one_that_is_reported():
     watch.note(4, torch.tensor(float("nan")), torch.tensor([float("nan"), 1.0]))
     with pytest.raises(TrainingStopped, match=r"update 3: loss 1, max \|A\| = 11 first at block b"):
         watch.check(CPU, "none")
+
+
+def test_a_weight_is_blamed_only_while_no_update_has_spread_what_is_wrong():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    for spread, reason in ((False, r"block a, because 1\.weight is not finite after update 2\."), (True, r"block a\.")):
+        watch = HealthWatch(model, ["a"], CPU.device)
+        watch.note_gradients(2)
+        model[1].weight.data.fill_(float("inf"))
+        watch.note(3, torch.tensor(float("nan")), torch.tensor([float("nan")]))
+        if spread:  # by gradients that are not finite, every weight: the first of them tells nothing
+            watch.note_gradients(3)
+            model[0].weight.data.fill_(float("nan"))
+        with pytest.raises(TrainingStopped, match="update 3: .* first at " + reason):
+            watch.check(CPU, "none")
 
 
 def test_a_bad_loss_with_healthy_blocks_points_at_the_head():

@@ -54,6 +54,7 @@ def validate(options: ValidateOptions, command: str) -> int:
     """
     from tweo_timm.evaluate.compare import read_reports
     from tweo_timm.run.dataset import UnreadableImage
+    from tweo_timm.run.precision import resolve_precision
     from tweo_timm.run.world import join_world
 
     set_up_logging()
@@ -73,6 +74,7 @@ def validate(options: ValidateOptions, command: str) -> int:
         logging.getLogger().setLevel(logging.WARNING)
     try:
         _check_outputs(options)
+        options = resolve_precision(options, world)
         status = _measure_all(options, world, records)
     except KeyboardInterrupt:
         _logger.warning("Interrupted: reporting the %d checkpoints that are finished", len(records))

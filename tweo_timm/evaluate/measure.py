@@ -28,6 +28,7 @@ from tweo_timm.quant.export import FLOAT, require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
+from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         "img_size": subject.data_config["input_size"][-1],
         "crop_pct": subject.data_config["crop_pct"],
         "interpolation": subject.data_config["interpolation"],
+        "precision": precision_of(options),
         "data": {"fingerprint": images.fingerprint, "split": options.split},
     }
     whole, outliers = _score_with_outliers(subject, images, world)

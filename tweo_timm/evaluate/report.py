@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tweo_timm import machine
 from tweo_timm.evaluate.compare import SCHEMA, accuracy_by_scheme, compare, headline, schemes_of
 from tweo_timm.evaluate.plots import draw_all
 from tweo_timm.records import plain, write_atomically
@@ -51,6 +52,7 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
             "command": command,
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
+            "machine": machine.describe(),
             "checkpoints": list(records),
             "comparison": comparison,
         }
@@ -122,7 +124,8 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
         "# Validation report",
         f"`{report['command']}`",
         f"{data['images']} images of split `{data['split']}`, fingerprint `{data['fingerprint']}`. "
-        f"{made}, {report['made']}.",
+        f"In {records[0].get('precision', 'float32')} on {report['machine']['processor']}, "
+        f"{report['machine']['cores']} cores; {made}; {report['made']}.",
         _markdown_table(table_of(records)),
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",

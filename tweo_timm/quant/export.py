@@ -7,6 +7,9 @@ Fake quantization shows what int8 costs; a file that an engine runs in int8 is w
     onnxruntime   the same integers with the operators that onnxruntime's CPU provider computes them with, bias
                   included: its own optimizer leaves the bias, and with it half of the speed, outside.
 
+Every node reads integers of its own, and a file says in its metadata what it is and what a session needs, so that it
+can be computed exactly where int8 products saturate (docs/export.md).
+
 Opset 20, the first with a Gelu operator. The batch is dynamic, height and width are those of the example.
 Needs the extra `export`. Refused: schemes with steps computed at run time, and models that torch.export cannot trace.
 """

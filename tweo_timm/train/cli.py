@@ -18,7 +18,7 @@ from tweo_timm.train.options import TrainOptions, parse_train_options
 
 if TYPE_CHECKING:
     from tweo_timm.run.world import World
-    from tweo_timm.train.watch import SignalWatch
+    from tweo_timm.train.signals import SignalWatch
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def train(options: TrainOptions) -> int:
     """
     from tweo_timm.run.dataset import UnreadableImage
     from tweo_timm.run.world import join_world
-    from tweo_timm.train.watch import Interrupted, SignalWatch, TrainingStopped
+    from tweo_timm.train.health import TrainingStopped
+    from tweo_timm.train.signals import Interrupted, SignalWatch
 
     set_up_logging()
     try:
@@ -88,15 +89,17 @@ def train(options: TrainOptions) -> int:
 def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:
     """Build everything, and only then touch the run folder: a command that cannot run changes nothing."""
     from tweo_timm.records import write_atomically
+    from tweo_timm.run.precision import resolve_precision
     from tweo_timm.train.build import build_session
     from tweo_timm.train.loop import Trainer
     from tweo_timm.train.options import as_namespace
-    from tweo_timm.train.watch import Interrupted
+    from tweo_timm.train.signals import Interrupted
 
+    resumed = _find_checkpoint(options, world)
+    options = resolve_precision(options, world, resumed[1].get("args") if resumed is not None else None)
     session = build_session(options, world)
     folder = world.gather(_run_folder(options, session.data_config))[0]
     trainer = Trainer(session, signals)
-    resumed = _find_checkpoint(options, folder, world)
     if resumed is not None:
         trainer.resume(resumed[1], resumed[0])
     session.wrap()
@@ -116,7 +119,7 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
         raise
 
 
-def _find_checkpoint(options: TrainOptions, folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
+def _find_checkpoint(options: TrainOptions, world: World) -> tuple[Path, dict[str, Any]] | None:
     """Read the checkpoint to continue from; the first process chooses, all read the same."""
     from tweo_timm.train.checkpoint import load_newest, read_checkpoint
 
@@ -124,7 +127,9 @@ def _find_checkpoint(options: TrainOptions, folder: Path, world: World) -> tuple
         return None
     if options.resume != "auto":
         return Path(options.resume), read_checkpoint(Path(options.resume))
-    found = load_newest(folder) if world.primary else None
+    if not options.experiment:
+        raise ValueError("--resume auto continues the run of a name: give --experiment NAME too, or --resume FILE")
+    found = load_newest(_output(options) / options.experiment) if world.primary else None
     path = world.gather(found[0] if found is not None else None)[0]
     if path is None:
         return None
@@ -151,7 +156,11 @@ def _run_folder(options: TrainOptions, data_config: dict[str, Any]) -> Path:
     else:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = "-".join([stamp, safe_model_name(options.model), str(data_config["input_size"][-1])])
-    return Path(options.output or DEFAULT_OUTPUT) / name
+    return _output(options) / name
+
+
+def _output(options: TrainOptions) -> Path:
+    return Path(options.output or DEFAULT_OUTPUT)
 
 
 def _report(result: dict[str, Any], folder: Path) -> None:
