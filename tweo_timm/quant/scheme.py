@@ -20,10 +20,11 @@ WEIGHT_BITS = (8, 7, 6, 4)
 """7: int8 of half the range, whose products with uint8 cannot saturate on a processor that adds two in 16 bits."""
 ACTIVATION_BITS = (8, 6, 4)
 GRAMMAR = (
-    "w{8,7,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+rot|+rotr][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of weights and "
-    "activations; weights per tensor (t) or channel (c); activations per tensor, static (t) or per token, dynamic (k)"
+    "w{8,7,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+zero][+rot|+rotr][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of "
+    "weights and activations; weights per tensor (t) or channel (c); activations per tensor, static (t) or per token, "
+    "dynamic (k)"
 )
-_FLAGS = ("res", "attn")
+_FLAGS = ("res", "attn", "zero")
 _ROTATIONS = {"rot": "learned", "rotr": "random"}
 _COMPENSATIONS = ("qwt", "qwtblock", "qwtlinear")
 _SUFFIXES = (*_FLAGS, *_ROTATIONS, "smooth", *_COMPENSATIONS)
@@ -46,6 +47,7 @@ class Scheme:
             same after each block) or "qwtlinear" (a linear layer beside each block, the first QwT).
         rotation: "" for none, "rot" (learned from the calibration images) or "rotr" (random): the residual stream is
             rotated before anything else, which changes nothing but its basis.
+        zero_point: inputs that lie on one side of 0, as after GELU, cover their range with a zero point.
 
     Raises:
         ValueError: if a field has another value.
@@ -60,6 +62,7 @@ class Scheme:
     smooth: bool = False
     compensation: str = ""
     rotation: str = ""
+    zero_point: bool = False
 
     def __post_init__(self) -> None:
         for name, bits, accepted in (
@@ -73,6 +76,8 @@ class Scheme:
             raise ValueError(f"compensation is {self.compensation!r}; accepted are '', {', '.join(_COMPENSATIONS)}")
         if self.rotation not in ("", *_ROTATIONS):
             raise ValueError(f"rotation is {self.rotation!r}; accepted are '', {', '.join(_ROTATIONS)}")
+        if self.zero_point and self.per_token:
+            raise ValueError("+zero needs static activation scales: use a scheme such as w8a8-tt+zero")
 
     @property
     def rotation_method(self) -> str:
@@ -115,11 +120,12 @@ class Scheme:
             smooth="smooth" in suffixes,
             compensation="".join(compensations),
             rotation="".join(rotations),
+            zero_point="zero" in suffixes,
         )
 
     def __str__(self) -> str:
         suffixes = [
-            *(name for name, on in zip(_FLAGS, (self.residual, self.attention), strict=True) if on),
+            *(name for name, on in zip(_FLAGS, (self.residual, self.attention, self.zero_point), strict=True) if on),
             *([self.rotation] if self.rotation else []),
             *(["smooth"] if self.smooth else []),
             *([self.compensation] if self.compensation else []),

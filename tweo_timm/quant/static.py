@@ -45,12 +45,14 @@ class Observation:
 
     Attributes:
         layers: layer name -> max|X| of its input.
+        ranges: layer name -> min X and max X of its input.
         blocks: block name -> its sites.
         num_images: images seen.
         unused: layers that no image reached.
     """
 
     layers: dict[str, Tensor] = field(default_factory=dict)
+    ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     blocks: dict[str, BlockSites] = field(default_factory=dict)
     num_images: int = 0
     unused: list[str] = field(default_factory=list)
@@ -110,8 +112,9 @@ def quantization_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
     Returns:
         For each quantized layer, by its own name: kind ("linear" or "conv"), weight_bits, weight_scale (a list with one
         step for each output channel, or one for the tensor), input_bits, input_scale (the step; None: computed at run
-        time, a step a token). For each site of the stream, by "<block>.<site>": kind ("stream" or "product"), bits,
-        scale. A value is its integer times the scale; integers are within +-(2^(bits-1) - 1); zero points are 0.
+        time, a step a token), input_zero_point. For each site of the stream, by "<block>.<site>": kind ("stream" or
+        "product"), bits, scale. A value is its integer, less the zero point, times the scale; integers are within
+        +-(2^(bits-1) - 1); zero points are 0 but with +zero.
     """
     scales: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -122,6 +125,7 @@ def quantization_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
                 "weight_scale": module.weight_scale.reshape(-1).tolist(),
                 "input_bits": module.input_quantizer.bits,
                 "input_scale": _number(module.input_quantizer),
+                "input_zero_point": module.input_quantizer.zero_point,
             }
         elif isinstance(module, StreamQuantizer):
             for site, quantizer in module.quantizers.items():
@@ -249,9 +253,12 @@ class _Watch(TorchFunctionMode):
     def _layer_hook(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._calls[name] += 1
-            amax = args[0].detach().abs().amax().float()
-            known = self.seen.layers.get(name)
-            self.seen.layers[name] = amax if known is None else torch.maximum(known, amax)
+            least, most = (extreme.float() for extreme in args[0].detach().aminmax())
+            if name in self.seen.ranges:
+                known = self.seen.ranges[name]
+                least, most = torch.minimum(known[0], least), torch.maximum(known[1], most)
+            self.seen.ranges[name] = least, most
+            self.seen.layers[name] = torch.maximum(-least, most)
 
         return hook
 
@@ -279,10 +286,9 @@ def _replace_layers(model: nn.Module, observation: Observation, scheme: Scheme) 
     for name, layer in list(model.named_modules()):
         if name not in observation.layers:
             continue
-        amax = None if scheme.per_token else observation.layers[name]
         axes = (-1,) if isinstance(layer, nn.Linear) else tuple(range(1, layer.weight.ndim))
         try:
-            quantizer = Quantizer(scheme.activation_bits, amax, axes)
+            quantizer = _input_quantizer(scheme, observation, name, axes)
             replacements[id(layer)] = QuantizedLayer(
                 layer, quantizer, scheme.weight_bits, per_channel=scheme.per_channel
             )
@@ -292,6 +298,16 @@ def _replace_layers(model: nn.Module, observation: Observation, scheme: Scheme) 
         for child_name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 parent._modules[child_name] = replacements[id(child)]
+
+
+def _input_quantizer(scheme: Scheme, observation: Observation, name: str, axes: tuple[int, ...]) -> Quantizer:
+    """How a layer's input becomes integers; with a zero point where asked for and one side of 0 is nearly empty."""
+    if scheme.per_token:
+        return Quantizer(scheme.activation_bits, None, axes)
+    least, most = observation.ranges[name]
+    if scheme.zero_point and bool(torch.minimum(-least, most) < torch.maximum(-least, most) / 2):
+        return Quantizer(scheme.activation_bits, most.clamp(min=0), axes, least=least.clamp(max=0))
+    return Quantizer(scheme.activation_bits, observation.layers[name], axes)
 
 
 def _quantize_streams(

@@ -26,8 +26,8 @@ from tweo_timm.structure import Stage, Stream
 
 POWER = 8
 STEPS = 200
-TOKENS = 1024
-"""Tokens kept for each site: half of them those with the largest values, half drawn."""
+ROWS = 512
+"""Tokens, or rows of a weight, kept for each site: half of them those with the largest values, half drawn."""
 _ANGLE = 0.02
 """By how much the first step turns a direction, in radians (rms)."""
 _GROWTH = 1.1
@@ -38,39 +38,45 @@ _REPORT = 20
 def stream_samples(
     model: nn.Module, stream: Stream, batches: Sequence[Tensor], generator: torch.Generator
 ) -> dict[str, list[Tensor]]:
-    """Collect tokens of each stage's sites from a folded model.
+    """Collect what a rotation turns at each stage's sites, from a folded model.
 
     Returns:
-        Stage -> its sites, each (tokens, width) float32.
+        Stage -> its sites, each (rows, width) float32: tokens for what goes in and out of norms, rows of weights.
     """
     samples: dict[str, dict[str, Tensor]] = {stage.name: {} for stage in stream.stages}
-    handles = []
-    share = max(1, TOKENS // 2 // len(batches))
-
-    def keep(site: dict[str, Tensor], name: str, width: int, value: Tensor) -> None:
-        tokens = value.detach().reshape(-1, width).float().cpu()
-        peaks = tokens.abs().amax(1).topk(min(share, len(tokens))).indices
-        drawn = torch.randint(len(tokens), (min(share, len(tokens)),), generator=generator)
-        chosen = tokens[torch.cat([peaks, drawn])]
-        site[name] = torch.cat([site[name], chosen]) if name in site else chosen
+    share = max(2, ROWS // len(batches))
 
     def hook(stage: Stage, norm: str) -> Callable[..., None]:
         def collect(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            keep(samples[stage.name], f"{norm}, in", stage.width, args[0])
-            keep(samples[stage.name], f"{norm}, out", stage.width, output)
+            for name, value in ((f"{norm}, in", args[0]), (f"{norm}, out", output)):
+                chosen = _choose(value.reshape(-1, stage.width), share, generator)
+                known = samples[stage.name].get(name)
+                samples[stage.name][name] = chosen if known is None else torch.cat([known, chosen])
 
         return collect
 
-    for stage in stream.stages:
-        for norm in stage.norms:
-            handles.append(model.get_submodule(norm).register_forward_hook(hook(stage, norm)))
+    hooked = [(stage, norm) for stage in stream.stages for norm in stage.norms]
+    handles = [model.get_submodule(norm).register_forward_hook(hook(stage, norm)) for stage, norm in hooked]
     try:
         for _ in run(model, batches):
             pass
     finally:
         for handle in handles:
             handle.remove()
+    for stage in stream.stages:
+        for port in stage.ports:
+            if port.module and port.parameter == "weight":
+                rows = model.get_parameter(port.name).movedim(port.axis, -1).reshape(-1, stage.width)
+                samples[stage.name][port.name] = _choose(rows, ROWS, generator)
     return {name: list(sites.values()) for name, sites in samples.items()}
+
+
+def _choose(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The half of `count` rows with the largest values, and as many drawn from all."""
+    rows = rows.detach().float().cpu()
+    peaks = rows.abs().amax(1).topk(min(count // 2, len(rows))).indices
+    drawn = torch.randint(len(rows), (min(count // 2, len(rows)),), generator=generator)
+    return rows[torch.cat([peaks, drawn])]
 
 
 def learn_orthogonal(
