@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import BUILDERS, IMG_SIZES, NUM_CLASSES, batch, tiny_task
 from tweo_timm import Fp8Recipe, TweoConfig, attach_tweo, patch_fp8
+from tweo_timm.fp8 import Fp8HealthMonitor
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.meters import EpochMeters
@@ -44,6 +45,7 @@ def test_a_recorded_training_step_never_waits_and_makes_no_float64(family, fp8):
     model = BUILDERS[family]().to(META)
     if fp8:
         patch_fp8(model, Fp8Recipe(backend="emulated"))
+        Fp8HealthMonitor(model).arm()
     task = tiny_task(model, device=META)
     handle = attach_tweo(task, TweoConfig())
     recorder = OutlierRecorder(model)
