@@ -26,7 +26,7 @@ from timm.models import beit, cait, eva, swin_transformer, vision_transformer, v
 from timm.utils import unwrap_model
 from torch import nn
 
-from tweo_timm.structure import Port, Share, Stage, Stream, Unsupported
+from tweo_timm.structure import Port, Share, Stage, Stream, Unsupported, Values
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32)
 _EMBEDDINGS = (PatchEmbed, PatchEmbedWithSize, HybridEmbed, HybridEmbedWithSize)
@@ -159,6 +159,22 @@ def _attention(draft: _Draft, name: str, attn: Any, norm: str, scale: str, keys_
         if isinstance(getattr(attn, projection, None), nn.Module):
             draft.reads(f"{name}.{projection}", norm, _attention_shares(name, attn, projection, keys_shift))
     draft.writes(f"{name}.proj", scale)
+    if type(attn) is not DiffAttention and getattr(attn, "gate", None) is None:
+        draft.stage.values.append(_values(name, attn))
+
+
+def _values(name: str, attn: Any) -> Values:
+    fused = isinstance(getattr(attn, "qkv", None), nn.Module)
+    layer = "qkv" if fused else "v_proj" if hasattr(attn, "v_proj") else "v"
+    weight, own = f"{name}.{layer}.weight", getattr(attn, layer)
+    last = len(own.weight)
+    rows = (last // 3 * 2 if fused else 0, last)
+    bias, bias_rows = (f"{name}.{layer}.bias", rows) if own.bias is not None else ("", rows)
+    if getattr(attn, "v_bias", None) is not None:
+        bias, bias_rows = f"{name}.v_bias", (0, len(attn.v_bias))
+    heads = getattr(attn, "num_kv_heads", attn.num_heads)
+    has_norm = not isinstance(getattr(attn, "norm", None) or nn.Identity(), nn.Identity)
+    return Values(weight, rows, bias, bias_rows, f"{name}.proj", heads, f"{name}.norm" if has_norm else "")
 
 
 def _attention_shares(name: str, attn: Any, projection: str, keys_shift: bool) -> tuple[Share, ...] | None:

@@ -57,6 +57,29 @@ class Port:
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
 
+@dataclass(frozen=True)
+class Values:
+    """The values of one attention, from the layer that makes them to the one that reads their mixtures, head by head.
+
+    Attributes:
+        weight: name of the weight whose rows make values.
+        rows: the first of them and the row after the last.
+        bias: name of the bias that is added to them; "" for none.
+        bias_rows: the same for the bias.
+        projection: the Linear layer that reads the heads' mixtures, one after the other.
+        heads: how many heads of values there are.
+        norm: a norm over all heads in front of the projection; "" for none.
+    """
+
+    weight: str
+    rows: tuple[int, int]
+    bias: str
+    bias_rows: tuple[int, int]
+    projection: str
+    heads: int
+    norm: str = ""
+
+
 @dataclass
 class Stage:
     """A stretch of blocks that share one stream.
@@ -67,6 +90,7 @@ class Stage:
         blocks: names of the blocks, in forward order.
         writers: every tensor that adds to the stream, biases and tokens too.
         readers: every weight that computes from it.
+        values: of its attentions, but those whose outputs are gated or otherwise looked at channel by channel.
         features: None where a head reads the last norm; else the name of that norm, whose output is the model's ("":
             the stream itself is).
     """
@@ -76,6 +100,7 @@ class Stage:
     blocks: list[str] = field(default_factory=list)
     writers: list[Port] = field(default_factory=list)
     readers: list[Port] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
     features: str | None = None
 
     @property

@@ -45,7 +45,7 @@ def fold(edit: Edit, stage: Stage) -> dict[str, str]:
     folded: dict[str, str] = {}
     for norm, readers in stage.norms.items():
         if readers:  # the norm of a model without a head keeps its gains, unless its features may change
-            folded |= _fold_norm(edit, norm, readers)
+            folded |= fold_norm(edit, norm, readers)
     for scale, writers in _scales(stage).items():
         folded[scale] = _fold_scale(edit, scale, writers)
     return folded
@@ -66,7 +66,8 @@ def _takes_all(edit: Edit, port: Port) -> bool:
     return sum(stop - start for start, stop in (share.rows for share in port.shares)) == len(edit.old(port.name))
 
 
-def _fold_norm(edit: Edit, norm: str, readers: list[Port]) -> dict[str, str]:
+def fold_norm(edit: Edit, norm: str, readers: list[Port]) -> dict[str, str]:
+    """Note the folding of one norm into the layers that read it; returns norm -> what becomes of it."""
     weight, bias = f"{norm}.weight", f"{norm}.bias"
     gain = edit.old(weight) if edit.has(weight) else None
     words = []
@@ -87,17 +88,24 @@ def _fold_shift(edit: Edit, norm: str, gain: Tensor | None, readers: list[Port])
         over = _over(norm, shift, gain) * (constant_of(edit, f"{norm}.weight") if gain is not None else 1.0)
         edit.then(f"{norm}.bias", lambda value: over)
         return "its shift stays"
-    biases = []
-    for port in readers:
-        for share in port.shares:
-            if share.bias:
-                edit.then(share.bias, _plus(edit, port, share.rows, shift))
-                biases.append(share.bias)
+    biases = take_constant(edit, readers, shift)
     edit.then(f"{norm}.bias", torch.zeros_like)
     return f"shift into {', '.join(biases)}"
 
 
+def take_constant(edit: Edit, readers: list[Port], constant: Tensor) -> list[str]:
+    """Note that the readers' biases take a constant that leaves their input; returns the biases."""
+    biases = []
+    for port in readers:
+        for share in port.shares:
+            if share.bias:
+                edit.then(share.bias, _plus(edit, port, share.rows, constant))
+                biases.append(share.bias)
+    return biases
+
+
 def _plus(edit: Edit, port: Port, rows: tuple[int, int], shift: Tensor) -> Step:
+    """The step that gives a bias what rows of a reader make of a constant in its input."""
     given = edit.old(port.name)[slice(*rows)] @ shift
     return lambda value: value + given
 
