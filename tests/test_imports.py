@@ -13,7 +13,8 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["train.cli", "evaluate.cli", "repair.cli", "rewrite.__main__", "quickstart"],
+    ["train.__main__", "evaluate.__main__", "rewrite.__main__"],
+    ["train.cli", "evaluate.cli", "repair.cli", "quickstart"],
     ["train", "evaluate", "repair"],
     ["run"],
     ["quant", "diagnose"],
@@ -21,10 +22,11 @@ LAYERS = [
     ["task", "upstream"],
     ["outliers"],
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
+    ["layers", "flow"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos"],
-    ["suggestion", "version", "records", "structure", "machine"],
+    ["suggestion", "version", "records", "outputs", "media", "structure", "machine", "tables"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]

@@ -29,10 +29,10 @@ from tweo_timm.train.step import TrainStep
 CPU = World(torch.device("cpu"))
 
 
-def failure(words, capsys):
-    """Run, expecting status 1 and one message without a traceback."""
+def failure(words, capsys, status=1):
+    """Run, expecting this status and one message without a traceback."""
     capsys.readouterr()
-    assert main(words) == 1
+    assert main(words) == status
     message = capsys.readouterr().err
     assert message.count("train.py: error:") == 1
     assert "Traceback" not in message
@@ -192,7 +192,7 @@ BAD = [value for name, value in sorted(globals().items()) if name.startswith("ba
 def test_bad_input_is_one_message_and_leaves_an_earlier_run_as_it_was(case, images, tmp_path, earlier, capsys):
     folder, files = earlier
     words, expected = case(images, tmp_path) if callable(case) else (case.split(), BAD_SETTINGS[case])
-    message = failure([*command(images, tmp_path), *words], capsys)
+    message = failure([*command(images, tmp_path), *words], capsys, status=2 if "-c" in words else 1)
     for word in expected:
         assert word in message
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files

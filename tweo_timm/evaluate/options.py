@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze
-from tweo_timm.run.recipe import resolve
+from tweo_timm.run.recipe import naming, resolve
 from tweo_timm.run.rules import (
     image_shape,
     option_name,
@@ -158,8 +158,10 @@ def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "valid
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
         ValueError: the YAML file or the combination of settings is wrong; the message names key, value and remedy.
     """
-    values, _ = resolve(ValidateOptions, CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv))
-    return ValidateOptions(**values)
+    given = CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv)
+    values, recipe = resolve(ValidateOptions, given)
+    with naming(recipe, given):
+        return ValidateOptions(**values)
 
 
 def _complaints(options: ValidateOptions) -> Iterator[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tweo_timm.run.flags import CommandLine, freeze
+from tweo_timm.run.options import ConfigOptions
+from tweo_timm.run.recipe import naming, resolve
 from tweo_timm.run.rules import out_of_bounds
 from tweo_timm.settings import AT_LEAST_0, AT_LEAST_1, flag
 
@@ -61,7 +63,7 @@ class ImageOptions:
 
 
 @dataclass(frozen=True)
-class RepairOptions(CheckpointOptions, RotationOptions, ImageOptions):
+class RepairOptions(ConfigOptions, CheckpointOptions, RotationOptions, ImageOptions):
     """The settings of one repair, one field per flag.
 
     Raises:
@@ -75,13 +77,16 @@ class RepairOptions(CheckpointOptions, RotationOptions, ImageOptions):
 
 
 def parse_repair_options(argv: Sequence[str] | None = None, prog: str = "tweo-repair") -> RepairOptions:
-    """Read the command line.
+    """Read the command line, and the YAML file it names, into settings.
 
     Raises:
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
-        ValueError: the combination of settings is wrong; the message names flag, value and remedy.
+        ValueError: the YAML file or the combination of settings is wrong; the message names flag, value and remedy.
     """
-    return RepairOptions(**CommandLine(RepairOptions, prog, _DESCRIPTION).parse(argv))
+    given = CommandLine(RepairOptions, prog, _DESCRIPTION).parse(argv)
+    values, recipe = resolve(RepairOptions, given)
+    with naming(recipe, given):
+        return RepairOptions(**values)
 
 
 def _complaints(options: RepairOptions) -> Iterator[str]:

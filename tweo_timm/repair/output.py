@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
-from tweo_timm.records import plain, write_atomically
+from tweo_timm.outputs import Outputs
+from tweo_timm.records import plain
 from tweo_timm.repair.source import Source, timm_version
 from tweo_timm.rewrite.change import RotationReport, output_error, run, tolerance
 from tweo_timm.rewrite.features import RotatedFeatures
@@ -44,20 +45,19 @@ def write_repaired(
     Raises:
         ValueError: if the file does not compute the same; nothing is left behind.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.stem}.part.safetensors")
     tensors = {name: value.detach().cpu().contiguous() for name, value in source.model.state_dict().items()}
     record = {**_record(source, report), "config": _config(source, source.model)}
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.safetensors"
         save_file(tensors, part, {"tweo_timm": json.dumps(record)})
         error = _compare(part, source, report, batches, reference)
-        if report.rotated_features:
-            RotatedFeatures(report.rotations, report.norms).save(rotation_path(output))
-        os.replace(part, output)
-    finally:
-        part.unlink(missing_ok=True)
-    _write_config(output.parent / "config.json", record["config"])
-    write_atomically(output.with_suffix(".md"), _card(output, source, report, error))
+        content = part.read_bytes()
+    outputs = Outputs(output.parent)
+    if report.rotated_features:
+        RotatedFeatures(report.rotations, report.norms).save(rotation_path(output))
+    outputs.write(output.name, content)
+    _write_config(outputs, record["config"])
+    outputs.write(output.with_suffix(".md").name, _card(output, source, report, error))
     return error
 
 
@@ -121,8 +121,9 @@ def _config(source: Source, model: Any) -> dict[str, Any]:
     }
 
 
-def _write_config(path: Path, config: dict[str, Any]) -> None:
+def _write_config(outputs: Outputs, config: dict[str, Any]) -> None:
     """Write config.json, unless there is one that describes another model; that is said."""
+    path = outputs.folder / "config.json"
     if path.exists():
         try:
             described = json.loads(path.read_text()).get("architecture")
@@ -131,7 +132,7 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
         if described != config["architecture"]:
             _logger.warning("%s describes %s and stays: a folder of its own is needed for local-dir:", path, described)
             return
-    write_atomically(path, json.dumps(config, indent=1))
+    outputs.write(path.name, json.dumps(config, indent=1))
 
 
 def _card(output: Path, source: Source, report: RotationReport, error: float) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tweo_timm.outputs import Outputs
+
 _NORM = ("weight", "bias", "constant")
 
 
@@ -52,15 +54,13 @@ class RotatedFeatures:
         return back.to(features.dtype).movedim(-1, channel_axis)
 
     def save(self, path: Path) -> None:
-        """Write matrices and norms as safetensors, in float64, atomically."""
+        """Write matrices and norms as safetensors, in float64, in one step."""
         from safetensors.torch import save
 
         tensors = {f"rotation.{stage}": matrix.contiguous() for stage, matrix in self.rotations.items()}
         for stage, norm in self.norms.items():
             tensors |= {f"{name}.{stage}": value.contiguous() for name, value in norm.items()}
-        part = path.with_name(f".{path.name}.part")
-        part.write_bytes(save(tensors))
-        part.replace(path)
+        Outputs(path.parent).write(path.name, save(tensors))
 
     @classmethod
     def load(cls, path: Path) -> RotatedFeatures:

@@ -17,10 +17,10 @@ class ConfigOptions:
 
     config: str = flag(
         "",
-        "YAML recipe, or any args.yaml that timm wrote; flags override it.",
+        "YAML recipe, the name of a shipped one, or any args.yaml that timm wrote; flags override it.",
         "-c",
         "--config",
-        metavar="FILE",
+        metavar="FILE|NAME",
         recorded=False,
     )
     config_unknown: str = flag(
