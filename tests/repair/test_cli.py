@@ -98,6 +98,17 @@ def test_learned_from_images(tmp_path, photos):
     assert relative(model, rebuilt("deit3", out), make_images("deit3").float()) < 1e-5
 
 
+def test_settings_come_from_a_file_too(tmp_path, capsys):
+    saved("vit", tmp_path)
+    arch, kwargs = FAMILIES["vit"]
+    settings = {"model": arch, "model_kwargs": kwargs, "checkpoint": str(tmp_path / "in.pth"), "method": "hadamard"}
+    (tmp_path / "repair.yaml").write_text(json.dumps({**settings, "output": str(tmp_path / "out.safetensors")}))
+    assert main(["-c", str(tmp_path / "repair.yaml"), "--print-config"]) == 0
+    assert "hadamard" in capsys.readouterr().out
+    assert main(["-c", str(tmp_path / "repair.yaml")]) == 0
+    assert (tmp_path / "out.safetensors").exists()
+
+
 def test_bfloat16_stays_unless_asked_otherwise(tmp_path):
     weights = make_model("vit", dtype=torch.bfloat16).state_dict()
     save_file(weights, tmp_path / "in.safetensors")

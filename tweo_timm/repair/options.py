@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, freeze
-from tweo_timm.run.options import ConfigOptions
 from tweo_timm.run.recipe import naming, resolve
 from tweo_timm.run.rules import out_of_bounds
 from tweo_timm.settings import AT_LEAST_0, AT_LEAST_1, flag
@@ -17,6 +17,15 @@ _DESCRIPTION = (
     "architecture, the same outputs. Works without data; --method learned needs some images."
 )
 METHODS = ("random", "learned", "hadamard")
+
+
+@dataclass(frozen=True)
+class ConfigOptions(shared.ConfigOptions):
+    """Configuration."""
+
+    config: str = flag(
+        "", "YAML file of these settings; flags override it.", "-c", "--config", metavar="FILE", recorded=False
+    )
 
 
 @dataclass(frozen=True)

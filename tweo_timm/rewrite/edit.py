@@ -35,7 +35,7 @@ class Edit:
     def old(self, name: str) -> Tensor:
         """A tensor as it was before the edit: float64, on the CPU."""
         source = self._kept.get(name, self._parameters[name])
-        return source.detach().to("cpu", torch.float64, copy=True)
+        return source.detach().cpu().to(torch.float64, copy=True)  # in this order: not every device has float64
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a tensor has and keeps."""
