@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tweo_timm.rewrite.methods import METHOD_NAMES, METHODS
 from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, freeze
 from tweo_timm.run.recipe import naming, resolve
@@ -16,7 +17,6 @@ _DESCRIPTION = (
     "Take the outliers out of a trained checkpoint by an exact rotation of its residual stream: no training, the same "
     "architecture, the same outputs. Works without data; --method learned needs some images."
 )
-METHODS = ("random", "learned", "hadamard")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class CheckpointOptions:
 class RotationOptions:
     """Rotation."""
 
-    method: str = flag("random", "How the rotation is found; learned needs --data-dir or --dataset.", choices=METHODS)
+    method: str = flag(
+        "random", "How the rotation is found; learned needs --data-dir or --dataset.", choices=METHOD_NAMES
+    )
     seed: int = flag(0, "Seed of the random matrix, and of the choice of images.", bounds=AT_LEAST_0)
     as_head: bool = flag(False, "Give a model without a head one that returns its features, which then stay.")
     allow_rotated_features: bool = flag(
@@ -104,7 +106,7 @@ def _complaints(options: RepairOptions) -> Iterator[str]:
         yield "--checkpoint is missing: pass the file of the trained weights"
     if not options.output.endswith(".safetensors"):
         yield f"--output {options.output or 'is missing'}: pass a file name that ends in .safetensors"
-    if options.method == "learned" and not (options.data_dir or options.dataset):
-        yield "--method learned has nothing to learn from: pass --data-dir FOLDER or --dataset, or --method random"
+    if METHODS[options.method].learns and not (options.data_dir or options.dataset):
+        yield f"--method {options.method} has nothing to learn from: pass --data-dir FOLDER, or --method random"
     if options.as_head and options.allow_rotated_features:
         yield "--as-head keeps the features and --allow-rotated-features gives them up: choose one"

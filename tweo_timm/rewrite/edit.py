@@ -37,6 +37,10 @@ class Edit:
         source = self._kept.get(name, self._parameters[name])
         return source.detach().cpu().to(torch.float64, copy=True)  # in this order: not every device has float64
 
+    def shape(self, name: str) -> torch.Size:
+        """The shape that a tensor has and keeps."""
+        return self._parameters[name].shape
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a tensor has and keeps."""
         return self._parameters[name].dtype

@@ -63,7 +63,7 @@ def constant_of(edit: Edit, name: str) -> float:
 
 
 def _takes_all(edit: Edit, port: Port) -> bool:
-    return sum(stop - start for start, stop in (share.rows for share in port.shares)) == len(edit.old(port.name))
+    return sum(stop - start for start, stop in (share.rows for share in port.shares)) == edit.shape(port.name)[0]
 
 
 def fold_norm(edit: Edit, norm: str, readers: list[Port]) -> dict[str, str]:
@@ -134,7 +134,7 @@ def _scales(stage: Stage) -> dict[str, list[Port]]:
 def _fold_scale(edit: Edit, scale: str, writers: list[Port]) -> str:
     vector, kept = edit.old(scale), constant_of(edit, scale)
     for port in writers:
-        shape = [-1] + [1] * (edit.old(port.name).ndim - 1)
+        shape = [-1] + [1] * (len(edit.shape(port.name)) - 1)
         edit.then(port.name, (vector / kept).reshape(shape).mul)
     edit.then(scale, lambda value: torch.full_like(value, kept))
     return f"into {', '.join(port.name for port in writers)}"

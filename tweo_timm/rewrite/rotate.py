@@ -36,11 +36,10 @@ from tweo_timm.rewrite.change import RotationReport, Site, View, generated_image
 from tweo_timm.rewrite.edit import Edit
 from tweo_timm.rewrite.fold import fold, fold_features, shift_stays
 from tweo_timm.rewrite.learned import learn_orthogonal, stream_samples
-from tweo_timm.rewrite.orthogonal import digest, hadamard_orthogonal, random_orthogonal, turn
+from tweo_timm.rewrite.methods import METHODS
+from tweo_timm.rewrite.orthogonal import digest, turn
 from tweo_timm.structure import Stage, Stream
 from tweo_timm.suggestion import suggest
-
-METHODS = ("random", "learned", "hadamard")
 
 
 def rotate(
@@ -71,12 +70,14 @@ def rotate(
             unknown method, "learned" without images, and a model whose output would change by more than rounding.
     """
     if method not in METHODS:
-        raise ValueError(f"method {method!r}: accepted are {', '.join(METHODS)}{suggest(method, METHODS)}")
+        raise ValueError(f"method {method!r}: accepted are {', '.join(METHODS)}{suggest(method, list(METHODS))}")
     bare = unwrap_model(model)
     stream = describe_stream(bare)
     _refuse_headless(stream, allow_rotated_features)
+    if isinstance(calibration_batches, Tensor):  # one batch, which would be iterated image by image
+        calibration_batches = [calibration_batches]
     given = None if calibration_batches is None else list(calibration_batches)
-    if method == "learned" and not given:
+    if METHODS[method].learns and not given:
         raise ValueError("a learned rotation needs images to learn from: pass calibration_batches, or method='random'")
     batches = given or [generated_images(bare)]
 
@@ -129,9 +130,9 @@ def _rotations(
 ) -> dict[str, Tensor]:
     """Draw a Q for each stage, and learn from there if asked to: on the folded model, whose norms are plain."""
     generator = torch.Generator().manual_seed(seed)
-    draw = hadamard_orthogonal if method == "hadamard" else random_orthogonal
-    rotations = {stage.name: draw(stage.width, generator) for stage in stream.stages}
-    if method != "learned":
+    draw = METHODS[method].draw.load()
+    rotations: dict[str, Tensor] = {stage.name: draw(stage.width, generator) for stage in stream.stages}
+    if not METHODS[method].learns:
         return rotations
     try:
         edit.apply()

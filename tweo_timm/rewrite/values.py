@@ -45,7 +45,7 @@ def _rotate(edit: Edit, values: Values, generator: torch.Generator) -> bool:
     weight = f"{values.projection}.weight"
     if values.norm:
         bias = f"{values.projection}.bias"
-        shares = (Share(bias, (0, len(edit.old(weight)))),) if edit.has(bias) else ()
+        shares = (Share(bias, (0, edit.shape(weight)[0])),) if edit.has(bias) else ()
         reader = Port(values.projection, "weight", 1, "reads", norm=values.norm, shares=shares)
         if shift_stays(edit, values.norm, [reader]):
             return False
