@@ -20,7 +20,7 @@ class Edit:
     """Notes what is to become of each tensor, and does it when asked.
 
     Args:
-        model: its parameters are written in place when `apply` is called, and not before.
+        model: its parameters are written in place when `apply` is called, and not before; the old ones are kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,15 +51,19 @@ class Edit:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Compute every tensor, and only then write them.
+        """Compute and write one tensor after the other, each from the model as it was.
 
         Raises:
-            ValueError: if a new value is not finite; nothing has been written.
+            ValueError: if a new value is not finite; everything has been put back then.
         """
-        new = {name: self._compute(name) for name in self._steps}
-        self._kept = {name: self._parameters[name].detach().clone() for name in new}
-        for name, value in new.items():
-            self._parameters[name].copy_(value)
+        try:
+            for name in self._steps:
+                value = self._compute(name)
+                self._kept[name] = self._parameters[name].detach().clone()
+                self._parameters[name].copy_(value)
+        except BaseException:
+            self.undo()
+            raise
 
     @torch.no_grad()
     def undo(self) -> None:
