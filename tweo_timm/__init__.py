@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tweo_timm.config import TweoConfig
     from tweo_timm.diagnose.colinearity import colinearity
     from tweo_timm.diagnose.stethoscope import stethoscope
+    from tweo_timm.families import describe_stream
     from tweo_timm.fp8.health import Fp8HealthMonitor
     from tweo_timm.fp8.patch import (
         Fp8Report,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from tweo_timm.quant.export import export_onnx
     from tweo_timm.quant.sidecar import write_scales
     from tweo_timm.quant.static import quantize_static
+    from tweo_timm.rewrite.fold import fold_affine
+    from tweo_timm.rewrite.rotate import rotate
     from tweo_timm.task import attach_tweo
 
 # Where each public name lives. They are imported when first used, so that `train.py -h` does not wait for torch.
@@ -38,6 +41,7 @@ _HOMES = {
     "find_blocks": "blocks",
     "colinearity": "diagnose.colinearity",
     "stethoscope": "diagnose.stethoscope",
+    "describe_stream": "families",
     "check_fp8_ran": "fp8.patch",
     "fp8_state": "fp8.patch",
     "load_fp8_state": "fp8.patch",
@@ -54,6 +58,8 @@ _HOMES = {
     "export_onnx": "quant.export",
     "write_scales": "quant.sidecar",
     "quantize_static": "quant.static",
+    "fold_affine": "rewrite.fold",
+    "rotate": "rewrite.rotate",
     "attach_tweo": "task",
     "Tweo": "penalty",
 }
