@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what has no result yet, and write the report.
 
     Returns:
-        0, 1 if something failed, 2 for a folder that holds another machine's results.
+        0, 1 if something failed, 2 for a folder that holds results of other machines, versions or settings.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=LETTERS, default=LETTERS, help="which parts (all)")
@@ -49,9 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models; always so without a GPU")
     options = parser.parse_args(argv)
     plan = make_plan(options)
+    if plan.device == "cpu":  # models this small: threads wait more than they work
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     plan.output.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(plan.output / "results.jsonl")
-    environment = describe(plan)
+    environment = {**describe(plan), "train_seconds": plan.train_s}
     try:
         ledger.claim(environment)
     except ValueError as error:

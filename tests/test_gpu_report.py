@@ -143,7 +143,8 @@ def test_a_step_is_timed_in_every_precision(plan, precision, tweo):
 
 
 @pytest.mark.parametrize("precision", ["native unit", "te current"])
-def test_a_precision_without_hardware_is_not_run_and_says_why(plan, precision):
+def test_a_precision_without_hardware_is_not_run_and_says_why(plan, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NotRunError, match="need a CUDA GPU of compute capability"):
         speed.build_step(speed.Cell(plan.workloads[0], precision, False, False), plan)
 

@@ -15,17 +15,23 @@ from typing import Any
 from benchmarks.gpu.ledger import MeasurementError, NotRunError, first_line
 
 
+PATIENCE_S = 10
+
+
 class Worker:
     """A process that measures; a context manager that ends it."""
 
     def __init__(self) -> None:
         self._process: Any = None
-        self._connection: Connection[Any, Any] | None = None
+        self._connection: Any = None
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._process is not None:  # idle: it ends when nobody is connected, and clears up
+            self._connection.close()
+            self._process.join(PATIENCE_S)
         self.close()
 
     def run(self, function: Callable[..., Any], *arguments: Any, limit_s: float) -> Any:
@@ -62,7 +68,7 @@ class Worker:
             self._connection.close()
         self._process = self._connection = None
 
-    def _connected(self) -> Connection[Any, Any]:
+    def _connected(self) -> Any:
         if self._connection is None:
             context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
             self._connection, theirs = context.Pipe()
@@ -72,7 +78,7 @@ class Worker:
         return self._connection
 
 
-def _serve(connection: Connection[Any, Any]) -> None:
+def _serve(connection: Connection) -> None:
     """Answer calls until the other side hangs up."""
     while True:
         try:
