@@ -13,18 +13,21 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["train.cli", "evaluate.cli", "quickstart"],
+    ["train.__main__", "evaluate.__main__", "quickstart"],
+    ["train.cli", "evaluate.cli"],
     ["train", "evaluate"],
     ["run"],
     ["quant", "diagnose"],
     ["fp8.patch", "fp8.health", "fp8"],
-    ["task", "upstream"],
+    ["task", "penalty", "upstream"],
+    ["measurement"],
     ["outliers"],
     ["tap", "blocks", "stats", "loss", "fp8.*"],
+    ["layers", "flow", "stream"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
-    ["settings", "photos"],
-    ["suggestion", "version", "records", "machine"],
+    ["settings", "photos", "records"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
