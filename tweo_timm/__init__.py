@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tweo_timm.fp8.recipe import Fp8Recipe
     from tweo_timm.loss import tweo_loss
     from tweo_timm.outliers import record_outliers
+    from tweo_timm.penalty import Tweo
     from tweo_timm.quant.deploy import export_record
     from tweo_timm.quant.export import export_onnx
     from tweo_timm.quant.sidecar import write_scales
@@ -60,6 +61,7 @@ _HOMES = {
     "fold_affine": "rewrite.fold",
     "rotate": "rewrite.rotate",
     "attach_tweo": "task",
+    "Tweo": "penalty",
 }
 
 __all__ = ["__version__", *_HOMES]

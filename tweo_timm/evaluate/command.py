@@ -11,10 +11,11 @@ from typing import Any
 
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
-from tweo_timm.evaluate.compare import headline, read_reports
+from tweo_timm.evaluate.compare import headline
 from tweo_timm.evaluate.measure import measure
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.report import csv_text, failures, faults, print_table, write_report
+from tweo_timm.evaluate.stored import read_reports
 from tweo_timm.evaluate.subject import Subject, find_sources, load_subject
 from tweo_timm.outputs import Outputs
 from tweo_timm.records import plain
@@ -135,7 +136,7 @@ def _report(records: list[dict[str, Any]], options: ValidateOptions, call: Call)
 
 def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
     """The fields that timm's validate.py prints, then the peak."""
-    averaged = ("precision", "recall", "f1_score") if average else ()
+    averaged = [f"{average}_{name}" for name in ("precision", "recall", "f1_score")] if average else []
     return {
         "model": record["arch"],
         **_timm_metrics(record),
@@ -143,7 +144,7 @@ def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str
         "img_size": record["img_size"],
         "crop_pct": record["crop_pct"],
         "interpolation": record["interpolation"],
-        **{f"{average}_{name}": round(record[name], 4) for name in averaged if name in record},
+        **{name: round(record[name], 4) for name in averaged if name in record},
         "name": record["name"],
         "peak_abs": record["peak_abs"],
     }

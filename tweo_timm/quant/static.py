@@ -271,7 +271,7 @@ class _Watch(TorchFunctionMode):
         return hook
 
     def _leave_hook(self) -> Callable[..., None]:
-        def hook(block: nn.Module, args: Any, output: Tensor | None) -> None:
+        def hook(block: nn.Module, args: Any, output: Any) -> None:
             watcher = self._watchers.pop()
             watcher.__exit__(None, None, None)
             if output is not None:
