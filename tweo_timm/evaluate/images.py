@@ -63,7 +63,7 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     identity += "".join(f"\n{key}" for key in (options.input_key, options.target_key) if key)
     for labels in (options.real_labels, options.valid_labels, options.class_map):  # other labels, other data
         identity += f"\n{Path(labels).read_text()}" if labels else ""
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return Images(loader, dataset, fingerprint, valid_labels, real_labels)
 
 

@@ -105,7 +105,7 @@ def _check_data(data: Fields, record: Fields, task: str) -> None:
 
 
 def _check_measured(record: Fields, task: str) -> None:
-    for block in _optional(record, "blocks"):
+    for block in record.each("blocks"):
         _check_statistics(block)
         if block.has("histogram"):
             _check_histogram(block.fields("histogram"))
