@@ -253,64 +253,62 @@ def plain_content(path):
     return content
 
 
+class Resumption:
+    """All that a run takes from a checkpoint before it trains, in a folder of its own."""
+
+    def __init__(self, content, session, folder):
+        self.content = content
+        self.trainer = Trainer(session, SignalWatch())
+        self.folder = folder
+        self.places = list(places(content))
+
+    def go_on_from(self, content):
+        path = self.folder / "last.pth.tar"
+        path.write_bytes(b"")
+        file = CheckpointFile(path, content)
+        self.trainer.resume(file)
+        AtomicSaver(self.folder, as_namespace(self.trainer.session.options)).take_over(file)
+        self.trainer._set_off()
+
+    def try_with(self, place, value):
+        """Put a value in place of an entry; what comes of it is a run that goes on, or one line that names the file."""
+        changed = inner = copy.copy(self.content)
+        for key in place[:-1]:
+            inner[key] = copy.copy(inner[key])
+            inner = inner[key]
+        inner[place[-1]] = value
+        message = "last.pth.tar"
+        try:
+            self.go_on_from(changed)
+        except ValueError as error:
+            message = str(error)
+        assert "last.pth.tar" in message, (place, value, message)
+        assert "\n" not in message.rstrip(), (place, value, message)
+
+
 @pytest.fixture(scope="module", params=["between epochs", "inside an epoch"])
-def fuzzed(request, images, finished, tmp_path_factory):
-    """A checkpoint's content, and a trainer that may go on from it."""
-    out = tmp_path_factory.mktemp("fuzzed")
+def resumption(request, images, finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("resumption")
     path = finished / "last.pth.tar"
     if request.param == "inside an epoch":
         folder = train(images, out, "--model-ema", "--recovery-interval", "3", name="inside")
         path = folder / "recovery-1-3.pth.tar"
-    session = session_of(images, out, "--model-ema", "--epochs", "3")
-    return plain_content(path), Trainer(session, SignalWatch()), out
+    return Resumption(plain_content(path), session_of(images, out, "--model-ema", "--epochs", "3"), out)
 
 
-def go_on_from(content, trainer, out):
-    """All that a run takes from a checkpoint before it trains; in a folder with a file beside it that must stay."""
-    path = out / "last.pth.tar"
-    path.write_bytes(b"")
-    file = CheckpointFile(path, content)
-    trainer.resume(file)
-    saver = AtomicSaver(out, as_namespace(trainer.session.options))
-    saver.take_over(file)
-    trainer._set_off()
-
-
-def fuzz(fuzzed, place, value):
-    content, trainer, out = fuzzed
-    found = list(places(content))
-    path = found[place % len(found)]
-    changed = copy.copy(content)
-    inner = changed
-    for key in path[:-1]:
-        inner[key] = copy.copy(inner[key])
-        inner = inner[key]
-    inner[path[-1]] = value
-    message = "last.pth.tar"
-    try:
-        go_on_from(changed, trainer, out)
-    except ValueError as error:
-        message = str(error)
-    assert "last.pth.tar" in message, (path, value)
-    assert "\n" not in message.rstrip(), (path, value)
-
-
-CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-
-
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=CHECKS)
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(place=st.integers(0, 10**6), value=JSON)
-def test_no_value_in_place_of_any_entry_is_a_traceback(place, value, fuzzed):
-    fuzz(fuzzed, place, value)
+def test_no_value_in_place_of_any_entry_is_a_traceback(place, value, resumption):
+    resumption.try_with(resumption.places[place % len(resumption.places)], value)
 
 
 @pytest.mark.slow
-@settings(max_examples=4000, deadline=None, suppress_health_check=CHECKS)
+@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(place=st.integers(0, 10**6), value=JSON)
-def test_no_value_in_place_of_any_entry_is_a_traceback_at_length(place, value, fuzzed):
-    fuzz(fuzzed, place, value)
+def test_no_value_in_place_of_any_entry_is_a_traceback_at_length(place, value, resumption):
+    resumption.try_with(resumption.places[place % len(resumption.places)], value)
 
 
-def test_the_untouched_checkpoint_goes_on(fuzzed):
-    go_on_from(*fuzzed)
-    assert fuzzed[1].cursor.epoch in (1, 2)
+def test_the_untouched_checkpoint_goes_on(resumption):
+    resumption.go_on_from(resumption.content)
+    assert resumption.trainer.cursor.epoch in (1, 2)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
 from tweo_timm.blocks import find_blocks
-from tweo_timm.run.dataset import StrictImages
+from tweo_timm.run.pictures import StrictImages
 from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
 from tweo_timm.train.health import HealthWatch, TrainingStopped

@@ -244,7 +244,7 @@ class CheckpointFile:
             text = str(error) or type(error).__name__
             if text.startswith(self.fields.where):
                 raise
-            raise ValueError(f"{self.fields.where}: {name}: {text[:400]}") from error
+            raise ValueError(f"{self.fields.where}: {name}: {' '.join(text.split())[:400]}") from error
 
 
 def check_finite(model: nn.Module, path: Path) -> None:

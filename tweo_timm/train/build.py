@@ -151,7 +151,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     blocks = _blocks(options, model)
     if options.fsdp:
         check_sharding(options, world, fp8)
-    task = build_task(options, model, data.soft_targets, world)
+    task = build_task(options, model, data_config, data.soft_targets, world)
     if data.val is not None:
         _check_eval_metric(options, task)
     ema_model = _set_up_ema(options, task)

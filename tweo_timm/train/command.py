@@ -50,7 +50,7 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
     """Build everything, and only then touch the run folder: a command that cannot run changes nothing."""
     world.refuse(Outputs(output(options) / options.experiment).check, "--output")
     resumed = find_checkpoint(options, world)
-    options = resolve_precision(options, world, resumed.args if resumed is not None else {})
+    options = resolve_precision(options, world, resumed.args if resumed is not None else None)
     session = build_session(options, world)
     folder = world.gather(run_folder(options, session.data_config))[0]
     trainer = Trainer(session, signals)
