@@ -1,6 +1,10 @@
 """What validate.py cannot do, it says in one line that names the cause."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,3 +145,18 @@ def test_valid_labels_that_cannot_be_are_refused(lines, complaint, capsys, check
     status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--valid-labels", tmp_path / "labels.txt")
     assert status == 1
     assert complaint in err
+
+
+def test_names_that_the_locale_has_not_are_read_and_written_all_the_same(checkpoints, photos, tmp_path):
+    """A folder, a class and a report with an ö, where the system's encoding is ASCII."""
+    shutil.copytree(checkpoints[0].parent, tmp_path / "ök1")
+    shutil.copytree(photos, tmp_path / "däta")
+    (tmp_path / "däta" / "validation" / "ant").rename(tmp_path / "däta" / "validation" / "ö")
+    words = "--checkpoint ök1/last.pth.tar --data-dir däta --device cpu -j 0 -b 8 --report ö".split()
+    script = Path(__file__).parents[2] / "validate.py"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, script, *words, "--results-file", "ö.csv"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"report.json", "report.md", "report.csv"} <= {path.name for path in (tmp_path / "ö").iterdir()}
+    assert "\\udcc3\\udcb6k1" in (tmp_path / "ö.csv").read_text(encoding="utf-8")
