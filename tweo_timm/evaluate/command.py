@@ -11,6 +11,7 @@ from typing import Any
 
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
+from tweo_timm.evaluate.columns import columns_of
 from tweo_timm.evaluate.compare import headline
 from tweo_timm.evaluate.measure import measure
 from tweo_timm.evaluate.options import ValidateOptions
@@ -135,7 +136,7 @@ def _report(records: list[dict[str, Any]], options: ValidateOptions, call: Call)
 
 
 def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
-    """The fields that timm's validate.py prints, then the peak."""
+    """The fields that timm's validate.py prints, then those of our columns."""
     averaged = [f"{average}_{name}" for name in ("precision", "recall", "f1_score")] if average else []
     return {
         "model": record["arch"],
@@ -145,8 +146,7 @@ def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str
         "crop_pct": record["crop_pct"],
         "interpolation": record["interpolation"],
         **{name: round(record[name], 4) for name in averaged if name in record},
-        "name": record["name"],
-        "peak_abs": record["peak_abs"],
+        **{column.key: column.value(record) for column in columns_of(record) if column.result},
     }
 
 
