@@ -7,25 +7,39 @@ import pytest
 import torch
 from timm.utils import unwrap_model
 
-from tests.train.runs import command, last, load, session_of, train
+from tests.train.runs import command, last, load, rows, session_of, train
 from tweo_timm.run.world import World
 from tweo_timm.train import loop
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
-from tweo_timm.train.watch import SignalWatch
+from tweo_timm.train.signals import SignalWatch
 
 
-def test_an_epoch_that_is_not_validated_is_kept_for_recovery_only(images, tmp_path):
-    settings = ("--epochs", "3", "--val-interval", "2", "--save-epochs", "3", "--checkpoint-hist", "1")
-    folder = train(images, tmp_path, *settings)
+def listed(folder):
+    with open(folder / "summary.csv") as file:
+        return [(row["epoch"], row["eval_top1"] != "") for row in csv.DictReader(file)]
+
+
+def test_an_epoch_that_is_not_validated_has_no_row_and_is_kept_for_recovery_until_the_end(images, tmp_path, interrupt):
+    settings = ("--epochs", "4", "--val-interval", "3", "--save-epochs", "4", "--checkpoint-hist", "1")
+    words = command(images, tmp_path, *settings, "--resume", "auto")
+    interrupt(9)
+    assert main(words) == 143
+    assert (tmp_path / "run" / "recovery-0-7.pth.tar").exists()
+    folder = train(images, tmp_path, *settings, "--resume", "auto")
     lines = (folder / "summary.csv").read_text().splitlines()
     assert lines[0].startswith("epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,train_task_loss")
-    assert lines[1].split(",")[3] == ""
-    assert lines[2].split(",")[3] != ""
-    assert (folder / "recovery-0-7.pth.tar").exists()
-    assert (folder / "milestone-3.pth.tar").exists()
+    assert listed(folder) == [("2", True), ("3", True)]
+    assert sorted({row["epoch"] for row in rows(folder)}) == [0, 1, 2, 3]
+    assert not list(folder.glob("recovery-*"))
+    assert (folder / "milestone-4.pth.tar").exists()
     assert len(list(folder.glob("checkpoint-*"))) == 1
+
+
+def test_recovery_files_that_were_asked_for_stay(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "1", "--recovery-interval", "3")
+    assert sorted(path.name for path in folder.glob("recovery-*")) == ["recovery-0-3.pth.tar", "recovery-0-6.pth.tar"]
 
 
 def test_without_a_validation_split_the_training_loss_decides(images, tmp_path, interrupt, capsys):
@@ -96,11 +110,17 @@ def test_a_plateau_schedule_begins_its_warm_up_where_the_run_does(images, tmp_pa
 
 def test_a_milestone_is_validated_whatever_the_interval(images, tmp_path):
     folder = train(images, tmp_path, "--epochs", "3", "--val-interval", "3", "--save-epochs", "1")
-    with open(folder / "summary.csv") as file:
-        scored = [row["eval_top1"] != "" for row in csv.DictReader(file)]
-    assert scored == [True, False, True]
+    assert listed(folder) == [("0", True), ("2", True)]
     assert load(folder / "milestone-1.pth.tar")["metric"] is not None
 
 
-def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tmp_path):
-    train(images, tmp_path, "--epochs", "1", "--opt", "lookahead_adamw")
+def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tmp_path, monkeypatch):
+    """The slow weights begin with the sixth update; after the seventh and last, the model goes half the way to them."""
+    session = session_of(images, tmp_path, "--opt", "lookahead_adamw")
+    weight = session.model.get_parameter("blocks.1.mlp.fc1.weight")
+    trainer, reached = loop.Trainer(session, SignalWatch()), []
+    monkeypatch.setattr(session.task, "update_ema", lambda step: reached.append(weight.detach().clone()))
+    trainer.train_epoch(0)
+    assert len(reached) == 7
+    torch.testing.assert_close(weight.detach(), (reached[5] + reached[6]) / 2)
+    assert not torch.equal(reached[5], reached[6])

@@ -299,7 +299,7 @@ sys.modules.update(tweo_timm=package, torch=None, timm=None)
 from tweo_timm.train.options import parse_train_options
 parse_train_options(["-h"])
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for words in ("Dataset:", "TWEO: the penalty", "FP8 training:", "--amp, --no-amp", "(default: 300)", "--dr F"):
         assert words in result.stdout

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze
 from tweo_timm.run.readers import dataset_rules
-from tweo_timm.run.recipe import resolve
+from tweo_timm.run.recipe import naming, resolve
 from tweo_timm.run.rules import (
     image_mode,
     image_shape,
@@ -111,7 +111,7 @@ class MeasurementOptions:
     )
     tweo_blocks: str | None = flag(None, "Names the transformer blocks where they are not found.", metavar="REGEX")
     quantize: list[str] = flag(
-        [], "Top-1 after static quantization, e.g. w8a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
+        [], "Top-1 after static quantization, e.g. w8a8-tt, w7a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
     )
     calibration_images: int = flag(512, "Images that fix the quantization's scales.", bounds=AT_LEAST_1)
     calibration_split: str = flag("train", "Split that they come from.")
@@ -160,8 +160,10 @@ def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "valid
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
         ValueError: the YAML file or the combination of settings is wrong; the message names key, value and remedy.
     """
-    values, _ = resolve(ValidateOptions, CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv))
-    return ValidateOptions(**values)
+    given = CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv)
+    values, recipe = resolve(ValidateOptions, given)
+    with naming(recipe, given):
+        return ValidateOptions(**values)
 
 
 def _complaints(options: ValidateOptions) -> Iterator[str]:

@@ -27,7 +27,8 @@ class Score:
     """The outcome of one pass.
 
     Attributes:
-        metrics: loss, top1 and top5, percent; precision, recall and f1 with --metrics-avg. With --task multilabel loss,
+        metrics: loss, top1 and top5, percent; with --metrics-avg macro, say, macro_precision,
+            macro_recall and macro_f1_score. With --task multilabel loss,
             map, micro_f1, macro_f1 and sample_f1.
         correct: whether each image's first guess was right, in the dataset's order, bool (N,); with ReaL labels, of
             the images that have any; with several labels, whether all of them were right.
@@ -118,4 +119,5 @@ def _averaged(guess: Tensor, truth: Tensor, average: str) -> dict[str, float]:
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth.numpy(), guess.numpy(), average=average, zero_division=0
     )
-    return {"precision": 100 * float(precision), "recall": 100 * float(recall), "f1_score": 100 * float(f1)}
+    found = {"precision": precision, "recall": recall, "f1_score": f1}
+    return {f"{average}_{name}": 100 * float(value) for name, value in found.items()}

@@ -20,13 +20,19 @@ from timm.data import IterableImageDataset
 from timm.data.readers import reader_wds
 from torch.utils.data import Dataset
 
+from tweo_timm.run.failure import Failure
+
 _logger = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
 
-class UnreadableImage(RuntimeError):  # noqa: N818 - named for what it is about
+class UnreadableImage(Failure):
     """An image of the dataset, or its label, cannot be used; the message names it."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's process sends its whole traceback, which ends in the message.
+        super().__init__(message.strip().splitlines()[-1].split("UnreadableImage: ")[-1])
 
 
 class Alterations:

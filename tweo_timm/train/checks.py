@@ -7,6 +7,7 @@ or that cannot work here, is refused. Facts about what timm does with a flag: it
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from tweo_timm.run.readers import dataset_rules, repetition_rules
 from tweo_timm.run.rules import (
@@ -111,6 +112,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
         yield f"--split-bn needs --resplit, or --aug-splits 2 or more, which is {options.aug_splits}"
     if options.loss == "jsd" and options.aug_splits < 2:
         yield f"--loss jsd needs --aug-splits 2 or more, which is {options.aug_splits}"
+    if ".." in Path(options.experiment).parts or (options.experiment and not Path(options.experiment).name):
+        yield f"--experiment {options.experiment} names no folder in --output; give a name, deit_small_tweo say"
     sizes = options.train_img_sizes
     for dest in ("train_batch_sizes", "train_size_probs"):
         values = getattr(options, dest)

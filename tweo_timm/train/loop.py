@@ -8,24 +8,26 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
 from tweo_timm.records import append_rows
+from tweo_timm.run.checkpoint_file import CheckpointFile
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
-from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
+from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, exact_state, restore, training_state
 from tweo_timm.train.exact import Cursor, capture_exact, put_back_statistics, restore_exact
+from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.journal import Journal
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
 from tweo_timm.train.options import changed_settings
 from tweo_timm.train.replay import Position, RandomState
+from tweo_timm.train.signals import Interrupted, SignalWatch
 from tweo_timm.train.step import TrainStep
 from tweo_timm.train.validation import evaluate
-from tweo_timm.train.watch import HealthWatch, Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
-_HIDING = ("lion", "adopt")  # optimizers that take signs or clip, and so hide a gradient that is not finite
 
 
 class Trainer:
@@ -42,64 +44,64 @@ class Trainer:
         self.cursor = Cursor(epoch=session.options.start_epoch or 0)
         names, device = session.block_names, session.world.device
         self.meters = EpochMeters(names, device, session.train_recorder)
-        options = session.options
-        hides = options.clip_grad is not None or any(name in options.opt.lower() for name in _HIDING)
         trained = session.task.get_trainable_module()
-        self.health = HealthWatch(trained, names, device, options.stop_on_peak, every_gradient=hides)
-        self.step = TrainStep(session, self.cursor, self.meters, self.health)
+        self.health = HealthWatch(trained, names, device, session.options.stop_on_peak)
+        self.step = TrainStep(session, self.cursor, self.meters, self.health, self._check_at_once)
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
+        self._remembers = False  # whether the learning rates are those of the checkpoint
         self._statistics: dict[str, dict[str, Tensor]] = {}
-        self._stopping = False
 
     # ------------------------------------------------------------------------------------- what was, and what is kept
 
-    def resume(self, content: dict[str, Any], path: Path) -> None:
+    def resume(self, file: CheckpointFile) -> None:
         """Continue from a checkpoint: exactly from one of ours, at the next epoch from one of timm's.
 
         With --no-resume-opt it gives its weights alone, with --start-epoch all but its position.
 
         Args:
-            content: what `read_checkpoint` returned.
-            path: where it came from.
+            file: what was read.
 
         Raises:
-            ValueError: if it is of another model or run.
+            ValueError: if it is of another model or run, or holds what no run writes.
         """
-        session, options = self.session, self.session.options
+        session, options, before = self.session, self.session.options, file.args
         optimizer = None if options.no_resume_opt else session.optimizer
-        before = getattr(content.get("args"), "opt", options.opt)
-        if optimizer is not None and before.lower() != options.opt.lower():
+        opt = before.get("opt", options.opt)
+        if optimizer is not None and str(opt).lower() != options.opt.lower():
             raise ValueError(
-                f"checkpoint {path} was written under --opt {before}, whose state --opt {options.opt} cannot use: "
+                f"checkpoint {file.path} was written under --opt {opt}, whose state --opt {options.opt} cannot use: "
                 "go on with that one, or begin without its state by --no-resume-opt"
             )
-        epoch = restore(content, path, session.task, optimizer, session.scaler)
-        exact = content.get(EXACT_KEY)
-        if exact is not None and (changed := changed_settings(content.get("args"), options)):
-            _logger.warning("%s was written under other settings: %s", path, changed)
-        if exact is not None and optimizer is not None and options.start_epoch is None:
-            self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
-            self._statistics = exact["processes"][session.world.rank].get("statistics", {})
-            _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.cursor.epoch, self.cursor.batch)
+        exact = exact_state(file)
+        if optimizer is None or options.start_epoch is not None:
+            exact = None
+        self._remembers = options.sched == "plateau" and exact is not None and exact.has("plateau")
+        epoch = restore(file, session.task, optimizer, session.scaler, self._remembers)
+        if exact_state(file) is not None and (changed := changed_settings(before, options)):
+            _logger.warning("%s was written under other settings: %s", file.path, changed)
+        self.step.restored = CheckpointFile(file.path, {}) if optimizer is not None else None
+        if exact is not None:
+            self._entry, self._statistics = restore_exact(file, exact, session, self.cursor, self.meters)
+            _logger.info("Resumed %s exactly: epoch %d, batch %d", file.path, self.cursor.epoch, self.cursor.batch)
             return
         self.cursor.epoch = options.start_epoch if options.start_epoch is not None else epoch
-        _logger.info("Resumed weights from %s; going on with epoch %d", path, self.cursor.epoch)
+        _logger.info("Resumed weights from %s; going on with epoch %d", file.path, self.cursor.epoch)
 
-    def open_folder(self, folder: Path, args: argparse.Namespace, resumed: tuple[Path, dict[str, Any]] | None) -> None:
+    def open_folder(self, folder: Path, args: argparse.Namespace, resumed: CheckpointFile | None) -> None:
         """Begin to write: checkpoints and records. Only for the primary process.
 
         Args:
             folder: the run folder; it exists.
             args: the options as plain values, stored in every checkpoint as timm does.
-            resumed: the checkpoint that the run continues from and its content, if it lies in this folder.
+            resumed: the checkpoint that the run continues from, if it lies in this folder.
         """
         session, options = self.session, self.session.options
         self.saver = AtomicSaver(folder, args, decreasing=session.falling_metric, max_history=options.checkpoint_hist)
         if resumed is not None:
-            self.saver.take_over(*resumed)
-            if resumed[0].name == LAST:
+            self.saver.take_over(resumed)
+            if resumed.path.name == LAST:
                 self._keep_milestone(self.cursor.epoch)
         names = session.task.create_evaluator().metric_names if session.data.val is not None else ()
         self.journal = Journal(
@@ -162,6 +164,12 @@ class Trainer:
         self.health.note_weights(self.cursor.updates - 1)
         self.health.check(self.session.world, self._last_good())
 
+    def _check_at_once(self) -> None:
+        """Stop the run if anything was wrong, where to ask does not wait: on a CPU, by a process on its own."""
+        world = self.session.world
+        if world.device.type == "cpu" and not world.distributed:
+            self.health.check(world, self._last_good())
+
     def _last_good(self) -> str:
         return self.saver.last_good if self.saver is not None else "see the first process"
 
@@ -187,6 +195,8 @@ class Trainer:
         if self.journal is not None:
             self.journal.close()
         saver = self.saver
+        if saver is not None and not session.options.recovery_interval:
+            saver.forget_recovery_files()
         best = (saver.best_metric, saver.best_epoch) if saver is not None else (None, None)
         return {"best_metric": best[0], "best_epoch": best[1], "epochs": self._best_first(rows, last_epoch)}
 
@@ -202,11 +212,10 @@ class Trainer:
         session, cursor = self.session, self.cursor
         if self._entry is None:
             cursor.updates = cursor.epoch * session.updates_per_epoch
-        remembers = session.options.sched == "plateau" and self._entry is not None
-        if session.scheduler is not None and not remembers:
+        if session.scheduler is not None and not self._remembers:
             # The rates of a checkpoint are those of the schedule it was written under, which may be another one.
             if cursor.epoch:
-                session.scheduler.step(cursor.epoch)
+                session.scheduler.step(self._scheduled(cursor.epoch))
             if cursor.updates:
                 session.scheduler.step_update(cursor.updates)
         put_back_statistics(session, self._statistics)
@@ -214,6 +223,11 @@ class Trainer:
         if isinstance(self._entry, RandomState):
             self._entry.restore()
             self._entry = None
+
+    def _scheduled(self, epoch: int) -> int:
+        """The epoch by which a schedule finds its rate; plateau without memory begins at the end of its warm-up."""
+        warmup = self.session.options.warmup_epochs
+        return min(epoch, warmup) if self.session.options.sched == "plateau" and warmup else epoch
 
     def _epoch(self, epoch: int, last_epoch: int) -> dict[str, Any]:
         session = self.session
@@ -230,7 +244,7 @@ class Trainer:
             session.scheduler.step(epoch + 1, metric)
         if self.journal is not None:
             updates = self.cursor.updates
-            self.journal.epoch(epoch, train, val, lr, updates)
+            self.journal.epoch(epoch, train, val, lr, updates, listed=self._is_validated(epoch + 1, last_epoch))
             self.journal.blocks(rows, updates)
             recorders = {"train": session.train_recorder, "eval": session.ema_recorder or session.recorder}
             for label, recorder in recorders.items():
@@ -260,7 +274,6 @@ class Trainer:
             _logger.info("Reading the %d batches of epoch %d that were used already", cursor.batch, epoch)
         data.start_epoch(epoch, options.mixup_off_epoch)
         data.replay.enter_at(entry)
-        data.replay.remembering = options.recovery_interval > 0
         session.task.get_trainable_module().train()
         session.optimizer.zero_grad()
         num_batches = len(data.train)
@@ -276,11 +289,23 @@ class Trainer:
             unused = cursor.batch % options.grad_accum_steps
             lost = f"; the last {unused} made no update: give fewer --workers, or exact lengths" if unused else ""
             _logger.warning("The training data ended after %d of %d batches%s", cursor.batch, num_batches, lost)
-        if hasattr(session.optimizer, "sync_lookahead"):
-            session.optimizer.sync_lookahead()
+        self._synchronise_lookahead()
         self._check_weights()
         self._share_batch_norm()
         return self.meters.means(world.distributed)
+
+    def _synchronise_lookahead(self) -> None:
+        """Take the weights half the way back to Lookahead's slow ones, as timm's train.py means to.
+
+        timm passes over parameters without a gradient, and after an update there are none: zeros stand for them.
+        """
+        optimizer = self.session.optimizer
+        if not hasattr(optimizer, "sync_lookahead"):
+            return
+        for parameter in self.session.inner_optimizer.state:  # of each that was updated
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.sync_lookahead()
+        optimizer.zero_grad()
 
     def _share_batch_norm(self) -> None:
         session, options = self.session, self.session.options
@@ -296,9 +321,8 @@ class Trainer:
         """What happens between two batches: log lines, health, recovery checkpoints, signals."""
         options, world, cursor = self.session.options, self.session.world, self.cursor
         logs = cursor.batch % (options.log_interval * options.grad_accum_steps) == 0 or cursor.batch == num_batches
-        if logs or (world.device.type == "cpu" and not world.distributed):
-            self.health.check(world, self._last_good())
         if logs:
+            self.health.check(world, self._last_good())
             self._log_line(num_batches, pace)
             if options.save_images and self.saver is not None:
                 self._save_images(images)
@@ -311,11 +335,9 @@ class Trainer:
         interval = options.recovery_interval
         if interval and cursor.batch // options.grad_accum_steps % interval == 0:
             self._save_recovery(cursor.epoch)
-        self._stopping = self._stopping or self._stop_requested()
-        if self._stopping and self.session.data.replay.knows(cursor.batch):
+        if self._stop_requested():
             self._save_recovery(cursor.epoch)
             self._raise_if_interrupted()
-        self.session.data.replay.remembering |= self._stopping
 
     def _stop_requested(self) -> bool:
         """Whether any process was told to stop; the others are asked at every tenth update only."""
@@ -357,7 +379,9 @@ class Trainer:
 
         assert self.journal is not None
         name = f"train-batch-{self.cursor.epoch}-{self.cursor.batch}.jpg"
-        save_image(images, self.journal.folder / name, padding=0, normalize=True)
+        path = self.journal.folder / name
+        path.unlink(missing_ok=True)  # a link there would lead the picture elsewhere
+        save_image(images, path, padding=0, normalize=True)
 
     # ----------------------------------------------------------------------------------------------------- validation
 

@@ -14,7 +14,7 @@ from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.run.passes import batches
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
-from tweo_timm.train.watch import Interrupted, SignalWatch
+from tweo_timm.train.signals import Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
 
