@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks.gpu.ledger import MeasurementError, NotRunError, first_line
 
-
 PATIENCE_S = 10
 
 

@@ -152,7 +152,20 @@ def test_names_that_the_locale_has_not_are_read_and_written_all_the_same(checkpo
     shutil.copytree(checkpoints[0].parent, tmp_path / "ök1")
     shutil.copytree(photos, tmp_path / "däta")
     (tmp_path / "däta" / "validation" / "ant").rename(tmp_path / "däta" / "validation" / "ö")
-    words = "--checkpoint ök1/last.pth.tar --data-dir däta --device cpu -j 0 -b 8 --report ö".split()
+    words = [
+        "--checkpoint",
+        "ök1/last.pth.tar",
+        "--data-dir",
+        "däta",
+        "--device",
+        "cpu",
+        "-j",
+        "0",
+        "-b",
+        "8",
+        "--report",
+        "ö",
+    ]
     script = Path(__file__).parents[2] / "validate.py"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     command = [sys.executable, script, *words, "--results-file", "ö.csv"]

@@ -142,7 +142,9 @@ def test_any_value_in_place_of_any_field_at_length(data, report, tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", [DELETED, None, "x", -1, [], {}, 1e300], ids=["deleted", "null", "text", "-1", "list", "mapping", "1e300"])
+@pytest.mark.parametrize(
+    "value", [DELETED, None, "x", -1, [], {}, 1e300], ids=["deleted", "null", "text", "-1", "list", "mapping", "1e300"]
+)
 def test_every_field_with_each_of_some_values(value, report, tmp_path, capsys):
     for place in places(report):
         check(report, place, value, tmp_path, capsys)
