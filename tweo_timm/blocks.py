@@ -20,8 +20,9 @@ out of date with timm's next release. Structure answers it:
 
 In hybrids only the blocks with attention count, in CAFormer as in FastViT; bottlenecks with self-attention (BoTNet) do.
 
-Refused, with the remedy in the message: models without such blocks (convolution nets, MLP mixers, PoolFormer), and
-blocks whose ``forward`` returns a tuple rather than the stream alone (TNT, MViTv2, the parallel blocks of CoaT).
+A block may return a tuple that holds the stream (MViTv2, TNT, the parallel blocks of CoaT): see stream.py.
+
+Refused, with the remedy in the message: models without such blocks (convolution nets, MLP mixers, PoolFormer).
 ``blocks=REGEX`` names the blocks of a model by hand.
 
 Source: the definition of the penalty in arXiv:2511.23225; the module structure of timm 1.0.31 and torchvision 0.29.
@@ -42,8 +43,9 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from tweo_timm.layers import begins_channels_first
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_CHANNELS_FIRST = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)
 # Names of the child modules that project to queries, keys and values: qkv, q_proj, kv, wq, to_query, qkvs, c_attn ...
 _PROJECTION = re.compile(
     r"(?:(?:to|in|w|fc|lin|linear|proj|attn)_?)?(?:qkv|qk|kv|q|k|v|query|queries|key|value)(?:s|_.*)?|c_attn", re.I
@@ -72,8 +74,8 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there are no blocks, or a block returns a tuple, or ``blocks`` is not a regular expression,
-            matches no module, a module that is never called, or one module inside another.
+        ValueError: there are no blocks, or ``blocks`` is not a regular expression, matches no module, a module that is
+            never called, or one module inside another.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_blocks needs a torch.nn.Module, got {type(model).__name__}")
@@ -88,11 +90,6 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
     found = tree.find()
     if not found:
         raise ValueError(_no_blocks_message(model, tree))
-    classes = {type(tree.modules[name]) for name in found}
-    tuple_classes = {cls for cls in classes if _returns_tuple(cls)}
-    tuples = [name for name in found if type(tree.modules[name]) in tuple_classes]
-    if tuples:
-        raise ValueError(_tuple_message(tree, found, tuples))
     return {name: tree.modules[name] for name in found}
 
 
@@ -123,15 +120,7 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
     first, last = output.shape[1] == width, output.shape[-1] == width
     if first != last:
         return 1 if first else -1
-    return 1 if output.ndim > 3 and _begins_channels_first(block) else -1
-
-
-def _begins_channels_first(block: nn.Module) -> bool:
-    for module in itertools.islice(block.modules(), 1, None):
-        if next(module.parameters(recurse=False), None) is not None:
-            # timm's norms over axis 1 (LayerNorm2d, RmsNorm2d) share their bases with those over the last axis.
-            return isinstance(module, _CHANNELS_FIRST) or "2d" in type(module).__name__
-    return False
+    return 1 if output.ndim > 3 and begins_channels_first(block) else -1
 
 
 def _width(layer: nn.Module) -> int | None:
@@ -281,20 +270,10 @@ def _syntax(function: Callable[..., object]) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
-def _returns_tuple(cls: type[nn.Module]) -> bool:
-    """Whether every ``return`` of a class's ``forward`` is a literal tuple, list or dict."""
-    try:
-        tree = _syntax(cls.forward)
-    except (OSError, TypeError, SyntaxError):
-        return False
-    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    return bool(returns) and all(isinstance(value, ast.Tuple | ast.List | ast.Dict) for value in returns)
-
-
 def _named_blocks(tree: _Tree, pattern: str) -> dict[str, nn.Module]:
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"blocks={pattern!r} is not a regular expression: {error}") from error
     found = {name: m for name, m in tree.modules.items() if name and compiled.fullmatch(name)}
     if not found:
@@ -340,16 +319,4 @@ def _no_blocks_message(model: nn.Module, tree: _Tree) -> str:
         f"(a module with query, key or value projections; {cores}), a feed-forward part and a residual addition. "
         "Name the modules whose output is the residual stream with blocks=REGEX (--tweo-blocks REGEX). "
         f"Series of modules in this model: {_hints(tree)}"
-    )
-
-
-def _tuple_message(tree: _Tree, found: list[str], tuples: list[str]) -> str:
-    cls = type(tree.modules[tuples[0]])
-    single = [name for name in found if name not in tuples]
-    patterns = "|".join(sorted({_pattern(name) for name in single}))
-    rest = f"'{patterns}' names the {len(single)} others" if single else "name modules with one tensor as their output"
-    return (
-        f"{len(tuples)} of {len(found)} transformer blocks, such as {tuples[0]} ({cls.__module__}.{cls.__name__}), "
-        "return a tuple, list or dict instead of the residual stream alone. "
-        f"Choose other modules with blocks=REGEX (--tweo-blocks REGEX): {rest}."
     )

@@ -11,7 +11,7 @@ Imports neither torch nor argparse: ``-h`` must be quick.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -79,7 +79,7 @@ def _refusal(name: str, value: object, accepted: str) -> str:
     return f"{name} is {value!r}; it must be {accepted}"
 
 
-def setting(default: Any, bounds: Bounds = ANY, choices: tuple[str, ...] = (), hint: str = "") -> Any:
+def setting(default: Any, bounds: Bounds = ANY, choices: Collection[str] = (), hint: str = "") -> Any:
     """Declare one setting of a component as a dataclass field.
 
     Args:
@@ -138,7 +138,7 @@ class Flag:
     names: tuple[str, ...] = ()
     bounds: Bounds | None = None
     nargs: str | int | None = None
-    choices: tuple[Any, ...] | None = None
+    choices: Collection[Any] | None = None
     metavar: str | None = None
     const: Any = None
     recorded: bool = True

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
 from tweo_timm.blocks import find_blocks
-from tweo_timm.run.dataset import StrictImages
+from tweo_timm.run.pictures import StrictImages
 from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
 from tweo_timm.train.health import HealthWatch, TrainingStopped
@@ -29,10 +29,10 @@ from tweo_timm.train.step import TrainStep
 CPU = World(torch.device("cpu"))
 
 
-def failure(words, capsys):
-    """Run, expecting status 1 and one message without a traceback."""
+def failure(words, capsys, status=1):
+    """Run, expecting this status and one message without a traceback."""
     capsys.readouterr()
-    assert main(words) == 1
+    assert main(words) == status
     message = capsys.readouterr().err
     assert message.count("train.py: error:") == 1
     assert "Traceback" not in message
@@ -131,13 +131,16 @@ def bad_initial_checkpoint(images, tmp_path):
 
 def bad_file_of_weights(images, tmp_path):
     (tmp_path / "weights.pth").write_text("no weights")
-    return ["--initial-checkpoint", str(tmp_path / "weights.pth")], ["weights.pth", "truncated or no file of weights"]
+    return ["--initial-checkpoint", str(tmp_path / "weights.pth")], [
+        "weights.pth",
+        "truncated, damaged or no checkpoint",
+    ]
 
 
 def bad_safetensors(images, tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"")
     path = str(tmp_path / "weights.safetensors")
-    return ["--pretrained", "--pretrained-path", path], ["weights.safetensors", "no file of weights"]
+    return ["--pretrained", "--pretrained-path", path], ["weights.safetensors", "damaged or no checkpoint"]
 
 
 def bad_optimizer_for_a_checkpoint(images, tmp_path):
@@ -192,7 +195,7 @@ BAD = [value for name, value in sorted(globals().items()) if name.startswith("ba
 def test_bad_input_is_one_message_and_leaves_an_earlier_run_as_it_was(case, images, tmp_path, earlier, capsys):
     folder, files = earlier
     words, expected = case(images, tmp_path) if callable(case) else (case.split(), BAD_SETTINGS[case])
-    message = failure([*command(images, tmp_path), *words], capsys)
+    message = failure([*command(images, tmp_path), *words], capsys, status=2 if "-c" in words else 1)
     for word in expected:
         assert word in message
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files

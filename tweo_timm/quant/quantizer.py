@@ -14,7 +14,7 @@ engines keep them in int32, at a step far below one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,10 @@ def step_of(amax: Tensor, bits: int) -> Tensor:
     return (amax.to(torch.float32) + EPS) / largest_integer(bits)
 
 
-def to_integers(x: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Return round(x / step) within [-Q_b, Q_b], ties to even, as floats of x's dtype."""
+def to_integers(x: Tensor, step: Tensor, bits: int, zero_point: int = 0) -> Tensor:
+    """Return round(x / step) within [-Q_b, Q_b] less the zero point, ties to even, as floats of x's dtype."""
     limit = largest_integer(bits)
-    return (x / step).round_().clamp_(-limit, limit)
+    return (x / step).round_().clamp_(-limit - zero_point, limit - zero_point)
 
 
 class Quantizer(nn.Module):
@@ -54,23 +54,42 @@ class Quantizer(nn.Module):
         bits: 8, 6 or 4.
         amax: max|X| over the calibration images, a scalar; None computes it at run time.
         axes: for the dynamic kind, the axes that share a step, such as (-1,) for one step a token.
+        least: min X over the calibration images, where integers are to cover [min, max] with a zero point instead of
+            +-max|X|; `amax` is then max X.
 
     Attributes:
         scale: the static step, a float32 buffer of no axes; None for the dynamic kind.
+        zero_point: the stored integer that stands for 0; 0 unless `least` is given.
 
     Raises:
-        ValueError: if `amax` is not finite.
+        ValueError: if `amax` or `least` is not finite.
     """
 
     scale: Tensor | None
 
-    def __init__(self, bits: int, amax: Tensor | None = None, axes: tuple[int, ...] = (-1,)) -> None:
+    def __init__(
+        self,
+        bits: int,
+        amax: Tensor | None = None,
+        axes: tuple[int, ...] = (-1,),
+        least: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        if amax is not None and not bool(torch.isfinite(amax)):
-            raise ValueError(f"max|X| is {float(amax)} over the calibration images: no static scale can hold that")
+        for extreme in (amax, least):
+            if extreme is None or bool(torch.isfinite(extreme)):
+                continue
+            raise ValueError(
+                f"max|X| is {float(extreme.abs())} over the calibration images: no static scale can hold that"
+            )
         self.bits = bits
         self.axes = axes
-        self.register_buffer("scale", None if amax is None else step_of(amax.detach(), bits).reshape(()))
+        self.zero_point = 0
+        scale = None if amax is None else step_of(amax.detach(), bits).reshape(())
+        if least is not None:
+            assert amax is not None
+            scale = step_of((amax.detach().float() - least.detach().float()) / 2, bits).reshape(())
+            self.zero_point = -largest_integer(bits) - round(float(least) / float(scale))
+        self.register_buffer("scale", scale)
 
     @property
     def granularity(self) -> str:
@@ -78,12 +97,12 @@ class Quantizer(nn.Module):
         return "dynamic" if self.scale is None else "tensor"
 
     def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the integers, as floats (float32, or float64 for float64 input), and the step that they count."""
+        """Return integers less the zero point, as floats (float32, float64 for float64 input), and their step."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         step = self.scale
         if step is None:
             step = step_of(x.abs().amax(self.axes, keepdim=True), self.bits)
-        return to_integers(x, step, self.bits), step
+        return to_integers(x, step, self.bits, self.zero_point), step
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x rounded to its grid: integers times step, in x's dtype."""
@@ -92,33 +111,11 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what a user wants to see of a scale."""
-        return f"{self.bits} bits, {self.granularity}" + (
-            "" if self.scale is None else f", step={float(self.scale):.6g}"
+        return (
+            f"{self.bits} bits, {self.granularity}"
+            + ("" if self.scale is None else f", step={float(self.scale):.6g}")
+            + (f", zero point={self.zero_point}" if self.zero_point else "")
         )
-
-
-class ChannelAffine(nn.Module):
-    """y -> gain_c * y + shift_c for each channel: the compensation of QwT-v2.
-
-    Args:
-        gain: (channels,).
-        shift: (channels,).
-        channel_axis: the axis of y that holds channels.
-    """
-
-    gain: Tensor
-    shift: Tensor
-
-    def __init__(self, gain: Tensor, shift: Tensor, channel_axis: int = -1) -> None:
-        super().__init__()
-        self.channel_axis = channel_axis
-        self.register_buffer("gain", gain.to(torch.float32))
-        self.register_buffer("shift", shift.to(torch.float32))
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Return gain * y + shift in y's dtype."""
-        gain, shift = (along(value, y.ndim, self.channel_axis).to(y.dtype) for value in (self.gain, self.shift))
-        return torch.addcmul(shift, y, gain)
 
 
 def along(vector: Tensor, ndim: int, axis: int) -> Tensor:
@@ -139,7 +136,7 @@ class QuantizedLayer(nn.Module):
         weight_int: the integers, int8, in the float weight's shape.
         weight_scale: the step, float32: of no axes, or (output channels,).
         bias: float32, or None.
-        compensation: None or a ChannelAffine applied to the output; `fold_compensation` merges it.
+        compensation: None or a `Compensation` applied to the input and the output.
 
     Raises:
         TypeError: for a convolution whose forward is its own (those of timm with standardized weights excepted): the
@@ -147,10 +144,12 @@ class QuantizedLayer(nn.Module):
         ValueError: if the weight is not finite.
     """
 
+    stream: ClassVar[int] = 0
+    """Position of the argument that it reads; a StreamQuantizer has one too."""
     weight_int: Tensor
     weight_scale: Tensor
     bias: Tensor | None
-    compensation: ChannelAffine | None
+    compensation: nn.Module | None
 
     def __init__(self, layer: nn.Module, input_quantizer: Quantizer, bits: int, *, per_channel: bool) -> None:
         super().__init__()
@@ -168,7 +167,8 @@ class QuantizedLayer(nn.Module):
         self.input_quantizer = input_quantizer
         self.compensation = None
         largest_sum = int(self.weight_int.flatten(1).abs().sum(1, dtype=torch.int64).max())
-        self._exact = largest_sum * largest_integer(input_quantizer.bits) < _EXACT_FLOAT32
+        largest_input = largest_integer(input_quantizer.bits) + abs(input_quantizer.zero_point)
+        self._exact = largest_sum * largest_input < _EXACT_FLOAT32
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the convolution whose place this takes: some models read kernel_size and the like."""
@@ -230,7 +230,7 @@ class QuantizedLayer(nn.Module):
             else:  # addcmul and not `+`: a residual add is recognised by being an add
                 y = torch.addcmul(along(self.bias, x.ndim, self.channel_axis).to(sums.dtype), sums, step.to(sums.dtype))
             if self.compensation is not None:
-                y = self.compensation(y)
+                y = self.compensation(x, y)
             return y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -145,9 +145,19 @@ class _KeyValues(argparse.Action):
 
 def _literal(text: str) -> Any:
     try:
-        return freeze(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        return freeze(value) if _is_plain(value) else text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that ast documents
         return text
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of what YAML has, and args.yaml can hold."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def freeze(value: Any) -> Any:
@@ -302,7 +312,7 @@ def _as_type(scalar: type, value: Any) -> Any:
         return value
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if scalar is int:
         return int(number) if number.is_integer() else None

@@ -17,10 +17,10 @@ class ConfigOptions:
 
     config: str = flag(
         "",
-        "YAML recipe, or any args.yaml that timm wrote; flags override it.",
+        "YAML recipe, the name of a shipped one, or any args.yaml that timm wrote; flags override it.",
         "-c",
         "--config",
-        metavar="FILE",
+        metavar="FILE|NAME",
         recorded=False,
     )
     config_unknown: str = flag(
@@ -44,6 +44,7 @@ class DatasetOptions:
     class_map: str = flag("", "Text file that maps class names to indices.", metavar="FILE")
     input_key: str | None = flag(None, "Dataset field that holds the image.")
     input_img_mode: str | None = flag(None, "PIL mode that images are converted to, e.g. RGB or L.")
+    exif: bool = flag(False, "Turn images upright as their EXIF orientation says; timm passes over it.")
     target_key: str | None = flag(None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.")
     target_format: str | None = flag(
         None, "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")

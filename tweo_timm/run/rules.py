@@ -14,6 +14,9 @@ from typing import Any
 # What float32 holds, and any count of images or updates; beyond it, arithmetic ends in infinities or tracebacks.
 _LARGEST = 1e30
 
+MODES = ("RGB", "L", "LA", "RGBA", "CMYK", "YCbCr", "HSV")
+"""Of PIL's modes those with 8 bits per channel, which other images can be converted to."""
+
 
 def option_name(dest: str) -> str:
     """The long option string of a field, for messages."""
@@ -24,6 +27,8 @@ def out_of_bounds(options: Any) -> Iterator[str]:
     """A complaint for each number that is not finite, too large for any use, or outside the bounds of its flag."""
     for item in fields(options):
         value, bounds = getattr(options, item.name), item.metadata["flag"].bounds
+        if isinstance(value, dict) and not all(-_LARGEST <= number <= _LARGEST for number in _numbers(value)):
+            yield f"{option_name(item.name)} holds a number that is not finite, or not below {_LARGEST:g}"
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
@@ -32,6 +37,15 @@ def out_of_bounds(options: Any) -> Iterator[str]:
             if bounds is not None and number not in bounds:
                 each = "each" if isinstance(value, list) else "it"
                 yield f"{option_name(item.name)} is {value}; {each} must be {bounds}"
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value, at any depth."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
 
 
 def image_shape(options: Any) -> Iterator[str]:
@@ -51,12 +65,18 @@ def image_shape(options: Any) -> Iterator[str]:
             yield f"{option_name(dest)} has {len(values)} values; it needs one, or one for each of {expected} channels"
 
 
+def image_mode(options: Any) -> Iterator[str]:
+    """A complaint for images of a mode that a loader cannot pass on: others have no 8 bits per channel."""
+    if options.input_img_mode not in (None, *MODES):
+        yield f"--input-img-mode {options.input_img_mode} is none that timm's loaders take; use {', '.join(MODES)}"
+
+
 def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:
     """A complaint for each pattern that does not compile; None is no pattern."""
     for pattern in patterns:
         try:
             re.compile(pattern or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tweo_timm.run.failure import Failure
 from tweo_timm.run.world import World
 
 
-class TrainingStopped(RuntimeError):  # noqa: N818 - what happened, in the words of the log
+class TrainingStopped(Failure):
     """The run cannot go on; the message says at which update, why, and what there is to go back to."""
 
 

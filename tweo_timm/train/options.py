@@ -9,13 +9,12 @@ Source: timm's training script, 1.0.29 to 1.0.31. Imports neither torch nor timm
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze
-from tweo_timm.run.recipe import require_switches, resolve
+from tweo_timm.run.recipe import naming, require_switches, resolve
 from tweo_timm.train.checks import check_train_options
 from tweo_timm.train.groups import TrainSettings
 
@@ -66,7 +65,8 @@ def parse_train_options(argv: Sequence[str] | None = None, prog: str = "train.py
     given = CommandLine(TrainOptions, prog, _DESCRIPTION).parse(argv)
     values, recipe = resolve(TrainOptions, given)
     require_switches(recipe, values)
-    return TrainOptions(**_dependent_defaults(values))
+    with naming(recipe, given):
+        return TrainOptions(**_dependent_defaults(values))
 
 
 def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
@@ -78,17 +78,16 @@ def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **explicit}
 
 
-def changed_settings(before: argparse.Namespace | None, options: TrainOptions) -> str:
+def changed_settings(before: Mapping[str, Any], options: TrainOptions) -> str:
     """Say which settings are not those of an earlier run: 'lr 0.1, now 0.2; ...'; empty if all that both know are.
 
     Args:
-        before: the earlier run's settings, as `as_namespace` gave them; None if they are not known.
+        before: the earlier run's settings; empty if they are not known.
         options: today's. Where the run lies, and how it is continued, are no settings of it.
     """
     now, elsewhere = vars(as_namespace(options)), ("resume", "output", "experiment", "config")
-    known = [name for name in now if name not in elsewhere and hasattr(before, name)]
-    pairs = [(name, getattr(before, name), now[name]) for name in known]
-    return "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
+    known = [name for name in now if name not in elsewhere and name in before]
+    return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in known if before[name] != now[name])
 
 
 def resolved_lr(options: TrainOptions, global_batch: float) -> float:

@@ -15,6 +15,7 @@ from tweo_timm.settings import AT_LEAST_0, AT_LEAST_1, Bounds, flag
 class RunOptions:
     """Run, logging and checkpoints."""
 
+    list_recipes: bool = flag(False, "List the recipes that --config finds by name, and exit.", recorded=False)
     seed: int = flag(42, "Random seed; each process adds its rank.", bounds=Bounds(0, 2**32 - 1))
     worker_seeding: str = flag("all", "Which generators a loader's workers seed: all, or all but NumPy's (part).")
     log_interval: int = flag(50, "Updates between log lines.", bounds=AT_LEAST_1)
