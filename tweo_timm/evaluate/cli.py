@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tweo_timm.evaluate.options import ValidateOptions, parse_validate_options
+from tweo_timm.evaluate.options import ValidateOptions, read_validate_options
 from tweo_timm.run.log import held_messages, set_up_logging
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with held_messages():
-            options = parse_validate_options(words)
+            options, given = read_validate_options(words)
             if not options.print_config:
                 set_up_logging()
     except ValueError as error:
@@ -39,15 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(dump_options(options), end="")
         return 0
-    return validate(options, "validate.py " + shlex.join(words))
+    return validate(options, "validate.py " + shlex.join(words), given)
 
 
-def validate(options: ValidateOptions, command: str) -> int:
+def validate(options: ValidateOptions, command: str, given: Collection[str] = ()) -> int:
     """Validate every checkpoint and report; errors of the user's making become one line on stderr.
 
     Args:
         options: the settings.
         command: what was run, for the record.
+        given: names of the settings that no checkpoint changes, though they are the defaults.
 
     Returns:
         The exit status, as `main`.
@@ -73,7 +72,7 @@ def validate(options: ValidateOptions, command: str) -> int:
         logging.getLogger().setLevel(logging.WARNING)
     try:
         _check_outputs(options)
-        status = _measure_all(options, world, records)
+        status = _measure_all(options, world, records, given)
     except KeyboardInterrupt:
         _logger.warning("Interrupted: reporting the %d checkpoints that are finished", len(records))
         status = 130
@@ -100,7 +99,7 @@ def _check_outputs(options: ValidateOptions) -> None:
         raise ValueError(f"--report {options.report} is a file: name a folder, which need not exist")
 
 
-def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, Any]]) -> int:
+def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, Any]], given: Collection[str]) -> int:
     """Append the record of each checkpoint as it is finished; one that fails does not stop the others.
 
     Returns:
@@ -117,7 +116,7 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
     for source in find_sources(options):
         random_seed(options.seed, 0)
         try:
-            subject = load_subject(source, options, world.device)
+            subject = load_subject(source, options, world.device, given)
             record = _with_retry(subject, world, measure) if options.retry else measure(subject, world)
         except (ValueError, OSError) as error:
             status = _fail(error)
@@ -131,7 +130,8 @@ def _measure_all(options: ValidateOptions, world: Any, records: list[dict[str, A
             status = _fail(reason)
         peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
         field, metric = headline(record)
-        _logger.info("%s: %s %.2f%s", subject.name, metric, record[field], peak)
+        value = "-" if record[field] is None else f"{record[field]:.2f}"
+        _logger.info("%s: %s %s%s", subject.name, metric, value, peak)
     return status
 
 
@@ -154,55 +154,13 @@ def _with_retry(subject: Any, world: Any, measure: Any) -> dict[str, Any]:
 
 def _report(records: list[dict[str, Any]], options: ValidateOptions, command: str) -> None:
     from tweo_timm.evaluate.report import print_table, write_report
-    from tweo_timm.records import plain
+    from tweo_timm.evaluate.results import write_results
 
-    results = [plain(_timm_result(record, options.metrics_avg)) for record in records]
     print_table(records)
     if options.report:
         write_report(records, Path(options.report), command)
         _logger.info("Report: %s", Path(options.report) / "report.md")
-    if options.results_file:
-        _write_results(Path(options.results_file), options.results_format, results)
-    print(f"--result\n{json.dumps(results if len(results) > 1 else results[0], indent=4)}")
-
-
-def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
-    """The fields that timm's validate.py prints, then the peak."""
-    averaged = ("precision", "recall", "f1_score") if average else ()
-    return {
-        "model": record["arch"],
-        **_timm_metrics(record),
-        "param_count": record["param_count_m"],
-        "img_size": record["img_size"],
-        "crop_pct": record["crop_pct"],
-        "interpolation": record["interpolation"],
-        **{f"{average}_{name}": round(record[name], 4) for name in averaged if name in record},
-        "name": record["name"],
-        "peak_abs": record["peak_abs"],
-    }
-
-
-def _timm_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """Accuracy and error for one label an image, mAP and F1 for several; percent."""
-    from tweo_timm.evaluate.compare import headline
-
-    if headline(record)[0] == "map":
-        return {name: round(record[name], 4) for name in ("map", "micro_f1", "macro_f1", "sample_f1")}
-    values = {}
-    for name in ("top1", "top5"):
-        values[name] = round(record[name], 4)
-        values[f"{name}_err"] = round(100 - values[name], 4)
-    return values
-
-
-def _write_results(path: Path, form: str, results: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        if form == "json":
-            json.dump(results, file, indent=4)
-            return
-        writer = csv.DictWriter(file, fieldnames=list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
+    write_results(records, options)
 
 
 def _fail(error: Exception | str) -> int:

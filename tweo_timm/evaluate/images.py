@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.run.classes import find_class_map
 from tweo_timm.run.dataset import check_num_classes, image_dtype, open_dataset, split_folder, target_details
 from tweo_timm.run.world import World
 
@@ -61,8 +62,9 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     identity = "\n".join(names) if names is not None else f"{options.dataset} {options.data_dir} {options.split}"
     identity += f"\n{options.num_samples}"
     identity += "".join(f"\n{key}" for key in (options.input_key, options.target_key) if key)
-    for labels in (options.real_labels, options.valid_labels, options.class_map):  # other labels, other data
-        identity += f"\n{Path(labels).read_text()}" if labels else ""
+    class_map = find_class_map(options.class_map, options.data_dir, options.split) if options.class_map else None
+    for labels in (options.real_labels, options.valid_labels, class_map):  # other labels, other data
+        identity += f"\n{Path(labels).read_text(errors='replace')}" if labels else ""
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return Images(loader, dataset, fingerprint, valid_labels, real_labels)
 

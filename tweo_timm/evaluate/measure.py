@@ -17,7 +17,6 @@ from tweo_timm.diagnose.colinearity import colinearity
 from tweo_timm.diagnose.readiness import fp8_readiness
 from tweo_timm.diagnose.sites import record_sites
 from tweo_timm.diagnose.stethoscope import stethoscope
-from tweo_timm.evaluate.compare import packed
 from tweo_timm.evaluate.images import Images, open_images, sample_images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.scoring import Score, score
@@ -28,6 +27,8 @@ from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
+from tweo_timm.run.classes import check_same_names, names_by_index
+from tweo_timm.run.dataset import class_names
 from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     options = subject.options
     _check_wishes(options, world)
     images = open_images(options, subject.data_config, _num_classes(subject), world)
+    names = _class_names(subject, images)
     record: dict[str, Any] = {
         "name": subject.name,
         "arch": subject.arch,
@@ -65,9 +67,10 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         "crop_pct": subject.data_config["crop_pct"],
         "interpolation": subject.data_config["interpolation"],
         "data": {"fingerprint": images.fingerprint, "split": options.split},
+        "class_names": names,
     }
     whole, outliers = _score_with_outliers(subject, images, world)
-    record |= {**whole.metrics, "correct": packed(whole.correct)}
+    record |= whole.record()
     record["data"]["images"] = whole.count
     if options.task == "multilabel":
         record["data"]["threshold"] = options.multilabel_threshold
@@ -103,6 +106,21 @@ def _check_wishes(options: ValidateOptions, world: World) -> None:
             require_export_extra()
         except RuntimeError as error:
             raise ValueError(f"--export onnx: {error}") from error
+
+
+def _class_names(subject: Subject, images: Images) -> list[str | None] | None:
+    """Names of the model's classes by index: the checkpoint's, with which the data's must agree, or else the data's."""
+    if images.valid_labels is not None:
+        return subject.class_names
+    found = names_by_index(class_names(images.dataset))
+    check_same_names(
+        subject.class_names,
+        found,
+        f"checkpoint {subject.path}",
+        "give the --class-map of its training, name the folders as they were, or say by --valid-labels FILE which of "
+        "the model's classes those of the data are",
+    )
+    return subject.class_names or found
 
 
 def _num_classes(subject: Subject) -> int:
@@ -181,8 +199,7 @@ def _quantized(
     exported = _exported(subject, model, images, scheme, float_file) if options.export else {}
     return exported | {
         "scheme": scheme,
-        **result.metrics,
-        "correct": packed(result.correct),
+        **result.record(),
         "calibration": {
             "split": options.calibration_split,
             "images": sum(len(batch) for batch in batches),

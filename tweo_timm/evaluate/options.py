@@ -23,7 +23,7 @@ from tweo_timm.run.rules import (
     scripting,
     target_format,
 )
-from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, flag
+from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 
@@ -37,22 +37,28 @@ _DESCRIPTION = (
 class DatasetOptions(shared.DatasetOptions):
     """Dataset."""
 
+    DECIDES = Decides.DATA
+
     split: str = flag("validation", "Split to validate on.")
     num_samples: int | None = flag(
         None, "Number of samples, for iterable datasets that do not know.", bounds=AT_LEAST_1
     )
-    real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE")
-    valid_labels: str = flag("", "Text file: line i is the model's class of the data's class i.", metavar="FILE")
+    real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE", decides=Decides.LABELS)
+    valid_labels: str = flag(
+        "", "Text file: line i is the model's class of the data's class i.", metavar="FILE", decides=Decides.LABELS
+    )
 
 
 @dataclass(frozen=True)
 class ModelOptions(shared.ModelOptions):
     """Model."""
 
+    DECIDES = Decides.MODEL
+
     model: str = flag(
         "dpn92", "Architecture, as timm names it; a checkpoint's own if it says.", "--model", "-m", metavar="NAME"
     )
-    pretrained: bool = flag(False, "timm's pretrained weights; implied without --checkpoint.")
+    pretrained: bool = flag(False, "timm's pretrained weights; implied without --checkpoint.", decides=Decides.TRAINING)
     checkpoint: list[str] = flag(
         [], "Checkpoints to validate and compare; a folder stands for all in it.", metavar="FILE"
     )
@@ -65,6 +71,8 @@ class ModelOptions(shared.ModelOptions):
 class InputOptions(shared.ImageOptions):
     """Images."""
 
+    DECIDES = Decides.INPUT
+
     use_train_size: bool = flag(False, "The training size even where the architecture has another for testing.")
     crop_mode: str | None = flag(None, "Crop: center, squash or border; unset: the architecture's.")
     crop_border_pixels: int | None = flag(None, "Pixels cut from each border.", bounds=AT_LEAST_0)
@@ -75,9 +83,11 @@ class InputOptions(shared.ImageOptions):
 class DeviceOptions(shared.PrecisionOptions):
     """Device and precision."""
 
+    DECIDES = Decides.TRAINING
+
     num_gpu: int = flag(1, "Refused above 1: threads of DataParallel would mix up the statistics.", bounds=ANY)
     aot_autograd: bool = flag(False, "Refused: use --torchcompile aot_eager.")
-    batch_size: int = flag(256, "Batch size.", "-b", "--batch-size", bounds=AT_LEAST_1)
+    batch_size: int = flag(256, "Batch size.", "-b", "--batch-size", bounds=AT_LEAST_1, decides=Decides.DATA)
     workers: int = flag(4, "Loader processes.", "-j", "--workers", bounds=Bounds(0, 1024))
     retry: bool = flag(False, "After running out of memory try again with a smaller batch.")
     seed: int = flag(42, "Random seed, of calibration and random inputs too.", bounds=Bounds(0, 2**32 - 1))
@@ -88,6 +98,8 @@ class DeviceOptions(shared.PrecisionOptions):
 @dataclass(frozen=True)
 class OutputOptions:
     """Results."""
+
+    DECIDES = Decides.RECORDS
 
     log_freq: int = flag(10, "Batches between log lines.", bounds=AT_LEAST_1)
     results_file: str = flag("", "File for the results of all models.", metavar="FILE")
@@ -104,10 +116,14 @@ class OutputOptions:
 class MeasurementOptions:
     """Outliers, quantization, diagnosis."""
 
+    DECIDES = Decides.RECORDS
+
     sites: str = flag(
         "blocks", "Where outliers are measured: block outputs, or every layer.", choices=("blocks", "all")
     )
-    tweo_blocks: str | None = flag(None, "Names the transformer blocks where they are not found.", metavar="REGEX")
+    tweo_blocks: str | None = flag(
+        None, "Names the transformer blocks where they are not found.", metavar="REGEX", decides=Decides.MODEL
+    )
     quantize: list[str] = flag(
         [], "Top-1 after static quantization, e.g. w8a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
     )
@@ -128,6 +144,7 @@ class ValidateOptions(
     DatasetOptions,
     shared.TargetOptions,
     ModelOptions,
+    shared.NormOptions,
     InputOptions,
     DeviceOptions,
 ):
@@ -142,24 +159,35 @@ class ValidateOptions(
         if self.data:
             object.__setattr__(self, "data_dir", self.data_dir or self.data)
         object.__setattr__(self, "data", None)
-        object.__setattr__(self, "model_kwargs", freeze(self.model_kwargs))
+        for name in ("model_kwargs", "pretrained_cfg_overlay"):
+            object.__setattr__(self, name, freeze(getattr(self, name)))
         for complaint in _complaints(self):
             raise ValueError(complaint)
 
 
 def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "validate.py") -> ValidateOptions:
+    """Read the command line, and the YAML file it names, into settings; see `read_validate_options`."""
+    return read_validate_options(argv, prog)[0]
+
+
+def read_validate_options(
+    argv: Sequence[str] | None = None, prog: str = "validate.py"
+) -> tuple[ValidateOptions, frozenset[str]]:
     """Read the command line, and the YAML file it names, into settings.
 
     Args:
         argv: The words after the program's name; None: those of this process.
         prog: The program's name in messages.
 
+    Returns:
+        The settings, and the names of those that were given, which no checkpoint changes.
+
     Raises:
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
         ValueError: the YAML file or the combination of settings is wrong; the message names key, value and remedy.
     """
     values, _ = resolve(ValidateOptions, CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv))
-    return ValidateOptions(**values)
+    return ValidateOptions(**values), frozenset(values)
 
 
 def _complaints(options: ValidateOptions) -> Iterator[str]:

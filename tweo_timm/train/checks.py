@@ -87,8 +87,6 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
     for dest in ("train_num_samples", "val_num_samples"):
         if not options.dataset and getattr(options, dest) is not None:
             yield f"{option_name(dest)} is the length of a stream (wds/, tfds/); a folder of images knows its own"
-    if options.pretrained_cfg_overlay and not options.pretrained:
-        yield "--pretrained-cfg-overlay is about pretrained weights; give --pretrained too, or leave it out"
     stats = ("neg_pos", "inv_freq", "effective_num")
     if options.class_stats is None and (
         options.loss == "db" or {*stats} & {options.loss_pos_weight, options.loss_class_weight}

@@ -12,6 +12,7 @@ from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
 from tweo_timm.records import append_rows
+from tweo_timm.run.classes import KEY, check_same_names, names_by_index, recorded_names
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
@@ -68,6 +69,13 @@ class Trainer:
             ValueError: if it is of another model or run.
         """
         session, options = self.session, self.session.options
+        check_same_names(
+            recorded_names(content),
+            names_by_index(session.data.class_names),
+            f"checkpoint {path}",
+            "name the folders as they were, or give the same --class-map; --initial-checkpoint begins anew from its "
+            "weights",
+        )
         optimizer = None if options.no_resume_opt else session.optimizer
         before = getattr(content.get("args"), "opt", options.opt)
         if optimizer is not None and before.lower() != options.opt.lower():
@@ -128,7 +136,8 @@ class Trainer:
         """What a checkpoint holds at this point. A collective."""
         session = self.session
         exact = capture_exact(session, self.cursor, self.meters, position)
-        return {**training_state(session.task, session.optimizer, session.scaler), EXACT_KEY: exact}
+        names = names_by_index(session.data.class_names)
+        return {**training_state(session.task, session.optimizer, session.scaler), EXACT_KEY: exact, KEY: names}
 
     def _save_recovery(self, epoch: int, position: Position | None = None) -> None:
         """Write a checkpoint that the ranking knows nothing of."""
