@@ -8,6 +8,7 @@ from PIL import Image
 
 from tweo_timm import quickstart
 from tweo_timm.photos import CROP, TILE, main, photographs, write_photo_crops
+from tweo_timm.run.shipped import recipe_names
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +81,26 @@ def test_quickstart_runs_every_recipe_once_a_seed_and_compares_all(monkeypatch, 
     header = "name,top1,training_peak_abs,peak_abs\n"
     rows = "".join(f"{run}{seed},{80 + n},30,20\n" for run in quickstart.RUNS for n, seed in enumerate(("", "_seed1")))
     (report / "report.csv").write_text(header + rows)
+    for name in quickstart.RUNS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.yaml").write_text("amp: true\namp_dtype: bfloat16\n")
     assert quickstart.main(["--output", str(tmp_path), "--seeds", "0", "1"]) == 0
-    trained = [command for command in commands if command[1] == "train.py"]
+    trained = [command for command in commands if command[0] == "train"]
     assert len(trained) == 8
-    assert all((quickstart.REPOSITORY / command[3]).is_file() for command in trained)
-    (validated,) = (command for command in commands if command[1] == "validate.py")
+    assert {command[2] for command in trained} <= set(recipe_names())
+    (validated,) = (command for command in commands if command[0] == "evaluate")
     assert sum(word.endswith("last.pth.tar") for word in validated) == 8
-    assert "| stress_tweo | 2 | 80.5 (80.0 to 81.0) |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| stress_tweo | 2 | 80.5 (80.0 to 81.0) |" in shown
+    assert "Training 8 of 8, about 0 s left: stress_tweo_seed1" in shown
+    assert "Trained in bfloat16 autocast on " in shown
 
 
-def test_failing_step_stops_the_quickstart_with_its_status(capfd, tmp_path):
-    (tmp_path / "bad.py").write_text("import sys; sys.exit(3)")
+def test_failing_step_stops_the_quickstart_with_its_status(capfd):
     with pytest.raises(SystemExit) as stop:
-        quickstart._run([quickstart.sys.executable, str(tmp_path / "bad.py")])
-    assert stop.value.code == 3
-    assert "failed with status 3" in capfd.readouterr().err
+        quickstart._run(["train", "--no-such-flag"])
+    assert stop.value.code == 2
+    assert "failed with status 2" in capfd.readouterr().err
 
 
 def test_wrong_folder_is_one_message(tmp_path, capsys):

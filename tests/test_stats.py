@@ -115,14 +115,21 @@ def test_counting_a_batch_does_not_wait_for_the_device():
         stats.summary()
 
 
-def test_a_long_stream_counts_every_batch(monkeypatch):
-    monkeypatch.setattr("tweo_timm.stats._MAX_PENDING", 3)
-    x, stats = activations(), ActivationStats()
+def test_a_long_stream_counts_every_batch():
+    x, stats = torch.cat([activations(seed=seed) for seed in range(50)]), ActivationStats()
     for image in x.split(1):
         stats.update(image)
-        assert len(stats._pending) < 3
     assert stats.summary()["count"] == x.numel()
     assert stats.summary()["kurtosis"] == pytest.approx(reference(x)["kurtosis"], rel=1e-6)
+
+
+def test_a_peak_beyond_the_integers_of_float32_is_located():
+    x = torch.zeros(1, 1 << 12, 1 << 12, dtype=torch.int8)
+    x = torch.cat([x, x[:, :1]], 1)
+    x[0, -1, 1] = 3  # element 2^24 + 1 of its image
+    stats = ActivationStats()
+    stats.update(x.float())
+    assert (stats.summary()["peak_token"], stats.summary()["peak_channel"]) == (1 << 12, 1)
 
 
 def test_images_above_the_largest_e4m3_value_are_counted():

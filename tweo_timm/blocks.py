@@ -294,7 +294,7 @@ def _returns_tuple(cls: type[nn.Module]) -> bool:
 def _named_blocks(tree: _Tree, pattern: str) -> dict[str, nn.Module]:
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"blocks={pattern!r} is not a regular expression: {error}") from error
     found = {name: m for name, m in tree.modules.items() if name and compiled.fullmatch(name)}
     if not found:

@@ -38,71 +38,64 @@ def tweo_loss(outputs: Sequence[Tensor], config: TweoConfig) -> Tensor:
     """
     if not outputs:
         raise ValueError("L_TWEO is a mean over blocks and got none: pass the output of every transformer block")
-    _check_outputs(outputs)
-    return mean_power(outputs, block_shares([output.numel() for output in outputs], config), config)
+    terms = [mean_power(output, config) for output in outputs]
+    return mean_over_blocks(terms, [output.numel() for output in outputs], config)
 
 
-def block_shares(numels: Sequence[int], config: TweoConfig) -> list[float]:
-    """Return the share of each block in L_TWEO, by `config.reduction`; their sum is 1.
+def mean_power(x: Tensor, config: TweoConfig) -> Tensor:
+    """Return mean((|x| / (tau + eps))^p), what one block adds to the penalty: a node of the autograd graph.
 
     Args:
+        x: the block's output, a floating tensor of any shape; it alone is kept for the backward pass.
+        config: tau, eps and power are used.
+
+    Returns:
+        A differentiable scalar: float64 for float64, float32 otherwise.
+
+    Raises:
+        ValueError: if `x` is empty.
+        TypeError: if `x` is no floating-point tensor.
+    """
+    _check_output(x)
+    value: Tensor = _MeanPower.apply(x, config.tau + config.eps, config.power)
+    return value
+
+
+def mean_over_blocks(terms: Sequence[Tensor], numels: Sequence[int], config: TweoConfig) -> Tensor:
+    """Return L_TWEO from the mean power of each block, by `config.reduction`.
+
+    Args:
+        terms: a scalar a block.
         numels: the number of elements of each block's output.
         config: its `reduction` is used.
     """
     if config.reduction == "block":
-        return [1 / len(numels)] * len(numels)
+        return torch.stack(list(terms)).mean()
     total = sum(numels)
-    return [numel / total for numel in numels]
+    return torch.stack([term * (numel / total) for term, numel in zip(terms, numels, strict=True)]).sum()
 
 
-def mean_power(outputs: Sequence[Tensor], shares: Sequence[float], config: TweoConfig) -> Tensor:
-    """Return sum_l share_l * mean((|A_l| / (tau + eps))^p) over some blocks.
-
-    It is one node of the autograd graph, which makes the gradients of all its outputs when the backward pass comes by.
-
-    Args:
-        outputs: block outputs, floating tensors of any shape; they alone are kept for the backward pass.
-        shares: their factors, positive.
-        config: tau, eps and power are used.
-
-    Returns:
-        A differentiable scalar: float64 if an output is float64, float32 otherwise.
-
-    Raises:
-        ValueError: if an output is empty.
-        TypeError: if an output is no floating-point tensor.
-    """
-    _check_outputs(outputs)
-    factors = [share / x.numel() for share, x in zip(shares, outputs, strict=True)]
-    value: Tensor = _PowerSum.apply(config.tau + config.eps, config.power, factors, *outputs)
-    return value
+def _check_output(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"L_TWEO takes floating-point tensors, the outputs of transformer blocks; got {kind}")
+    if x.numel() == 0:
+        raise ValueError(f"L_TWEO is a mean and got an empty block output, of shape {tuple(x.shape)}")
 
 
-def _check_outputs(outputs: Sequence[Tensor]) -> None:
-    for x in outputs:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"L_TWEO takes floating-point tensors, the outputs of transformer blocks; got {kind}")
-        if x.numel() == 0:
-            raise ValueError(f"L_TWEO is a mean and got an empty block output, of shape {tuple(x.shape)}")
-
-
-class _PowerSum(torch.autograd.Function):
-    """sum_l factor_l * sum((|x_l| / scale)^p), with the x as the only tensors kept."""
+class _MeanPower(torch.autograd.Function):
+    """mean((|x| / scale)^p), with x as the only tensor kept."""
 
     @staticmethod
-    def forward(ctx: Any, scale: float, power: float, factors: list[float], *outputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*outputs)
-        ctx.scale, ctx.power, ctx.factors = scale, power, factors
-        # The factor goes under the power: then no summand is larger than the sum, and overflows before it does.
-        sums = [
-            _power_(_times(x, factor ** (1 / power) / scale), power).sum()
-            for x, factor in zip(outputs, factors, strict=True)
-        ]
-        return torch.stack(sums).sum()
+    def forward(ctx: Any, x: Tensor, scale: float, power: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale, ctx.power = scale, power
+        # 1 / n goes under the power: then no summand is larger than the mean, and overflows before it does.
+        return _power_(_times(x, x.numel() ** (-1 / power) / scale), power).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
         scale, power = ctx.scale, ctx.power
         if torch.is_grad_enabled():  # asked for a graph of the gradient: nothing may be overwritten
             slope, constant = _differentiable_slope, power / scale
@@ -110,15 +103,7 @@ class _PowerSum(torch.autograd.Function):
             slope, constant = _cubes, power / scale**power
         else:
             slope, constant = _slope, power / scale
-        grads = {factor: grad * (factor * constant) for factor in set(ctx.factors)}  # mostly one
-        wanted = ctx.needs_input_grad[3:]
-        inputs = zip(ctx.saved_tensors, ctx.factors, wanted, strict=True)
-        return (
-            None,
-            None,
-            None,
-            *(slope(x, scale, power, grads[f]).to(x.dtype) if want else None for x, f, want in inputs),
-        )
+        return slope(x, scale, power, grad * (constant / x.numel())).to(x.dtype), None, None
 
 
 def _slope(x: Tensor, scale: float, power: float, factor: Tensor) -> Tensor:

@@ -23,18 +23,16 @@ class OutlierRecorder:
     Args:
         model: a timm model, possibly wrapped by DistributedDataParallel or torch.compile.
         blocks: regular expression naming the blocks by hand; None finds them by structure.
-        standing: whether the hooks stay on the model between recordings, at the cost of a call a block; a model that
-            will not be compiled does not need that.
 
     Raises:
         ValueError: if the model has no transformer blocks, or `blocks` matches nothing.
     """
 
-    def __init__(self, model: nn.Module, blocks: str | None = None, *, standing: bool = True) -> None:
-        self._blocks = find_blocks(model, blocks)
+    def __init__(self, model: nn.Module, blocks: str | None = None) -> None:
+        found = find_blocks(model, blocks)
         self.armed = False
-        self.stats: dict[str, ActivationStats | None] = dict.fromkeys(self._blocks)
-        self._tap = BlockTap(self._blocks, self._observe) if standing else None
+        self.stats: dict[str, ActivationStats | None] = dict.fromkeys(found)
+        self._tap = BlockTap(found, self._observe)
 
     def _observe(self, name: str, block: nn.Module, output: Tensor) -> None:
         if self.armed:
@@ -51,14 +49,11 @@ class OutlierRecorder:
     @contextlib.contextmanager
     def recording(self) -> Iterator[OutlierRecorder]:
         """Arm the recorder inside the context. Leave it before a backward pass: checkpointing runs forwards again."""
-        passing = BlockTap(self._blocks, self._observe) if self._tap is None else None
         self.armed = True
         try:
             yield self
         finally:
             self.armed = False
-            if passing is not None:
-                passing.remove()
 
     def reset(self) -> None:
         """Forget what has been counted."""
@@ -90,8 +85,7 @@ class OutlierRecorder:
 
     def remove(self) -> None:
         """Take the hooks off the model; what has been counted stays."""
-        if self._tap is not None:
-            self._tap.remove()
+        self._tap.remove()
 
 
 @contextlib.contextmanager

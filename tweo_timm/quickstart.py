@@ -15,10 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from tweo_timm import machine
 from tweo_timm.photos import write_photo_crops
 
 RUNS = ("healthy", "healthy_tweo", "stress", "stress_tweo")
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,64 +32,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 if every step succeeded.
     """
-    parser = argparse.ArgumentParser(prog="python -m tweo_timm.quickstart", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tweo-quickstart", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), metavar="DIR", help="everything goes here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="train every recipe once a seed")
     parser.add_argument("--fp8", action="store_true", help="train with emulated FP8")
     options = parser.parse_args(argv)
-    if not (REPOSITORY / "recipes").is_dir():
-        print(
-            "quickstart: the recipes are not installed with the package: run it in a clone of the project",
-            file=sys.stderr,
-        )
-        return 1
     started = time.monotonic()
     try:
         photos = write_photo_crops(options.output / "photos")
     except ValueError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
-    names = [name for seed in options.seeds for name in _train_all(photos, options.output, seed, options.fp8)]
+    names = _train_all(photos, options)
     report = options.output / "report"
     checkpoints = [str(options.output / name / "last.pth.tar") for name in names]
     precision = ["--quantize", "w8a8-tt", "w8a8-tt+res", "w4a4-tt+res"] if len(options.seeds) == 1 else []
     loading = ["--data-dir", str(photos), "--device", "cpu", "--workers", "1"]
-    _run([sys.executable, "validate.py", "--checkpoint", *checkpoints, *loading, *precision, "--report", str(report)])
+    _run(["evaluate", "--checkpoint", *checkpoints, *loading, *precision, "--report", str(report)])
     _print_seeds(report / "report.csv", options.seeds)
     print(f"\nPictures and tables: {report}/  (start with {report}/report.md)")
     print(f"Run folders with summary.csv and outliers.jsonl: {options.output}/<run>/")
+    print(f"Trained in {_precision(options.output / names[0])} on {_processor()}.")
     print(f"Done in {time.monotonic() - started:.0f} s, installation not counted.")
     return 0
 
 
-def _train_all(photos: Path, output: Path, seed: int, fp8: bool) -> list[str]:
-    """Train the four recipes with one seed; a run that is complete already is not repeated."""
-    names = []
-    for run in RUNS:
-        name = run + ("_fp8" if fp8 else "") + (f"_seed{seed}" if seed else "")
+def _train_all(photos: Path, options: argparse.Namespace) -> list[str]:
+    """Train the four recipes once per seed; a run that is complete already is not repeated."""
+    runs = [(seed, run) for seed in options.seeds for run in RUNS]
+    names: list[str] = []
+    began = time.monotonic()
+    for done, (seed, run) in enumerate(runs):
+        name = run + ("_fp8" if options.fp8 else "") + (f"_seed{seed}" if seed else "")
         names.append(name)
-        words = ["--data-dir", str(photos), "--output", str(output), "--experiment", name, "--seed", str(seed)]
-        extra = ["--fp8", "emulated"] if fp8 else []
-        recipe = f"recipes/quickstart_{run}.yaml"
-        _run([sys.executable, "train.py", "-c", recipe, *words, *extra, "--resume", "auto"])
+        left = f", about {(time.monotonic() - began) / done * (len(runs) - done):.0f} s left" if done else ""
+        print(f"\nTraining {done + 1} of {len(runs)}{left}: {name}")
+        words = ["--data-dir", str(photos), "--output", str(options.output)]
+        words += ["--experiment", name, "--seed", str(seed), *(["--fp8", "emulated"] if options.fp8 else [])]
+        _run(["train", "-c", f"quickstart_{run}", *words, "--resume", "auto"])
     return names
 
 
-def _run(command: list[str]) -> None:
-    """Print and run one command; a failure ends the quickstart with the command's own message and status."""
-    shown = shlex.join(["python", *command[1:]])
+def _precision(folder: Path) -> str:
+    """The precision that a run trained in, from its args.yaml."""
+    from tweo_timm.run.precision import precision_of  # loads torch, for which --help does not wait
+
+    return precision_of(argparse.Namespace(**yaml.safe_load((folder / "args.yaml").read_text())))
+
+
+def _processor() -> str:
+    about = machine.describe()
+    return f"{about['processor']}, {about['cores']} cores"
+
+
+def _run(words: list[str]) -> None:
+    """Print and run one of our commands; a failure ends the quickstart with the command's own message and status."""
+    shown = shlex.join(["python", "-m", f"tweo_timm.{words[0]}", *words[1:]])
     print(f"\n$ TIMM_FUSED_ATTN=0 OMP_NUM_THREADS=1 {shown}", flush=True)
     # Shapes this small: fused attention has a slow backward on CPUs, and threads wait more than they work.
     environment = {"TIMM_FUSED_ATTN": "0", "OMP_NUM_THREADS": "1", **os.environ}
-    status = subprocess.run([command[0], *_absolute(command[1:])], env=environment, check=False).returncode
+    command = [sys.executable, "-m", f"tweo_timm.{words[0]}", *words[1:]]
+    status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         print(f"quickstart: this step failed with status {status}: {shown}", file=sys.stderr)
         raise SystemExit(status)
-
-
-def _absolute(words: list[str]) -> list[str]:
-    """Let scripts and recipes be found from any working directory."""
-    return [str(REPOSITORY / word) if word.endswith((".py", ".yaml")) else word for word in words]
 
 
 def _print_seeds(table: Path, seeds: Sequence[int]) -> None:

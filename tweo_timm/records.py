@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tweo_timm.outputs import Outputs
 
 
 def plain(value: Any) -> Any:
@@ -29,15 +30,7 @@ def plain(value: Any) -> Any:
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append mappings to a JSON-lines file; numbers that are not finite become null, which JSON has."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    Outputs(path.parent).append(path.name, "".join(f"{json.dumps(plain(row))}\n" for row in rows))
 
 
 def keep_rows_before(path: Path, key: str, limit: int) -> None:
@@ -51,8 +44,8 @@ def keep_rows_before(path: Path, key: str, limit: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)[key] < limit:
                 kept.append(f"{line}\n")
-    write_atomically(path, "".join(kept))
+    Outputs(path.parent).write(path.name, "".join(kept))

@@ -11,8 +11,8 @@ Imports neither torch nor argparse: ``-h`` must be quick.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -169,3 +169,8 @@ def flag(default: Any, help: str, *names: str, recorded: bool = True, **details:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata, compare=recorded)
     return field(default=default, metadata=metadata, compare=recorded)
+
+
+def flag_fields(options: Any) -> Iterator[Field[Any]]:
+    """The fields of an options dataclass, or of one of its objects, that are flags."""
+    return (item for item in fields(options) if "flag" in item.metadata)

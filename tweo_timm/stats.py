@@ -20,7 +20,7 @@ Site = TypeVar("Site", bound=Hashable)
 
 NUM_BINS = 1 << 15
 """Bins of the histogram of |x|: 8 bits of exponent and 7 of mantissa, as in bfloat16."""
-_MAX_PENDING = 1024
+_MAX_PENDING = 256
 
 
 class _Sums(NamedTuple):
@@ -40,11 +40,10 @@ class _Sums(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """What one batch adds: its shape, and what `_batch_sums` found, still on the device."""
+    """What one batch adds: its size, and what `_batch_sums` found, still on the device."""
 
     images: int
     elements: int
-    channels: int
     sums: Tensor
 
 
@@ -74,11 +73,9 @@ class ActivationStats:
         if x.ndim < 2 or x.numel() == 0:
             raise ValueError(f"activations are (images, ..., channels) with at least one element, not {tuple(x.shape)}")
         x = x.detach().movedim(self.channel_axis, -1).to(torch.float32)
-        channels = x.shape[-1]
-        x_TC = x.reshape(-1, channels)
-        magnitude_TC = x_TC.abs()
-        self._pending.append(_Batch(len(x), x.numel(), channels, _batch_sums(x_TC, magnitude_TC, len(x))))
-        self._add_histogram(_histogram(magnitude_TC))
+        magnitude = x.abs()
+        self._pending.append(_Batch(len(x), x.numel(), _batch_sums(x, magnitude)))
+        self._add_histogram(_histogram(magnitude))
         if len(self._pending) == _MAX_PENDING:
             self._known()
 
@@ -96,9 +93,9 @@ class ActivationStats:
     def _known(self) -> _Sums | None:
         """Merge what is pending and return all. Batches go one after the other: when this is called changes nothing."""
         pending, self._pending = self._pending, []
-        rows = torch.stack([batch.sums for batch in pending]).tolist() if pending else []
-        for batch, row in zip(pending, rows, strict=True):
-            new = _as_sums(batch, row)
+        sums = torch.cat([batch.sums for batch in pending]).cpu().double() if pending else torch.empty(0)
+        for batch, found in zip(pending, torch.split(sums, [len(batch.sums) for batch in pending]), strict=True):
+            new = _as_sums(batch, found)
             self._sums = new if self._sums is None else _merged(self._sums, new)
         return self._sums
 
@@ -191,34 +188,38 @@ def gather(stats: Mapping[Site, ActivationStats | None]) -> dict[Site, Activatio
     return merged
 
 
-def _batch_sums(x_TC: Tensor, magnitude_TC: Tensor, num_images: int) -> Tensor:
-    """Reduce one batch, as (tokens of all images, channels) in float32 with its |x|, to the sums that merge.
+def _batch_sums(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Reduce one batch, as (images, ..., channels) in float32 with its |x|, to the sums that merge.
 
-    Centred on the batch's own mean, float32 is enough for the powers, and for sums over a token; the rest is float64.
+    Centred on the batch's own mean, float32 is enough for the powers, and for sums over one image.
 
     Returns:
-        (10,) float64: max |x|, its place among its image's elements; images above 448, sum of the images' peaks; mean;
-        sum of |x|; sums of (x - mean)^k for k = 1 to 4.
+        (3 + 6 * images,) float32: token and channel of max |x| in its image, the batch's mean; of each image max |x|;
+        its sum of |x|; its sums of (x - mean)^k for k = 1 to 4.
     """
-    magnitude_BN = magnitude_TC.view(num_images, -1)
-    peak_B = magnitude_BN.amax(-1).double()
+    magnitude_BN = magnitude.reshape(len(x), -1)
+    peak_B = magnitude_BN.amax(1)
     place = magnitude_BN.index_select(0, peak_B.argmax(0, keepdim=True)).argmax()
-    mean = x_TC.mean()
-    d_TC = x_TC - mean
-    sq_TC = d_TC.square()
-    first_T = d_TC.sum(-1)  # what rounding left of the mean
-    second_T, third_T, fourth_T = sq_TC.sum(-1), d_TC.mul_(sq_TC).sum(-1), sq_TC.square_().sum(-1)
-    sums_5 = torch.stack([magnitude_TC.sum(-1), first_T, second_T, third_T, fourth_T]).double().sum(-1)
-    return torch.cat([torch.stack([peak_B.amax(), place, (peak_B > 448).sum(), peak_B.sum(), mean]), sums_5])
+    channels = x.shape[-1]  # a place may be beyond the integers that float32 counts, its token and channel are not
+    mean = x.mean()
+    d_BN = (x - mean).reshape(len(x), -1)
+    sq_BN = d_BN.square()
+    first_B = d_BN.sum(1)  # what rounding left of the mean
+    second_B, third_B, fourth_B = sq_BN.sum(1), d_BN.mul_(sq_BN).sum(1), sq_BN.square_().sum(1)
+    where = torch.stack([place // channels, place % channels]).float()
+    return torch.cat([where, mean.view(1), peak_B, magnitude_BN.sum(1), first_B, second_B, third_B, fourth_B])
 
 
-def _as_sums(batch: _Batch, row: list[float]) -> _Sums:
-    """The sums of a batch from its row of numbers, in the order of `_batch_sums`."""
-    peak, place, above_448, image_peak_sum, rounded_mean, abs_sum, first, *higher = row
+def _as_sums(batch: _Batch, found: Tensor) -> _Sums:
+    """The sums of a batch from what `_batch_sums` found, as float64 on the CPU."""
+    token, channel, rounded_mean = found[:3].tolist()
+    table_6B = found[3:].view(6, batch.images)
+    image_peak_sum, abs_sum, first, *higher = table_6B.sum(1).tolist()
+    peak_B = table_6B[0]
     correction = first / batch.elements
     return _Sums(
-        peak=(peak, *divmod(place, batch.channels)),
-        totals=(abs_sum, float(batch.images), above_448, image_peak_sum),
+        peak=(float(peak_B.amax()), token, channel),
+        totals=(abs_sum, float(batch.images), float((peak_B > 448).sum()), image_peak_sum),
         moments=tuple(_shifted([float(batch.elements), first, *higher], -correction)),
         mean=rounded_mean + correction,
     )

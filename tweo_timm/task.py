@@ -6,9 +6,7 @@ and timm's own train.py see the task they know. (A wrapper would have to forward
 would get the wrong weight under distillation.)
 
 The penalty of a block is computed in its own hook, not at the end: autograd runs the youngest node first, so the
-gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time. Outputs so
-small that their memory does not matter are kept, and measured together when the step ends: there, what costs is not
-arithmetic but the number of autograd nodes, and operators that find the caches filled by the model's own.
+gradient of block l's penalty is made just before block l needs it, and only one of them is alive at a time.
 """
 
 from __future__ import annotations
@@ -24,13 +22,10 @@ from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
 from tweo_timm.config import TweoConfig
-from tweo_timm.loss import block_shares, mean_power
-from tweo_timm.peaks import Peaks, as_tensor, extremes, largest, peak_magnitudes
+from tweo_timm.loss import mean_over_blocks, mean_power
 from tweo_timm.tap import BlockTap
 
 _logger = logging.getLogger(__name__)
-SMALL_BYTES = 1 << 18
-"""Size of the largest block output that is kept until the step ends."""
 
 
 def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> TweoHandle:
@@ -58,36 +53,13 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
     return TweoHandle(task, config, blocks)
 
 
-class _Kept(NamedTuple):
-    """A small output, to be measured when the step ends, and which version of the tensor it was."""
-
-    name: str
-    output: Tensor
-    version: int
-
-    @property
-    def numel(self) -> int:
-        return self.output.numel()
-
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        if self.output._version != self.version:
-            raise RuntimeError(
-                f"the model overwrote the output of block {self.name!r} in place, and what TWEO measures is gone: "
-                "replace that operation by one that is not in place, or name other modules with blocks=REGEX"
-            )
-        return extremes(self.output)
-
-
 class _Measured(NamedTuple):
-    """What a step keeps of another output: its size, its extremes and, where it was computed, its mean power."""
+    """What a step keeps of a block's output: its size, max |A| and mean power."""
 
     name: str
     numel: int
-    found: tuple[Tensor, Tensor]
-    term: Tensor | None
-
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        return self.found
+    peak: Tensor
+    term: Tensor
 
 
 class TweoHandle:
@@ -96,10 +68,8 @@ class TweoHandle:
     Attributes:
         config: the TweoConfig in force.
         block_names: names of the blocks, in forward order.
-        peaks: max |A| of each block in the latest training step, numbers on a CPU and a tensor elsewhere; 0 for blocks
-            in eval mode; None before the first step.
-        measuring: whether a step whose weight is 0 computes L_TWEO. Without, it finds the peaks alone, for half the
-            time, and the result has no `tweo_loss`.
+        block_peaks: max |A| of each block in the latest training step, float32 (L,) on the device; 0 for blocks in
+            eval mode; None before the first step.
     """
 
     def __init__(self, task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> None:
@@ -108,8 +78,7 @@ class TweoHandle:
                 "this task has TWEO attached already: call remove() on the first handle before attaching again"
             )
         self.config = config
-        self.peaks: Peaks | None = None
-        self.measuring = True
+        self.block_peaks: Tensor | None = None
         model = unwrap_model(task.get_eval_model())
         self._blocks = find_blocks(model, blocks)
         self.block_names = list(self._blocks)
@@ -119,7 +88,7 @@ class TweoHandle:
         self._weight = config.weight
         self._acting = config.weight > 0
         self._armed = False
-        self._seen: list[_Kept | _Measured] = []
+        self._seen: list[_Measured] = []
         self._tap = BlockTap(self._blocks, self._observe)
         self._handles = self._hook_task(task)
         acts = config.weight > 0 or config.end_weight > 0
@@ -136,11 +105,6 @@ class TweoHandle:
     def weight(self) -> float:
         """The weight of the penalty in the coming step."""
         return self._weight
-
-    @property
-    def block_peaks(self) -> Tensor | None:
-        """`peaks` as a tensor, float32 (L,), on the device."""
-        return None if self.peaks is None else as_tensor(self.peaks)
 
     def set_progress(self, progress: float) -> None:
         """Move the schedule to a point of the training.
@@ -192,20 +156,15 @@ class TweoHandle:
             )
 
     def _observe(self, name: str, block: nn.Module, output: Tensor) -> None:
-        """Measure one block's output, or keep it until the step ends.
+        """Measure one block's output.
 
         Activation checkpointing repeats the forward during the backward pass and expects the same operations, so an
         output is measured then as well, for nothing: only an armed step keeps what was found.
         """
         if not (block.training and torch.is_grad_enabled()):
             return
-        seen: _Kept | _Measured
-        # A compiler fuses measurements with the model, whatever their size, and is not to look at it.
-        if not torch.compiler.is_compiling() and output.nbytes <= SMALL_BYTES:
-            seen = _Kept(name, output, output._version)
-        else:
-            term = self._mean_power([(output, 1.0)]) if self._acting or self.measuring else None
-            seen = _Measured(name, output.numel(), extremes(output), term)
+        term = mean_power(output if self._acting else output.detach(), self.config)
+        seen = _Measured(name, output.numel(), _largest_magnitude(output.detach()), term)
         if self._armed:
             self._seen.append(seen)
 
@@ -216,54 +175,26 @@ class TweoHandle:
         names = [one.name for one in seen]
         if names != self.block_names:
             self._check_every_block_reported(names)
-        self.peaks = self._peak_of_each_block(names, peak_magnitudes([one.extremes() for one in seen]))
+        self.block_peaks = self._peak_of_each_block(seen)
         task_loss = result["loss"]
+        tweo = mean_over_blocks([one.term for one in seen], [one.numel for one in seen], self.config)
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if self._acting else task_loss.detach().clone(),
+            "tweo_loss": tweo.detach(),
             "tweo_weight": self._weight,
-            "peak_abs": largest(self.peaks),
+            "peak_abs": self.block_peaks.amax(),
         }
-        if self._acting or self.measuring:
-            tweo = self._penalty(seen)
-            values["tweo_loss"] = tweo.detach()
-            if self._acting:
-                values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
+        if self._acting:
+            values["loss"] = torch.add(task_loss, tweo, alpha=self._weight)
         return {**result, **values}
 
-    def _penalty(self, seen: list[_Kept | _Measured]) -> Tensor:
-        """L_TWEO of a step in which it was to be measured."""
-        parts, kept = [], []
-        for one, share in zip(seen, block_shares([one.numel for one in seen], self.config), strict=True):
-            if isinstance(one, _Kept):
-                kept.append((one.output, share))
-            elif one.term is not None:
-                parts.append(one.term * share)
-        if kept:
-            parts.append(self._mean_power(kept[-1:]))
-        if len(kept) > 1:
-            earlier = self._mean_power(kept[:-1])
-            # As the youngest node it would begin the backward pass. As the oldest it waits until the block before the
-            # last one needs its gradient, when what the last block kept is gone: so it never adds to the memory's peak.
-            if earlier.grad_fn is not None:
-                earlier.grad_fn._set_sequence_nr(0)  # type: ignore[attr-defined]
-            parts.append(earlier)
-        return sum(parts[1:], start=parts[0])
-
-    def _mean_power(self, part: list[tuple[Tensor, float]]) -> Tensor:
-        """The sum over some outputs of their mean power times their share, with gradients if it acts."""
-        outputs = [output if self._acting else output.detach() for output, _ in part]
-        return mean_power(outputs, [share for _, share in part], self.config)
-
-    def _peak_of_each_block(self, names: list[str], peaks: Peaks) -> Peaks:
+    def _peak_of_each_block(self, seen: list[_Measured]) -> Tensor:
         """Peaks in the order of the blocks. A block may have been called twice, or, in eval mode, not at all."""
-        if names == self.block_names:
-            return peaks
-        found = as_tensor(peaks)
         known: dict[str, Tensor] = {}
-        for name, peak in zip(names, found, strict=True):
-            known[name] = torch.maximum(known[name], peak) if name in known else peak
-        unseen = found.new_zeros(())
+        for one in seen:
+            known[one.name] = torch.maximum(known[one.name], one.peak) if one.name in known else one.peak
+        unseen = torch.zeros_like(seen[0].peak)
         return torch.stack([known.get(name, unseen) for name in self.block_names])
 
     def _check_every_block_reported(self, names: list[str]) -> None:
@@ -285,3 +216,9 @@ class TweoHandle:
                 "and the penalty would silently have none. Unset TIMM_REENTRANT_CKPT, or call "
                 "timm.layers.set_reentrant_ckpt(False)"
             )
+
+
+def _largest_magnitude(x: Tensor) -> Tensor:
+    """Return max |x| as a float32 scalar, NaN if an element is; reads x once, and makes no tensor of its size."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(low.abs(), high.abs()).float()

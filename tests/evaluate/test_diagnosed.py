@@ -9,6 +9,7 @@ import torch
 
 from tests.evaluate.conftest import ARCH, KWARGS, make_model, run
 from tweo_timm.evaluate.cli import main
+from tweo_timm.quant.deploy import OnnxModel
 
 
 def test_a_model_without_blocks_keeps_its_record_when_all_sites_are_wanted(capsys, common, tmp_path):
@@ -71,10 +72,31 @@ def test_a_file_that_cannot_be_written_costs_no_measurement(capsys, checkpoints,
     assert result["top1"] == pytest.approx(record["top1"], abs=1e-3)
 
 
+def test_a_file_that_computes_something_else_is_wrong_by_status_message_and_table(
+    capsys, checkpoints, common, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tweo_timm.quant.latency.ROUNDS", 1)
+    right = OnnxModel.forward
+    monkeypatch.setattr(OnnxModel, "forward", lambda self, images: -right(self, images))
+    words = ["--quantize", "w8a8-tt", "--calibration-images", 8, "--export", "onnx", "--report", tmp_path / "r"]
+    status = main([str(word) for word in ("--checkpoint", checkpoints[0], *common, *words)])
+    out, err = capsys.readouterr()
+    assert status == 1
+    markdown = (tmp_path / "r" / "report.md").read_text()
+    for file in ("base.float32.onnx", "base.w8a8-tt.onnx", "base.w8a8-tt.onnxruntime.onnx"):
+        (message,) = [line for line in err.splitlines() if f"{file} is off" in line]
+        assert message.startswith(f"validate.py: error: --export onnx, base: {file}")
+        assert message.removeprefix("validate.py: error: ") in markdown
+    for text in (out, markdown):
+        assert text.count("| wrong |") == 3
+        assert text.count("| qdq (wrong) |") == 2  # one per batch
+
+
 def test_reports_from_before_exports_were_timed_are_still_read(capsys, checkpoints, common, tmp_path):
     assert run(capsys, "--checkpoint", checkpoints[0], *common, "--export", "onnx", "--report", tmp_path / "a")[0] == 0
     report = json.loads((tmp_path / "a" / "report.json").read_text())
-    del report["checkpoints"][0]["exported"]["latency"]
+    exported = report["checkpoints"][0]["exported"]
+    del exported["latency"], exported["files"][0]["fault"]
     (tmp_path / "a" / "report.json").write_text(json.dumps(report))
     words = ["--compare-reports", tmp_path / "a" / "report.json", "--report", tmp_path / "b"]
     assert run(capsys, *words)[0] == 0

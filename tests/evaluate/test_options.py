@@ -95,7 +95,7 @@ sys.modules.update(tweo_timm=package, torch=None, timm=None)
 from tweo_timm.evaluate.options import parse_validate_options
 parse_validate_options(["-h"])
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for words in ("Outliers, quantization, diagnosis:", "--checkpoint FILE [FILE ...]", "--amp, --no-amp"):
         assert words in result.stdout

@@ -246,11 +246,3 @@ def test_a_float_form_that_cannot_be_exported_is_refused_before_the_images_are_r
     with pytest.raises(RuntimeError, match="Fickle cannot be exported to ONNX"):
         export_record(Fickle(), quantized, batches(), tmp_path / "vit.onnx", ["qdq"])
     assert taken == [0]
-
-
-def test_the_processor_has_a_name_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert latency.cpu_name()
-    monkeypatch.setattr(latency.Path, "exists", lambda self: False)
-    monkeypatch.setattr(latency.platform, "processor", lambda: "")
-    monkeypatch.setattr(latency.platform, "machine", lambda: "arm64")
-    assert latency.cpu_name() == "arm64"

@@ -22,7 +22,7 @@ def numpy_integers(x, amax, bits):
 
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(
-    bits=st.sampled_from((8, 6, 4)),
+    bits=st.sampled_from((8, 7, 6, 4)),
     per_channel=st.booleans(),
     per_token=st.booleans(),
     bias=st.booleans(),

@@ -8,7 +8,7 @@ from tweo_timm.quant.scheme import Scheme
 
 SCHEMES = st.builds(
     Scheme,
-    weight_bits=st.sampled_from((8, 6, 4)),
+    weight_bits=st.sampled_from((8, 7, 6, 4)),
     activation_bits=st.sampled_from((8, 6, 4)),
     per_channel=st.booleans(),
     per_token=st.booleans(),
@@ -26,7 +26,8 @@ def test_every_scheme_survives_the_round_trip_through_its_string(scheme):
 
 
 @pytest.mark.parametrize(
-    "text", ["w8a8-tt", "w8a8-ck", "w6a6-tt+res", "w4a8-ck", "w8a8-tt+res+attn+smooth+qwt", "w4a4-ct+qwtlinear"]
+    "text",
+    ["w8a8-tt", "w8a8-ck", "w7a8-tt", "w6a6-tt+res", "w4a8-ck", "w8a8-tt+res+attn+smooth+qwt", "w4a4-ct+qwtlinear"],
 )
 def test_canonical_strings_are_written_as_they_are_read(text):
     assert str(Scheme.parse(text)) == text
@@ -46,7 +47,8 @@ def test_letters_mean_tensor_channel_token():
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("w7a8-tt", "w7"),
+        ("w5a8-tt", "w5"),
+        ("w7a7-tt", "a7"),
         ("w8a3-tt", "a3"),
         ("w8a8-kt", "weights k"),
         ("w8a8-tc", "activations c"),
@@ -59,7 +61,7 @@ def test_letters_mean_tensor_channel_token():
     ],
 )
 def test_a_wrong_scheme_is_refused_by_naming_the_part_and_the_grammar(text, part):
-    with pytest.raises(ValueError, match=r"w\{8,6,4\}a\{8,6,4\}") as caught:
+    with pytest.raises(ValueError, match=r"w\{8,7,6,4\}a\{8,6,4\}") as caught:
         Scheme.parse(text)
     assert repr(part) in str(caught.value)
 

@@ -1,6 +1,9 @@
 """Tiny runs of the training command, in this process."""
 
 import json
+import random
+import time
+from collections.abc import Callable
 from multiprocessing import Process
 from pathlib import Path
 
@@ -93,3 +96,28 @@ def start_together(words: list[str]) -> list[Process]:
 def train_together(words: list[str], size: int = 2, scheduler: str = "torchrun") -> list[int]:
     """Run several processes to their end; their exit codes."""
     return processes.run_together(lambda: main(words), size, scheduler)
+
+
+def wait_until(condition: Callable[[], bool], processes: list[Process]) -> None:
+    """Wait until a condition holds, or one of the processes has ended; however long it takes them."""
+    while not condition() and all(process.is_alive() for process in processes):
+        time.sleep(0.01)
+
+
+def killed_after_an_update(folder: Path, processes: list[Process], rng: random.Random) -> bool:
+    """Kill a run somewhere after it has written its next checkpoint; say whether it was still running.
+
+    What happens between one checkpoint and the next takes some hundredths of a second: the moment is anywhere in it.
+    """
+
+    def checkpoints() -> set[str]:
+        return {path.name for path in folder.glob("*.pth.tar")}
+
+    before = checkpoints()
+    wait_until(lambda: checkpoints() != before, processes)
+    processes[0].join(rng.uniform(0, 0.1))
+    running = processes[0].is_alive()
+    for process in processes:
+        process.kill()
+        process.join()
+    return running

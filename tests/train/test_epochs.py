@@ -13,7 +13,7 @@ from tweo_timm.train import loop
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
-from tweo_timm.train.watch import SignalWatch
+from tweo_timm.train.signals import SignalWatch
 
 
 def test_an_epoch_that_is_not_validated_is_kept_for_recovery_only(images, tmp_path):
@@ -102,5 +102,13 @@ def test_a_milestone_is_validated_whatever_the_interval(images, tmp_path):
     assert load(folder / "milestone-1.pth.tar")["metric"] is not None
 
 
-def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tmp_path):
-    train(images, tmp_path, "--epochs", "1", "--opt", "lookahead_adamw")
+def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tmp_path, monkeypatch):
+    """The slow weights begin with the sixth update; after the seventh and last, the model goes half the way to them."""
+    session = session_of(images, tmp_path, "--opt", "lookahead_adamw")
+    weight = session.model.get_parameter("blocks.1.mlp.fc1.weight")
+    trainer, reached = loop.Trainer(session, SignalWatch()), []
+    monkeypatch.setattr(session.task, "update_ema", lambda step: reached.append(weight.detach().clone()))
+    trainer.train_epoch(0)
+    assert len(reached) == 7
+    torch.testing.assert_close(weight.detach(), (reached[5] + reached[6]) / 2)
+    assert not torch.equal(reached[5], reached[6])

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tweo_timm.train import meters
 from tweo_timm.train.meters import EpochMeters
 
 CPU = torch.device("cpu")
@@ -59,21 +58,23 @@ def test_sums_depend_to_no_bit_on_log_lines_and_checkpoints_between(batches, log
     assert (broken.means(), broken.peaks()) == (straight.means(), straight.peaks())
 
 
-def test_what_is_pending_is_bounded(monkeypatch):
-    monkeypatch.setattr(meters, "_MAX_PENDING", 8)
-    epoch = EpochMeters(NAMES, CPU)
-    for _ in range(100):
-        count(epoch, 2, 0.5, None, (1.0, 3.0))
-        assert len(epoch._pending) < 8
-    assert (epoch.means()["loss"], epoch.peaks()) == (0.5, [1.0, 3.0])
-
-
 def test_a_peak_that_is_no_number_stays():
     epoch = EpochMeters(NAMES, CPU)
     for peak in (1.0, math.nan, 2.0):
         count(epoch, 1, 0.5, None, (peak, 3.0))
     assert math.isnan(epoch.peaks()[0])
     assert epoch.peaks()[1] == 3.0
+
+
+def test_the_sums_of_a_checkpoint_of_an_earlier_version_are_taken_up():
+    peaks = torch.tensor([2.0, 9.0])
+    sums = torch.tensor([8.0, 6.0, 1.5], dtype=torch.float64)
+    epoch = EpochMeters(NAMES, CPU)
+    epoch.load_state_dict({"sums": sums, "counts": [4, 4, 2], "peaks": peaks, "outliers": {}})
+    count(epoch, 4, 4.0, 0.25, (5.0, 3.0))
+    assert epoch.means() == {"loss": (8 + 16) / 8, "task_loss": (6 + 8) / 8, "tweo_loss": (1.5 + 1.0) / 6}
+    assert epoch.peaks() == [5.0, 9.0]
+    assert peaks.tolist() == [2.0, 9.0]
 
 
 def test_nothing_counted_is_zero():

@@ -20,7 +20,6 @@ from tweo_timm.config import TweoOptions
 from tweo_timm.evaluate.options import ValidateOptions, parse_validate_options
 from tweo_timm.fp8.recipe import Fp8Options
 from tweo_timm.run.flags import CommandLine, option_table
-from tweo_timm.run.recipe import RecipeError
 from tweo_timm.settings import flag
 from tweo_timm.train.groups.optimizer import SCHEDULES
 from tweo_timm.train.options import TrainOptions, as_namespace, parse_train_options, resolved_lr
@@ -128,11 +127,11 @@ def test_positional_folder_is_the_old_form_of_data_dir(argv, data_dir):
 @pytest.mark.parametrize("parse", [parse_train_options, parse_validate_options])
 def test_two_folders_are_refused(parse, tmp_path):
     # timm takes the first in silence.
-    with pytest.raises(RecipeError, match="names two folders, /a and --data-dir /b: give one"):
+    with pytest.raises(ValueError, match="names two folders, /a and --data-dir /b: give one"):
         parse(["/a", "--data-dir", "/b"])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: /a\ndata_dir: /b\n")
-    with pytest.raises(RecipeError, match=r"recipe\.yaml names two folders"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml names two folders"):
         parse(["-c", str(recipe)])
     recipe.write_text("data: /a\n")
     assert parse(["--data-dir", "/b", "-c", str(recipe)]).data_dir == "/b"
@@ -312,7 +311,7 @@ sys.modules.update(tweo_timm=package, torch=None, timm=None)
 from tweo_timm.train.options import parse_train_options
 parse_train_options(["-h"])
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for words in ("Dataset:", "TWEO: the penalty", "FP8 training:", "--amp, --no-amp", "(default: 300)", "--dr F"):
         assert words in result.stdout
@@ -330,7 +329,7 @@ def test_annotation_that_is_no_flag_is_refused():
 
 @pytest.mark.parametrize("options", [TrainOptions, ValidateOptions])
 def test_every_field_is_a_flag_and_every_flag_a_field(options):
-    assert set(option_table(options)) == {item.name for item in fields(options)}
+    assert set(option_table(options)) == {item.name for item in fields(options)} - {"given"}
 
 
 def test_a_group_inherited_through_a_command_s_own_group_keeps_its_flags():

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from tests.processes import run_together
 from tests.train.runs import (
     VIT,
     command,
+    killed_after_an_update,
     last,
     load,
     rows,
@@ -26,6 +26,7 @@ from tests.train.runs import (
     start_together,
     train,
     train_together,
+    wait_until,
     write_images,
 )
 from tweo_timm.evaluate.cli import main as validate
@@ -198,10 +199,10 @@ def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(
 
 
 def test_sharded_fp8_layers_are_replicated_ones_to_the_bit_and_continue(images, tmp_path):
-    # Two blocks: with more, FSDP2 adds the penalties' gradients of small outputs in another order.
+    deep = [word.replace("depth=2", "depth=4") for word in VIT]
     settings = ["-b", "14", "--fp8", "emulated", "--amp", "--amp-dtype", "bfloat16", "--tweo-weight", "0.2"]
-    assert train_together(command(images, tmp_path, *settings, name="replicated")) == [0, 0]
-    sharded = command(images, tmp_path, *settings, "--fsdp", name="sharded")
+    assert train_together(command(images, tmp_path, *settings, name="replicated", model=deep)) == [0, 0]
+    sharded = command(images, tmp_path, *settings, "--fsdp", name="sharded", model=deep)
     assert train_together([*sharded, "--stop-epoch", "1"]) == [0, 0]
     assert train_together([*sharded, "--resume", "auto"]) == [0, 0]
     replicated, sharded = last(tmp_path / "replicated"), last(tmp_path / "sharded")
@@ -260,8 +261,7 @@ RESUMED = ["-b", "4", "--model-ema", "--mixup", "0.5", "--reprob", "0.5", "--twe
 
 def wait_for(folder, pattern, processes):
     """Wait until a run has written a file, or one of its processes has ended."""
-    while not list(folder.glob(pattern)) and all(process.is_alive() for process in processes):
-        time.sleep(0.01)
+    wait_until(lambda: list(folder.glob(pattern)), processes)
 
 
 def test_two_processes_stopped_by_sigterm_continue_bit_for_bit(images, tmp_path):
@@ -313,9 +313,7 @@ def test_torchrun_runs_the_script(images, tmp_path):
     words = command(images, tmp_path, "-b", "28", "--epochs", "1", "--tweo-weight", "0.2")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *words], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert rows(tmp_path / "run")
 
@@ -323,20 +321,12 @@ def test_torchrun_runs_the_script(images, tmp_path):
 @pytest.mark.slow
 def test_two_processes_killed_at_random_moments_continue_bit_for_bit(images, tmp_path):
     settings = [*RESUMED, "-j", "1", "--epochs", "12", "--recovery-interval", "1"]
-    begin = time.monotonic()
     assert train_together(command(images, tmp_path, *settings, name="whole")) == [0, 0]
-    duration = time.monotonic() - begin
     words = command(images, tmp_path, *settings, "--resume", "auto", name="killed")
     rng = random.Random(7)
     hit = 0
     for _ in range(20):
-        processes = start_together(words)
-        processes[0].join(rng.uniform(0.1, 0.25) * duration)
-        hit += processes[0].is_alive()
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-            process.join()
+        hit += killed_after_an_update(tmp_path / "killed", start_together(words), rng)
     assert hit >= 5
     assert train_together(words) == [0, 0]
     for key in ("state_dict", "state_dict_ema", "optimizer"):

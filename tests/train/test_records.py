@@ -1,5 +1,7 @@
 """What a run writes beside its checkpoints: statistics, TensorBoard, wandb, health of FP8, images."""
 
+import csv
+
 from tests.train.runs import rows, train
 
 
@@ -24,6 +26,9 @@ def test_outlier_statistics_of_training_count_the_armed_batches_only(images, tmp
         ),
     )
     assert sum(counted) == 2 * 2  # batches 1 and 4 of 7, two blocks, none of them again in the backward pass
+    with open(folder / "summary.csv") as file:
+        (epoch,) = csv.DictReader(file)
+    assert float(epoch["train_tweo_loss"]) > 0  # measured at weight 0, in every batch
     row = rows(folder)[0]
     assert {"train_mean_abs", "train_kurtosis", "train_p999_abs", "eval_mean_abs", "eval_kurtosis"} <= row.keys()
     assert row["train_peak_abs"] > row["train_mean_abs"] > 0

@@ -6,13 +6,12 @@ import os
 import random
 import resource
 import signal
-import time
 
 import pytest
 import torch
 from timm.utils import unwrap_model
 
-from tests.train.runs import command, last, load, rows, same_tensors, start, train
+from tests.train.runs import command, killed_after_an_update, last, load, rows, same_tensors, start, train
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.run.world import World
 from tweo_timm.train import validation
@@ -178,23 +177,20 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(images, tmp_path, interrupt,
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     message = capsys.readouterr().err
     assert "cannot write a checkpoint" in message
-    assert "recovery-1-2.pth.tar" in message  # written after the batch that follows the signal
+    assert "recovery-1-1.pth.tar" in message  # written at once
     assert (tmp_path / "run" / "last.pth.tar").read_bytes() == good
     assert not list((tmp_path / "run").glob("*tmp*"))
     assert main(words) == 0
     assert_same_run(tmp_path / "run", uninterrupted["prefetcher"])
 
 
-def killed_at_random(words, duration, kills, seed):
-    """Start, kill after a random time, start again; let the last one finish. Returns how many were really killed."""
+def killed_at_random(words, folder, kills, seed):
+    """Start, kill at random, start again; let the last one finish. Returns how many were really killed."""
     rng = random.Random(seed)
     hit = 0
     for _ in range(kills):
         process = start(words)
-        process.join(rng.uniform(0.3, 1.0) * duration)
-        if process.is_alive():
-            hit += 1
-            os.kill(process.pid, signal.SIGKILL)
+        hit += killed_after_an_update(folder, [process], rng)
         process.join()
     process = start(words)
     process.join()
@@ -206,13 +202,11 @@ def killed_at_random(words, duration, kills, seed):
 def test_a_run_killed_at_random_moments_continues_bit_for_bit(kills, images, tmp_path):
     epochs = ["--epochs", "3" if kills == 3 else "12"]
     settings = [*ALL_RANDOM, *LOADERS["prefetcher and workers"], *epochs, "--recovery-interval", "1"]
-    begin = time.monotonic()
     reference = start(command(images, tmp_path, *settings, name="whole"))
     reference.join()
-    duration = time.monotonic() - begin
     assert reference.exitcode == 0
     words = command(images, tmp_path, *settings, "--resume", "auto", name="killed")
-    hit = killed_at_random(words, duration if kills == 3 else duration / 8, kills, seed=kills)
+    hit = killed_at_random(words, tmp_path / "killed", kills, seed=kills)
     assert hit >= kills // 3
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 

@@ -1,16 +1,19 @@
 """What goes wrong ends the run with one message and a status, and loses nothing that was written."""
 
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import threading
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from timm.data import ImageDataset
+from torch.distributed.fsdp import fully_shard
 
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
@@ -18,17 +21,18 @@ from tweo_timm.blocks import find_blocks
 from tweo_timm.run.dataset import StrictImages
 from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
+from tweo_timm.train.health import HealthWatch, TrainingStopped
 from tweo_timm.train.loop import Trainer
+from tweo_timm.train.signals import PatientWorker, SignalWatch
 from tweo_timm.train.step import TrainStep
-from tweo_timm.train.watch import HealthWatch, SignalWatch, TrainingStopped
 
 CPU = World(torch.device("cpu"))
 
 
-def failure(words, capsys):
-    """Run, expecting status 1 and one message without a traceback."""
+def failure(words, capsys, status=1):
+    """Run, expecting this status and one message without a traceback."""
     capsys.readouterr()
-    assert main(words) == 1
+    assert main(words) == status
     message = capsys.readouterr().err
     assert message.count("train.py: error:") == 1
     assert "Traceback" not in message
@@ -188,7 +192,7 @@ BAD = [value for name, value in sorted(globals().items()) if name.startswith("ba
 def test_bad_input_is_one_message_and_leaves_an_earlier_run_as_it_was(case, images, tmp_path, earlier, capsys):
     folder, files = earlier
     words, expected = case(images, tmp_path) if callable(case) else (case.split(), BAD_SETTINGS[case])
-    message = failure([*command(images, tmp_path), *words], capsys)
+    message = failure([*command(images, tmp_path), *words], capsys, status=2 if "-c" in words else 1)
     for word in expected:
         assert word in message
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
@@ -251,19 +255,24 @@ def test_a_gradient_that_is_no_number_stops_and_names_where_it_came_first(images
     assert "last.pth.tar" in message
 
 
-def spoil_one_weight(step):
-    step.session.model.blocks[1].attn.qkv.weight.register_hook(lambda gradient: gradient * float("nan"))
+def break_one_weight(step):
+    """A finite gradient, an update that is not: what a rate or a trust ratio that overflows does."""
+
+    def overflow(optimizer, args, kwargs):
+        step.session.model.blocks[1].attn.qkv.weight.data[3, 5] = float("inf")
+
+    step.session.optimizer.register_step_post_hook(overflow)
 
 
-def test_a_gradient_that_breaks_one_weight_is_found_by_the_next_loss_and_named(images, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, spoil_one_weight)
+def test_a_weight_that_its_own_update_breaks_is_found_by_the_next_loss_and_named(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, break_one_weight)
     message = failure(command(images, tmp_path), capsys)
     assert "update 10" in message
     assert "first at block blocks.1, because blocks.1.attn.qkv.weight is not finite after update 9" in message
 
 
 def test_weights_that_are_not_finite_are_never_written(images, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, spoil_one_weight)
+    poison(monkeypatch, break_one_weight)
     message = failure(command(images, tmp_path, "--recovery-interval", "1"), capsys)
     assert "stopped at update 9: blocks.1.attn.qkv.weight is not finite after update 9" in message
     written = list((tmp_path / "run").glob("*.pth.tar"))
@@ -315,12 +324,13 @@ def test_one_bad_element_anywhere_in_a_backward_pass_is_seen_in_the_same_update(
             watch.check(CPU, "none")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--clip-grad", "1"], ["--clip-grad", "1", "--clip-mode", "value"], ["--opt", "lion"], ["--opt", "adopt"]],
-    ids=" ".join,
-)
-def test_what_clipping_or_a_sign_would_hide_of_one_gradient_is_named_in_its_update(words, images, tmp_path):
+OPTIMIZERS = [[], ["--clip-grad", "1"], ["--clip-grad", "1", "--clip-mode", "value"]]
+OPTIMIZERS += [["--opt", name] for name in ("lamb", "lion", "adopt")]
+
+
+@pytest.mark.parametrize("words", OPTIMIZERS, ids=" ".join)
+def test_a_gradient_that_is_not_finite_is_named_in_its_own_update(words, images, tmp_path):
+    """Clipping and signs would hide it, and LAMB, which clips by the norm of all, spread it to every weight."""
     session = session_of(images, tmp_path, *words)
     name = "blocks.1.mlp.fc1.weight"
     session.model.get_parameter(name).register_hook(lambda gradient: gradient + float("nan"))
@@ -328,15 +338,99 @@ def test_what_clipping_or_a_sign_would_hide_of_one_gradient_is_named_in_its_upda
         Trainer(session, SignalWatch()).train_epoch(0)
 
 
+MARKING_WHO_WAITS = """
+import os, pathlib, signal, sys
+from tweo_timm.train.cli import main
+def wait(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    os._exit(0)
+signal.sigtimedwait = wait
+sys.exit(main(sys.argv[2:]))
+"""
+"""A training command whose workers end at once, and leave a mark, where they would begin to wait for their run."""
+
+
+@pytest.fixture
+def lone_process():
+    """A process group of one, in which tensors can be sharded."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def watch_of_gradient(gradient):
+    """A watch that has looked at a layer whose weight has this gradient."""
+    layer = torch.nn.Linear(*reversed(gradient.shape), bias=False).to(gradient.dtype)
+    layer.weight.grad = gradient
+    watch = HealthWatch(layer, [], CPU.device)
+    watch.note_gradients(0)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(1e20, torch.float32), (300.0, torch.float16), (1e20, torch.bfloat16), (1e300, torch.float64)],
+    ids=str,
+)
+def test_a_million_large_gradients_do_not_stop_a_run_and_one_that_is_not_finite_does(value, dtype):
+    gradient = torch.full((1000, 1000), value, dtype=dtype)
+    watch_of_gradient(gradient).check(CPU, "none")
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        spoiled = gradient.clone()
+        spoiled[500, 500] = bad
+        with pytest.raises(TrainingStopped, match="update 0: gradients are not finite, first that of weight"):
+            watch_of_gradient(spoiled).check(CPU, "none")
+
+
+def test_gradients_of_sharded_weights_are_looked_at(lone_process):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    fully_shard(model, mesh=lone_process)
+    model(torch.ones(1, 4)).sum().backward()
+    watch = HealthWatch(model, [], CPU.device)
+    watch.note_gradients(0)
+    watch.check(CPU, "none")
+    model[1].weight.grad.mul_(float("nan"))
+    watch.note_gradients(1)
+    with pytest.raises(TrainingStopped, match=r"update 1: gradients are not finite, first that of 1\.weight"):
+        watch.check(CPU, "none")
+
+
 def test_a_run_that_cannot_go_on_does_not_wait_for_its_workers(tmp_path):
     """Its own process: workers that are left when Python exits are told to end by a signal, which they outlive."""
     data = write_images(tmp_path / "data", train=24, val=6)
     next((data / "train" / "class0").iterdir()).write_bytes(b"")
-    script = Path(__file__).parents[2] / "train.py"
-    words = [sys.executable, str(script), *command(data, tmp_path, "-j", "2")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
+    program = [sys.executable, "-c", MARKING_WHO_WAITS, str(tmp_path / "waited")]
+    done = subprocess.run([*program, *command(data, tmp_path, "-j", "2")], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "the file is damaged" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "waited").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="nobody knows here who sent a signal")
+@pytest.mark.parametrize("own_run", [True, False])
+def test_a_worker_ends_at_once_for_its_own_run_and_waits_for_it_when_anybody_else_sends_the_signal(own_run):
+    fork = multiprocessing.get_context("fork")
+    ready, waiting = fork.Event(), fork.Event()
+
+    def wait(*_):
+        waiting.set()
+        os._exit(0)
+
+    def work():
+        signal.sigtimedwait = wait
+        PatientWorker(None)(0)
+        ready.set()
+        threading.Event().wait()
+
+    worker = fork.Process(target=work)
+    worker.start()
+    ready.wait()
+    if own_run:
+        worker.terminate()
+    else:
+        subprocess.run(["kill", str(worker.pid)], check=True)
+    worker.join()
+    assert (worker.exitcode, waiting.is_set()) == (0, not own_run)
 
 
 def test_the_first_bad_step_is_the_one_that_is_reported():
@@ -345,6 +439,20 @@ def test_the_first_bad_step_is_the_one_that_is_reported():
     watch.note(4, torch.tensor(float("nan")), torch.tensor([float("nan"), 1.0]))
     with pytest.raises(TrainingStopped, match=r"update 3: loss 1, max \|A\| = 11 first at block b"):
         watch.check(CPU, "none")
+
+
+def test_a_weight_is_blamed_only_while_no_update_has_spread_what_is_wrong():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    for spread, reason in ((False, r"block a, because 1\.weight is not finite after update 2\."), (True, r"block a\.")):
+        watch = HealthWatch(model, ["a"], CPU.device)
+        watch.note_gradients(2)
+        model[1].weight.data.fill_(float("inf"))
+        watch.note(3, torch.tensor(float("nan")), torch.tensor([float("nan")]))
+        if spread:  # by gradients that are not finite, every weight: the first of them tells nothing
+            watch.note_gradients(3)
+            model[0].weight.data.fill_(float("nan"))
+        with pytest.raises(TrainingStopped, match="update 3: .* first at " + reason):
+            watch.check(CPU, "none")
 
 
 def test_a_bad_loss_with_healthy_blocks_points_at_the_head():

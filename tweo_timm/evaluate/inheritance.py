@@ -11,7 +11,7 @@ does not parse is left out, with a line.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +103,12 @@ def _in_timms_way(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **changed}
 
 
-def inherit(
-    recorded: Mapping[str, Any], options: ValidateOptions, given: Collection[str], path: Path | None
-) -> dict[str, Any]:
+def inherit(recorded: Mapping[str, Any], options: ValidateOptions, path: Path | None) -> dict[str, Any]:
     """Return what a training's settings change in the options of its checkpoint's validation, sizes apart.
 
     Args:
         recorded: as `recorded_settings` returns them.
         options: those of the command.
-        given: names of the settings that the command line gave, or a recipe.
         path: of the checkpoint, for messages.
     """
     changes: dict[str, Any] = {}
@@ -123,7 +120,7 @@ def inherit(
         value, now = recorded[name], getattr(options, dest)
         if isinstance(now, dict):
             changes[dest] = {**value, **now}
-        elif dest in given or now != getattr(default, dest) or now == value:
+        elif dest in options.given or now != getattr(default, dest) or now == value:
             continue
         elif foreign and name in _OF_THE_DATASET:
             _logger.info("%s: %s %s of the training is left out: this is another dataset", path, name, value)

@@ -23,21 +23,19 @@ from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.quant.deploy import export_record
-from tweo_timm.quant.export import require_export_extra
+from tweo_timm.quant.export import FLOAT, require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.run.classes import check_same_names, names_by_index
 from tweo_timm.run.dataset import class_names
+from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
 
 DIAGNOSIS_IMAGES = 64
 """Images of the validation split that stethoscope, colinearity, readiness and fidelity look at."""
-
-FLOAT = "float32"
-"""What stands in the name of a float model's ONNX file where others have their scheme."""
 
 
 def measure(subject: Subject, world: World) -> dict[str, Any]:
@@ -66,6 +64,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         "img_size": subject.data_config["input_size"][-1],
         "crop_pct": subject.data_config["crop_pct"],
         "interpolation": subject.data_config["interpolation"],
+        "precision": precision_of(options),
         "data": {"fingerprint": images.fingerprint, "split": options.split},
         "class_names": names,
     }

@@ -9,11 +9,11 @@ Source: timm's validation script, 1.0.29 to 1.0.31. Imports neither torch nor ti
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze
-from tweo_timm.run.recipe import resolve
+from tweo_timm.run.recipe import naming, resolve
 from tweo_timm.run.rules import (
     image_shape,
     option_name,
@@ -125,7 +125,7 @@ class MeasurementOptions:
         None, "Names the transformer blocks where they are not found.", metavar="REGEX", decides=Decides.MODEL
     )
     quantize: list[str] = flag(
-        [], "Top-1 after static quantization, e.g. w8a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
+        [], "Top-1 after static quantization, e.g. w8a8-tt, w7a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
     )
     calibration_images: int = flag(512, "Images that fix the quantization's scales.", bounds=AT_LEAST_1)
     calibration_split: str = flag("train", "Split that they come from.")
@@ -150,9 +150,14 @@ class ValidateOptions(
 ):
     """The settings of one validation, one field per flag.
 
+    Attributes:
+        given: names of the settings that command line or recipe gave, defaults too: no checkpoint changes them.
+
     Raises:
         ValueError: a setting is out of range, contradicts another, or cannot be honoured.
     """
+
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # `data` is the old positional form of data_dir: one field below this line.
@@ -166,28 +171,20 @@ class ValidateOptions(
 
 
 def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "validate.py") -> ValidateOptions:
-    """Read the command line, and the YAML file it names, into settings; see `read_validate_options`."""
-    return read_validate_options(argv, prog)[0]
-
-
-def read_validate_options(
-    argv: Sequence[str] | None = None, prog: str = "validate.py"
-) -> tuple[ValidateOptions, frozenset[str]]:
     """Read the command line, and the YAML file it names, into settings.
 
     Args:
         argv: The words after the program's name; None: those of this process.
         prog: The program's name in messages.
 
-    Returns:
-        The settings, and the names of those that were given, which no checkpoint changes.
-
     Raises:
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
         ValueError: the YAML file or the combination of settings is wrong; the message names key, value and remedy.
     """
-    values, _ = resolve(ValidateOptions, CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv))
-    return ValidateOptions(**values), frozenset(values)
+    given = CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv)
+    values, recipe = resolve(ValidateOptions, given)
+    with naming(recipe, given):
+        return ValidateOptions(**values, given=frozenset(values))
 
 
 def _complaints(options: ValidateOptions) -> Iterator[str]:

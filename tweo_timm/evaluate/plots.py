@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tweo_timm.evaluate.compare import accuracy_by_scheme, headline, schemes_of
+from tweo_timm.media import picture
+from tweo_timm.outputs import Outputs
 
 E4M3_MAX = 448
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 
 
-def draw_all(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def draw_all(records: Sequence[dict[str, Any]], outputs: Outputs) -> list[Path]:
     """Draw every picture that the records hold numbers for.
 
     Args:
         records: as `measure` returns them.
-        folder: where the PNG files go; it exists.
+        outputs: where the PNG files go.
 
     Returns:
         The files written.
@@ -39,9 +42,8 @@ def draw_all(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         if draw(figure, records):
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=150)
-            drawn.append(path)
+            save = functools.partial(figure.savefig, format="png", dpi=150)
+            drawn.append(outputs.picture(f"{name}.png", save))
     return drawn
 
 
@@ -52,7 +54,7 @@ def _peak_per_block(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
         peaks = [block["peak_abs"] for block in record["blocks"]]
         means = [block["mean_abs"] for block in record["blocks"]]
         colour = _colour(index)
-        axes.plot(peaks, marker="o", color=colour, label=record["name"])
+        axes.plot(peaks, marker="o", color=colour, label=picture(record["name"]))
         axes.plot(means, linestyle=":", linewidth=1, color=colour)
     _finish(axes, "Largest activation of each block (dotted: mean |A|)", "block", "max |A|")
     axes.set_yscale("log")
@@ -60,7 +62,9 @@ def _peak_per_block(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     if of_each and all(names == of_each[0] for names in of_each):
         names = of_each[0]
         step = -(-len(names) // 16)
-        axes.set_xticks(range(0, len(names), step), names[::step], rotation=30, ha="right", fontsize=8)
+        axes.set_xticks(
+            range(0, len(names), step), [picture(name) for name in names[::step]], rotation=30, ha="right", fontsize=8
+        )
     return bool(shown)
 
 
@@ -70,7 +74,7 @@ def _training_peak(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     for index, record in shown:
         epochs = [point["epoch"] for point in record["training"]]
         peaks = [point["peak_abs"] for point in record["training"]]
-        axes.plot(epochs, peaks, marker=".", color=_colour(index), label=record["name"])
+        axes.plot(epochs, peaks, marker=".", color=_colour(index), label=picture(record["name"]))
     axes.axhline(E4M3_MAX, color="grey", linewidth=0.8, linestyle="--")
     note: dict[str, Any] = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "grey"}
     axes.text(0.995, E4M3_MAX, "448: largest E4M3 value", transform=axes.get_yaxis_transform(), **note)
@@ -90,7 +94,7 @@ def _histogram(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
         # A bin is a sixteenth of its power of two: the density per octave makes bins of unequal width comparable.
         ends = [edge + math.ldexp(1 / 16, math.frexp(edge)[1]) for edge in edges]
         density = [count / math.log2(end / edge) for edge, end, count in zip(edges, ends, counts, strict=True)]
-        label = f"{record['name']}, {block['name']}"
+        label = picture(f"{record['name']}, {block['name']}")
         axes.step([*edges, ends[-1]], [*density, 0], where="post", color=_colour(index), label=label)
     peaks = [record["peak_abs"] for _, record in shown if record["peak_abs"]]  # one that is no number has no place
     if peaks:
@@ -112,9 +116,10 @@ def _quantized(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
         bars = {0: whole} | {i: found[scheme] for i, scheme in enumerate(schemes, 1) if scheme in found}
         values = {place: value for place, value in bars.items() if value is not None}
         places = [place + position * width for place in values]
-        axes.bar(places, list(values.values()), width, color=_colour(index), label=record["name"])
+        axes.bar(places, list(values.values()), width, color=_colour(index), label=picture(record["name"]))
     centre = width * (len(shown) - 1) / 2
-    axes.set_xticks([place + centre for place in range(len(schemes) + 1)], ["float", *schemes], rotation=20, ha="right")
+    names = ["float", *map(picture, schemes)]
+    axes.set_xticks([place + centre for place in range(len(names))], names, rotation=20, ha="right")
     metric = headline(records[0])[1]
     _finish(axes, f"{metric} by precision", "", f"{metric}, %")
     axes.set_ylim(0, 100)
@@ -131,7 +136,8 @@ def _colinearity(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
         axes.plot(directions, found["singular_values"], color=_colour(index), label="s")
         for key, marker, label in (("w_dot_u", ".", "|w.u|"), ("v_dot_x", "x", "|v.x|")):
             axes.plot(directions, [abs(v) for v in found[key]], marker, color="grey", markersize=4, label=label)
-        _finish(axes, f"{record['name']}, {found['block']}, channel {found['channel']}", "singular direction", "")
+        title = picture(f"{record['name']}, {found['block']}, channel {found['channel']}")
+        _finish(axes, title, "singular direction", "")
         axes.title.set_fontsize(8)
         axes.set_yscale("log")
     return bool(shown)

@@ -1,4 +1,7 @@
-"""The report of a validation: report.json for programs, report.md for people, report.csv for sheets, and pictures."""
+"""The report of a validation: report.json for programs, report.md for people, report.csv for sheets, and pictures.
+
+Names of models, folders, blocks and files are strangers' words: each medium escapes them, see tweo_timm.media.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,14 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from tweo_timm import machine
 from tweo_timm.evaluate.compare import SCHEMA, accuracy_by_scheme, compare, headline, schemes_of
 from tweo_timm.evaluate.plots import draw_all
-from tweo_timm.records import plain, write_atomically
+from tweo_timm.media import cell, code, markdown, one_line, terminal
+from tweo_timm.outputs import Outputs
+from tweo_timm.records import plain
 from tweo_timm.version import __version__
 
 _METRICS = {
@@ -43,7 +50,6 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
     Raises:
         ValueError: if the records are of different data.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     comparison = compare(records)
     report = plain(
         {
@@ -51,14 +57,16 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
             "command": command,
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
+            "machine": machine.describe(),
             "checkpoints": list(records),
             "comparison": comparison,
         }
     )
-    write_atomically(folder / "report.json", json.dumps(report, indent=1))
-    write_atomically(folder / "report.csv", _csv(report["checkpoints"]))
-    pictures = draw_all(report["checkpoints"], folder)
-    write_atomically(folder / "report.md", _markdown(report, pictures))
+    outputs = Outputs(folder)
+    outputs.write("report.json", json.dumps(report, indent=1))
+    outputs.write("report.csv", csv_text(_csv_rows(report["checkpoints"])))
+    pictures = draw_all(report["checkpoints"], outputs)
+    outputs.write("report.md", _markdown(report, pictures))
 
 
 def versions() -> dict[str, str]:
@@ -88,7 +96,8 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
     _print_rows(table_of(records))
     for record in records:
         for heading, caption, rows in _export_tables(record):
-            print(f"\n{record['name']}: {heading}. {caption}".rstrip())
+            line = f"{record['name']}: {heading}. {caption}".rstrip()
+            print(f"\n{terminal(line)}")
             _print_rows(rows)
 
 
@@ -97,9 +106,11 @@ def _print_rows(rows: Sequence[dict[str, str]]) -> None:
     if not console.is_terminal:
         print(_markdown_table(rows))
         return
-    table = Table(*rows[0])
+    table = Table()
+    for title in rows[0]:
+        table.add_column(Text(terminal(title)))  # a plain string would be markup
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(Text(terminal(value)) for value in row.values()))
     console.print(table)
 
 
@@ -109,8 +120,8 @@ def _cell(value: Any, form: str) -> str:
 
 def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
     titles = list(rows[0])
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(markdown, titles)) + " |", "|---" * len(titles) + "|"]
+    lines += ["| " + " | ".join(map(markdown, row.values())) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -120,9 +131,10 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     made = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     parts = [
         "# Validation report",
-        f"`{report['command']}`",
-        f"{data['images']} images of split `{data['split']}`, fingerprint `{data['fingerprint']}`. "
-        f"{made}, {report['made']}.",
+        code(report["command"]),
+        f"{data['images']} images of split {code(data['split'])}, fingerprint {code(data['fingerprint'])}. "
+        f"In {markdown(records[0].get('precision', 'float32'))} on {markdown(report['machine']['processor'])}, "
+        f"{report['machine']['cores']} cores; {made}; {report['made']}.",
         _markdown_table(table_of(records)),
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",
@@ -131,7 +143,10 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     for entry in report["comparison"]:
         ratio = f", peak x {entry['peak_ratio']:.3g}" if entry["peak_ratio"] is not None else ""
         difference = _cell(entry[f"{field}_difference"], "{:+.2f} points")
-        parts.append(f"**{entry['name']}** against {entry['against']}: {metric} {difference}{_interval(entry)}{ratio}.")
+        parts.append(
+            f"**{markdown(entry['name'])}** against {markdown(entry['against'])}: "
+            f"{metric} {difference}{_interval(entry)}{ratio}."
+        )
     parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
     parts += [_details(record) for record in records]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -146,20 +161,21 @@ def _interval(entry: dict[str, Any]) -> str:
 
 def _details(record: dict[str, Any]) -> str:
     field, metric = headline(record)
-    parts = [f"## {record['name']}"]
+    parts = [f"## {markdown(record['name'])}"]
     if record["blocks"]:
         keys = ("name", "peak_abs", "p9999_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
         rows = [{key: _number(block.get(key)) for key in keys} for block in record["blocks"]]
         parts.append(_markdown_table(rows))
     parts += [
-        f"- {entry['scheme']}: {metric} {_cell(entry[field], '{:.2f} %')}, relative error of the logits "
+        f"- {markdown(entry['scheme'])}: {metric} {_cell(entry[field], '{:.2f} %')}, relative error of the logits "
         f"{_number(entry['fidelity']['relative_error'])}, same first guess as in float for "
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
     ]
-    parts += [f"- not measured: {reason}" for reason in failures(record)]
+    parts += [f"- not measured: {markdown(one_line(reason))}" for reason in failures(record)]
+    parts += [f"- **wrong:** {fault}" for fault in faults(record)]
     for heading, caption, rows in _export_tables(record):
-        parts += [f"### {heading}", *([caption] if caption else []), _markdown_table(rows)]
+        parts += [f"### {heading}", *([markdown(caption)] if caption else []), _markdown_table(rows)]
     for name, describe in (
         ("stethoscope", _stethoscope),
         ("colinearity", _colinearity),
@@ -168,7 +184,7 @@ def _details(record: dict[str, Any]) -> str:
     ):
         found = record.get(name)
         if found and "refused" in found:
-            parts.append(f"No {name.replace('_', ' ')}: {found['refused']}")
+            parts.append(f"No {name.replace('_', ' ')}: {markdown(one_line(found['refused']))}")
         elif found:
             parts += describe(found)
     return "\n\n".join(parts)
@@ -187,10 +203,20 @@ def _not_finite(record: dict[str, Any], entry: dict[str, Any]) -> str:
     return f"{which}: the logits of {entry['not_finite']} images are not finite, so that nothing can be scored"
 
 
+def faults(record: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the exported files of a record: those that do not compute what the model does."""
+    files = [file for export in _exports(record) for file in export["files"]]
+    return [f"--export onnx, {record['name']}: {file['fault']}" for file in files if file.get("fault")]
+
+
+def _exports(record: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [record.get("exported"), *(entry.get("exported") for entry in record.get("quantized", []))]
+    return [export for export in found if export]
+
+
 def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str, str]]]]:
     """Heading, caption and rows of what is known about the exported files of a checkpoint."""
-    found = [record.get("exported"), *(entry.get("exported") for entry in record.get("quantized", []))]
-    exports = [export for export in found if export]
+    exports = _exports(record)
     tables = []
     if exports:
         caption = (
@@ -198,7 +224,7 @@ def _export_tables(record: dict[str, Any]) -> list[tuple[str, str, list[dict[str
             "moved them; and the same for that model against itself, with inputs of layers multiplied by 1.000001."
         )
         tables.append(("Exported files, run in onnxruntime", caption, _file_rows(exports)))
-    timed = [(export["scheme"], batch) for export in exports for batch in export.get("latency", [])]
+    timed = [(export, batch) for export in exports for batch in export.get("latency", [])]
     if timed:
         first = timed[0][1]
         caption = (
@@ -217,36 +243,41 @@ def _file_rows(exports: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             row = {"file": Path(file["path"]).name, "MB": _number(file["size_mb"]), "Top-1 %": f"{file['top1']:.2f}"}
             row |= {"PyTorch Top-1 %": f"{export['top1']:.2f}", "same first class": _number(file["top1_agreement"])}
             row |= {"error ratio": _number(file["error_ratio"]), "itself": _number(export.get("self_error_ratio"))}
+            row |= {"verdict": ("wrong" if file["fault"] else "as the model") if "fault" in file else "-"}
             row |= {"int8 products": str(sum(nodes["int8"].values())), "float islands": str(nodes["float_islands"])}
             rows.append(row)
     return rows
 
 
-def _latency_rows(timed: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, str]]:
+def _latency_rows(timed: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, str]]:
     return [
         {
-            "scheme": scheme,
+            "scheme": export["scheme"],
             "batch": str(batch["batch"]),
             "rounds": str(batch["rounds"]),
-            "file": row["file"],
+            "file": row["file"] + (" (wrong)" if row["file"] in _wrong_targets(export) else ""),
             "median ms": f"{row['median_ms']:.2f}",
             "min ms": f"{row['min_ms']:.2f}",
             "images/s": f"{row['images_per_s']:.1f}",
             "speed, float32 = 1": f"{row['ratio']:.2f}",
         }
-        for scheme, batch in timed
+        for export, batch in timed
         for row in batch["rows"]
     ]
+
+
+def _wrong_targets(export: dict[str, Any]) -> set[str]:
+    return {file["target"] for file in export["files"] if file.get("fault")}
 
 
 def _stethoscope(found: dict[str, Any]) -> list[str]:
     keys = ("name", "verdict", "random_pixel_ratio", "random_weight_ratio", "shuffled_ratio", "constant_ratio")
     rows = [{key: _number(block.get(key)) for key in keys} for block in found["verdicts"]]
-    counts = ", ".join(f"{count} blocks {verdict}" for verdict, count in found["counts"].items())
+    counts = ", ".join(f"{count} blocks {markdown(verdict)}" for verdict, count in found["counts"].items())
     degenerate = "The blocks of the randomly initialised model are identities: that arm says nothing. "
     return [
         "### Stethoscope: do outliers come from the data?",
-        f"{degenerate if found['degenerate'] else ''}{counts}. {found['rule']}",
+        f"{degenerate if found['degenerate'] else ''}{counts}. {markdown(found['rule'])}",
         _markdown_table(rows),
     ]
 
@@ -255,18 +286,19 @@ def _colinearity(found: dict[str, Any]) -> list[str]:
     top = found["terms"][0]
     return [
         "### Colinearity: where does the largest activation come from?",
-        f"`{found['mlp']}`, channel {found['channel']}, token {found['token']}: the MLP contributed "
+        f"{code(found['mlp'])}, channel {found['channel']}, token {found['token']}: the MLP contributed "
         f"{_number(found['mlp_measured'])} to an output of {_number(found['measured'])}. Singular direction "
         f"{top['index']} alone gives s (w.u) (v.x) = {_number(top['singular_value'])} x {_number(top['w_dot_u'])} x "
         f"{_number(top['v_dot_x'])} = {_number(top['value'])}; all of them {_number(found['sum_of_terms'])}, "
         f"with biases {_number(found['with_biases'])}, "
         f"with the activation function {_number(found['with_activation'])}.",
-        f"The linear form is {'valid' if found['linear_valid'] else 'NOT valid'} here. {found['rule']} {found['note']}",
+        f"The linear form is {'valid' if found['linear_valid'] else 'NOT valid'} here. "
+        f"{markdown(found['rule'])} {markdown(found['note'])}",
     ]
 
 
 def _readiness(found: dict[str, Any]) -> list[str]:
-    return ["### FP8 readiness", str(found["verdict"]), *(f"- {action}" for action in found["actions"])]
+    return ["### FP8 readiness", markdown(found["verdict"]), *(f"- {markdown(action)}" for action in found["actions"])]
 
 
 def _sites(found: list[dict[str, Any]]) -> list[str]:
@@ -282,12 +314,13 @@ def _number(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _csv(records: Sequence[dict[str, Any]]) -> str:
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV under all their keys, at full precision, with nothing in it that a sheet would calculate."""
     out = io.StringIO()
-    rows = _csv_rows(records)
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(out)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer.writerow(map(cell, keys))
+    writer.writerows([cell(row.get(key)) for key in keys] for row in rows)
     return out.getvalue()
 
 

@@ -6,46 +6,61 @@ fields of ours come after timm's.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tweo_timm.evaluate.compare import headline
 from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.evaluate.report import csv_text
 from tweo_timm.evaluate.subject import stands_for_several
+from tweo_timm.outputs import Outputs
 from tweo_timm.records import plain
 
 
-def write_results(records: Sequence[dict[str, Any]], options: ValidateOptions) -> None:
-    """Print results after timm's mark, and write --results-file, which also holds the names of classes.
+class Results:
+    """The results of a validation; as text, what timm's validate.py prints after its mark.
 
     Args:
         records: as `measure` returns them, at least one.
         options: what was asked for.
-
-    Raises:
-        OSError: if the file cannot be written.
     """
-    several = stands_for_several(options)
-    ranked = sorted(records, key=_rank, reverse=True) if several else records
-    results = [plain(timm_result(record, options.metrics_avg)) for record in ranked]
-    if options.results_file:
-        named = [
-            {**result, "class_names": record.get("class_names")} for result, record in zip(results, ranked, strict=True)
-        ]
-        with open(options.results_file, "w", newline="", encoding="utf-8") as file:
-            _write(file, options.results_format, _object_or_list(named, several))
-    print(f"--result\n{json.dumps(_object_or_list(results, several), indent=4)}")
+
+    def __init__(self, records: Sequence[dict[str, Any]], options: ValidateOptions) -> None:
+        several = stands_for_several(options)
+        ranked = sorted(records, key=_rank, reverse=True) if several else records
+        self._rows = [plain(timm_result(record, options.metrics_avg)) for record in ranked]
+        self._class_names = [record.get("class_names") for record in ranked]
+        self._list = several or len(records) > 1
+
+    def __str__(self) -> str:
+        return self._json(self._rows)
+
+    def write(self, path: Path, form: str) -> None:
+        """Write --results-file, which also holds the names of classes.
+
+        Args:
+            path: the file.
+            form: 'json' or 'csv'; in a cell of which the names are JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        pairs = list(zip(self._rows, self._class_names, strict=True))
+        if form == "json":
+            text = self._json([{**row, "class_names": names} for row, names in pairs])
+        else:
+            text = csv_text([{**row, "class_names": json.dumps(names, ensure_ascii=False)} for row, names in pairs])
+        Outputs(path.parent).write(path.name, text)
+
+    def _json(self, rows: list[dict[str, Any]]) -> str:
+        return json.dumps(rows if self._list else rows[0], indent=4, ensure_ascii=False)
 
 
 def _rank(record: dict[str, Any]) -> float:
     value: float | None = record[headline(record)[0]]
     return -1.0 if value is None else value
-
-
-def _object_or_list(results: list[dict[str, Any]], several: bool) -> Any:
-    return results if several or len(results) > 1 else results[0]
 
 
 def timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
@@ -79,13 +94,3 @@ def _timm_metrics(record: dict[str, Any]) -> dict[str, float | None]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _write(file: Any, form: str, results: Any) -> None:
-    if form == "json":
-        json.dump(results, file, indent=4, ensure_ascii=False)
-        return
-    rows = results if isinstance(results, list) else [results]
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows({**row, "class_names": json.dumps(row["class_names"], ensure_ascii=False)} for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -130,22 +130,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def load_subject(
-    source: Source, options: ValidateOptions, device: torch.device, given: Collection[str] = ()
-) -> Subject:
+def load_subject(source: Source, options: ValidateOptions, device: torch.device) -> Subject:
     """Build a model as its checkpoint's training did, and load the weights strictly.
 
     Args:
         source: what to load.
-        options: win over what the checkpoint says, where they are not the defaults.
+        options: win over what the checkpoint says, where they were given or are not the defaults.
         device: where the model goes.
-        given: names of the options that win though they are the defaults.
 
     Raises:
         ValueError: if the file cannot be read, its weights do not fit, or its training had what cannot be had here.
     """
     content = _metadata(source.path) if source.path is not None else {}
-    arch, loadable = _describe(content, source, options, given)
+    arch, loadable = _describe(content, source, options)
     options = loadable[0]
     check_compiler(options.torchcompile)
     if options.fast_norm:
@@ -185,9 +182,7 @@ def _say_test_size(path: Path, now: dict[str, Any], trained: dict[str, Any]) -> 
         _logger.warning("%s: %s: --use-train-size takes that", path, "; ".join(differing))
 
 
-def _describe(
-    content: dict[str, Any], source: Source, options: ValidateOptions, given: Collection[str]
-) -> tuple[str, list[ValidateOptions]]:
+def _describe(content: dict[str, Any], source: Source, options: ValidateOptions) -> tuple[str, list[ValidateOptions]]:
     """Fill in what the checkpoint says about its model, images and labels, where the command line is silent.
 
     Returns:
@@ -195,9 +190,9 @@ def _describe(
         as large as now asked for, which is what timm does and what models without a size of their own need; as in the
         training; and as the architecture has them, for weights that do not say.
     """
-    arch = _architecture(content, source, options, given)
+    arch = _architecture(content, source, options)
     recorded = recorded_settings(content.get("args"), source.path)
-    changes = inherit(recorded, options, given, source.path)
+    changes = inherit(recorded, options, source.path)
     if "class_map" in changes and find_class_map(changes["class_map"], options.data_dir, options.split) is None:
         _check_lost_map(content, source, changes.pop("class_map"))
     changes["in_chans"] = channels_of(vars(options)) or channels_of(recorded)
@@ -210,11 +205,11 @@ def _describe(
     return arch, [at_size(unsized, size) for i, size in enumerate(sizes) if size not in sizes[:i]]
 
 
-def _architecture(content: dict[str, Any], source: Source, options: ValidateOptions, given: Collection[str]) -> str:
+def _architecture(content: dict[str, Any], source: Source, options: ValidateOptions) -> str:
     """The name that the command line gives, as timm has it, or else the checkpoint's own."""
     own = content.get("arch") or getattr(content.get("args"), "model", None)
     default = {field.name: field for field in fields(ValidateOptions)}["model"].default
-    if source.path is None or "model" in given or source.model != default:
+    if source.path is None or "model" in options.given or source.model != default:
         if own and own != source.model:
             _logger.warning("%s: trained as a %s, validated as the %s of --model", source.path, own, source.model)
         return source.model

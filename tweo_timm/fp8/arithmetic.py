@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tweo_timm.fp8.cast import FORMATS, Fp8Format, absolute_maximum, round_to_fp8
+from tweo_timm.machine import low_precision
 
 _ALIGNMENT = 16
 
@@ -137,7 +138,9 @@ def _record(amax: Tensor, x: Tensor) -> None:
 def _emulated_product(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if dtype == torch.bfloat16 or a.is_meta:
+    # Where bfloat16 products are slow, the same operands are multiplied in float32: the same products, summed in
+    # float32 too, and rounded once.
+    if a.is_meta or (dtype == torch.bfloat16 and low_precision("bfloat16", str(a.device)).fast):
         return _scaled_addmm(a, b, scale_a, scale_b, bias, dtype)
     with torch.autocast(a.device.type, enabled=False):  # it would cast the operands down again
         return _scaled_addmm(a.float(), b.float(), scale_a, scale_b, bias, dtype)

@@ -75,15 +75,17 @@ class Fp8HealthMonitor:
 def _measure(values: Tensor, scale: Tensor, fmt: Fp8Format) -> dict[str, Tensor]:
     """Return the statistics of one operand as scalars on its own device, so that nothing waits for it."""
     exact = values.float().flatten()
-    # Measured in scaled units: dividing by the scale would add an error of its own.
+    # Measured in scaled units: dividing by the scale would add an error of its own. FP8's range squared is far inside
+    # float32's, and Apple's GPU has no float64.
     scaled = exact * scale
     rounded = round_to_fp8(values, scale, fmt).float().flatten()
-    squared_signal, squared_noise = scaled.double().square(), (rounded - scaled).double().square()
+    squared_signal, squared_noise = scaled.square(), (rounded - scaled).square()
     signal, noise = squared_signal.sum(), squared_noise.sum()
     count = max(exact.numel(), 1)
     if exact.numel():  # cleared, not subtracted: beside one huge element the rest would cancel
-        peak = exact.abs().argmax()
-        squared_signal[peak] = squared_noise[peak] = 0.0
+        peak = exact.abs().argmax().view(1)
+        squared_signal.index_fill_(0, peak, 0.0)  # squared_signal[peak] = 0 would wait for the index
+        squared_noise.index_fill_(0, peak, 0.0)
     return {
         "amax": absolute_maximum(values),
         "scale": scale,

@@ -72,7 +72,7 @@ def _checked_patterns(field: str, value: object) -> tuple[str, ...]:
     for pattern in value:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise SettingError("Fp8Recipe", field, pattern, f"a regular expression ({error})") from error
     return tuple(value)
 

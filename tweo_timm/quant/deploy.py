@@ -13,13 +13,14 @@ import contextlib
 import itertools
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tweo_timm import machine
 from tweo_timm.quant.export import TARGETS, export_onnx, require_export_extra
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.sidecar import write_scales
@@ -31,6 +32,11 @@ LATENCY_BATCH = 8
 
 JITTER = 1 + 1e-6
 """What layers' inputs are multiplied by to see how far a quantized model is from itself: some ten float32 roundings."""
+
+ERROR_RATIO_LIMIT = 1.0
+"""A file that is further from its model than quantization moved that model is not the model."""
+RELATIVE_ERROR_LIMIT = 0.1
+"""The same for a float file, whose logits differ from the model's by rounding alone: 1e-6 to 1e-3."""
 
 
 class OnnxModel(nn.Module):
@@ -50,12 +56,12 @@ class OnnxModel(nn.Module):
         from tweo_timm.quant.ort import open_session
 
         self._session = open_session(path, threads)
-        self._input = self._session.get_inputs()[0].name
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W), float32, on the images' device."""
-        logits = self._session.run(None, {self._input: images.detach().float().cpu().numpy()})[0]
-        return torch.from_numpy(logits).to(images.device)
+        from tweo_timm.quant.ort import run_session
+
+        return run_session(self._session, images).to(images.device)
 
 
 class Agreement:
@@ -116,9 +122,9 @@ def export_record(
         scheme, images, top1 (of the PyTorch model that was exported, per cent), self_error_ratio (what an error_ratio
         without an error looks like: the PyTorch model's own on the first batch, with `JITTER`; None for a float
         model), scales (path or None), files: one dict for each target with path, size_mb, top1, the measures of
-        `Agreement`, nodes (see `node_census`), folded, kept and fused, and latency: what `measure_latency` finds at
-        batch 1 and at that of `batches`, at most 8, for the float32 model, its dynamic int8 form, and each target;
-        empty for a float model, which has no rival.
+        `Agreement`, fault (see `fault_of`), nodes (see `node_census`), folded, kept and fused, and latency: what
+        `measure_latency` finds at batch 1 and at that of `batches`, at most 8, for the float32 model, its dynamic int8
+        form, and each target; empty for a float model, which has no rival.
 
     Raises:
         RuntimeError: without the extra, or if the model, or the float model it is compared with, cannot be exported.
@@ -153,6 +159,7 @@ def export_record(
     for file in files:
         size = Path(file["path"]).stat().st_size / 1e6
         file |= {"size_mb": round(size, 3), "nodes": node_census(file["path"])}
+        file["fault"] = fault_of(file, self_error_ratio)
         _logger.info("%s: Top-1 %.2f, in PyTorch %.2f", Path(file["path"]).name, file["top1"], top1)
     return {
         "scheme": files[0]["scheme"],
@@ -163,6 +170,39 @@ def export_record(
         "files": files,
         "latency": latency,
     }
+
+
+def fault_of(file: Mapping[str, Any], self_error_ratio: float | None) -> str | None:
+    """Say what is wrong with a file that is too far from its model, and what to do; None for one that is not.
+
+    Args:
+        file: its path, error_ratio and relative_error.
+        self_error_ratio: of the quantized model, None for a float one.
+    """
+    ratio, relative = file["error_ratio"], file["relative_error"]
+    off, here = f"{Path(file['path']).name} is off", _processor()
+    if ratio is None:
+        if relative is None or relative <= RELATIVE_ERROR_LIMIT:
+            return None
+        how_far = f"differ from the model's by {relative:.3g} of their norm (accepted: {RELATIVE_ERROR_LIMIT:g})"
+        return f"{off}: its logits {how_far} on {here}; do not use it here: try another version of onnxruntime"
+    if ratio <= ERROR_RATIO_LIMIT:
+        return None
+    itself = "" if self_error_ratio is None else f"; the model from itself: {self_error_ratio:.3g}"
+    return (
+        f"{off}: its error ratio is {ratio:.3g} (accepted: {ERROR_RATIO_LIMIT:g}{itself}) on {here}; do not use it "
+        "here: export weights of 7 bits (--quantize w7a8-tt), whose products saturate nowhere, and open files with the "
+        "session options in their metadata (docs/export.md). A model that is as far from itself magnifies rounding: no "
+        "file of it can be checked"
+    )
+
+
+def _processor() -> str:
+    """The processor in a message, and whether int8 products are exact on it as they come."""
+    found = machine.describe()
+    instructions = f" ({', '.join(found['instructions'])})" if found["instructions"] else ""
+    exact = "saturate unless a session is told otherwise" if machine.int8_saturates() else "are exact"
+    return f"{found['processor']}{instructions}, where int8 products {exact}"
 
 
 def _self_error_ratio(quantized: nn.Module, images: Tensor, wanted: Tensor, original: Tensor) -> float | None:

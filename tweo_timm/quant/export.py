@@ -7,6 +7,9 @@ Fake quantization shows what int8 costs; a file that an engine runs in int8 is w
     onnxruntime   the same integers with the operators that onnxruntime's CPU provider computes them with, bias
                   included: its own optimizer leaves the bias, and with it half of the speed, outside.
 
+Every node reads integers of its own, and a file says in its metadata what it is and what a session needs, so that it
+can be computed exactly where int8 products saturate (docs/export.md).
+
 Opset 20, the first with a Gelu operator. The batch is dynamic, height and width are those of the example.
 Needs the extra `export`. Refused: schemes with steps computed at run time, and models that torch.export cannot trace.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,15 +31,20 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tweo_timm.machine import EXACT_INT8
 from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.flow import name_of
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.stream import StreamQuantizer
+from tweo_timm.version import __version__
 
 OPSET = 20
 TARGETS = ("qdq", "onnxruntime")
 INPUT, OUTPUT = "images", "logits"
+FLOAT = "float32"
+"""What stands for a float model where others have their scheme."""
 _EXTRA = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -76,6 +85,8 @@ def export_onnx(
     Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 19; the scheme is arXiv:2511.23225's.
     """
     require_export_extra()
+    from tweo_timm.quant.ort import fuse_for_onnxruntime, separate_integers
+
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; accepted are {', '.join(TARGETS)}")
     working = _working_copy(model)
@@ -87,12 +98,22 @@ def export_onnx(
     with _quiet():
         program = _traced(working, example.detach().float().cpu(), dynamic_batch)
         if target == "onnxruntime":
-            from tweo_timm.quant.ort import fuse_for_onnxruntime
-
             fused = fuse_for_onnxruntime(program.model)
+        separate_integers(program.model)
+        program.model.metadata_props.update(_metadata(scheme))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         program.save(str(path))
     return {"path": str(path), "target": target, "opset": OPSET, "scheme": scheme, **folds, "fused": fused}
+
+
+def _metadata(scheme: str | None) -> dict[str, str]:
+    """What a file says of itself: how it is quantized, what a session needs where int8 products saturate, by whom."""
+    saturable = scheme is not None and Scheme.parse(scheme).weight_bits == 8
+    return {
+        "scheme": scheme or FLOAT,
+        "session_options": json.dumps(EXACT_INT8 if saturable else {}),
+        "tweo_timm": __version__,
+    }
 
 
 def _working_copy(model: nn.Module) -> nn.Module:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tweo_timm import machine
 from tweo_timm.quant.export import INPUT, export_onnx
-from tweo_timm.quant.ort import open_session
+from tweo_timm.quant.ort import open_session, separate_integers
 
 REST_S = 0.05
 """Before each run: the threads of another session may spin on for some milliseconds."""
@@ -58,7 +58,7 @@ def measure_latency(files: Mapping[str, str | Path], images: Tensor) -> list[dic
                 "batch": batch,
                 "threads": torch.get_num_threads(),
                 "rounds": len(next(iter(times.values()))),
-                "cpu": cpu_name(),
+                "cpu": machine.describe()["processor"],
                 "onnxruntime": version("onnxruntime"),
                 "rows": [{"file": label, **row} for label, row in latency_rows(times, batch).items()],
             }
@@ -99,12 +99,16 @@ def write_dynamic(float_file: str | Path, path: str | Path) -> None:
         path: the file to write.
     """
     import onnx
+    import onnx_ir as ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(float_file)
     del model.graph.value_info[:]  # onnxruntime takes the shape of a transposed Gemm weight for an error
     with _quiet_root_logger():
         quantize_dynamic(model, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    quantized = ir.load(path)
+    separate_integers(quantized)
+    ir.save(quantized, path)
 
 
 @contextlib.contextmanager
@@ -122,7 +126,7 @@ def _quiet_root_logger() -> Iterator[None]:
 
 
 def file_run(path: str | Path, threads: int | None = None) -> Run:
-    """Open a file in onnxruntime, to be run on images without anything else in the time; see `open_session`."""
+    """Open a file in onnxruntime, to be run on images without anything else in the time; see `session_settings`."""
     session = open_session(path, threads)
     return lambda images: session.run(None, {INPUT: images.numpy()})
 
@@ -179,11 +183,3 @@ def latency_rows(times: Mapping[str, list[float]], batch: int) -> dict[str, dict
         }
         for label, values in times.items()
     }
-
-
-def cpu_name() -> str:
-    """Return what the system calls its processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

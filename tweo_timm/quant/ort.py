@@ -12,6 +12,7 @@ before window partition.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from tweo_timm import machine
 
 try:
     import onnx
@@ -43,6 +46,7 @@ _INT8 = {
     "QLinearConv",
     "QLinearMatMul",
 }
+_BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 _ROUNDING = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Attention", "MultiHeadAttention"}
 _MOVES = {
@@ -79,6 +83,47 @@ def fuse_for_onnxruntime(model: Any) -> dict[str, int]:
         rewriter.rewrite(model, [rule])
     found = Counter(node.op_type for node in model.graph if node.domain == _MICROSOFT)
     return dict(found)
+
+
+def separate_integers(model: Any) -> None:
+    """Give every node int8 and uint8 initializers of its own, and every reader of a weight a node of its own, in place.
+
+    Told to compute exactly where products saturate, onnxruntime adds a uint8 form of each int8 initializer under a name
+    made from the old one, node by node: a second reader of the same makes the file fail to load.
+
+    Args:
+        model: onnx_ir.Model; the exporter has merged initializers and nodes that are alike.
+    """
+    graph, taken = model.graph, set()
+    for node in list(graph):
+        if node.op_type == "DequantizeLinear" and node.inputs[0].name in graph.initializers:
+            _one_reader(graph, node)
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.name not in graph.initializers or value.dtype not in _BYTES:
+                continue
+            if value in taken:
+                node.replace_input_with(index, _copied(graph, value))
+            taken.add(value)
+
+
+def _one_reader(graph: Any, node: Any) -> None:
+    """Copy a node with one output for each reader but the first."""
+    (output,) = node.outputs
+    for number, (reader, index) in enumerate(list(output.uses())[1:], 1):
+        twin = ir.Node(node.domain, node.op_type, node.inputs, node.attributes.values(), name=f"{node.name}_{number}")
+        value = twin.outputs[0]
+        value.name, value.type, value.shape = f"{output.name}_{number}", output.type, output.shape
+        graph.insert_after(node, twin)
+        reader.replace_input_with(index, value)
+
+
+def _copied(graph: Any, value: Any) -> Any:
+    """Put a copy of an initializer into its graph, under a new name."""
+    name = next(name for n in itertools.count(1) if (name := f"{value.name}_{n}") not in graph.initializers)
+    copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(_constant(value), name=name))
+    graph.initializers[name] = copy
+    return copy
 
 
 class _Linear(pattern.RewriteRuleClassBase):  # type: ignore[misc]
@@ -177,20 +222,18 @@ def _constant(value: Any) -> Any:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def open_session(path: str | Path, threads: int | None = None, optimized: str | Path | None = None) -> Any:
-    """Open a file in onnxruntime's CPU provider.
-
-    On x86 without VNNI (before 2019) its uint8 by int8 kernels saturate at 16 bits: `Agreement` shows it.
+def session_settings(threads: int | None = None) -> Any:
+    """Return the settings of every session that is opened here, those that this processor needs included.
 
     Args:
-        path: an ONNX file.
         threads: of one operator; None takes torch's number.
-        optimized: where to write the graph that really runs.
 
     Returns:
-        An onnxruntime.InferenceSession.
+        An onnxruntime.SessionOptions.
     """
     options = onnxruntime.SessionOptions()
+    for key, value in machine.session_options().items():
+        options.add_session_config_entry(key, value)
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # without it, waiting threads of one session keep the cores from the next: three times the time, now and then
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -198,6 +241,21 @@ def open_session(path: str | Path, threads: int | None = None, optimized: str | 
     # time and 324 MB instead of 596
     options.enable_mem_reuse = False
     options.log_severity_level = 3
+    return options
+
+
+def open_session(path: str | Path, threads: int | None = None, optimized: str | Path | None = None) -> Any:
+    """Open a file in onnxruntime's CPU provider.
+
+    Args:
+        path: an ONNX file.
+        threads: see `session_settings`.
+        optimized: where to write the graph that really runs.
+
+    Returns:
+        An onnxruntime.InferenceSession.
+    """
+    options = session_settings(threads)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -209,7 +267,7 @@ def run_onnx(path: str | Path, batches: Tensor | Iterable[Tensor], threads: int 
     Args:
         path: an ONNX file with one input and one output.
         batches: images (B, C, H, W), or batches of them, float32.
-        threads: see `open_session`.
+        threads: see `session_settings`.
 
     Returns:
         The outputs of all images, (images, classes), float32.
@@ -219,14 +277,15 @@ def run_onnx(path: str | Path, batches: Tensor | Iterable[Tensor], threads: int 
     """
     session = open_session(path, threads)
     batches = [batches] if isinstance(batches, Tensor) else batches
-    outputs = [_run(session, images) for images in batches]
+    outputs = [run_session(session, images) for images in batches]
     if not outputs:
         raise ValueError("there are no images to run the file on")
     return torch.cat(outputs)
 
 
-def _run(session: Any, images: Tensor) -> Tensor:
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.float().cpu().numpy()})[0])
+def run_session(session: Any, images: Tensor) -> Tensor:
+    """Run an open session on images (B, C, H, W), on any device; the outputs (B, classes), float32, are on the CPU."""
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.detach().float().cpu().numpy()})[0])
 
 
 def node_census(path: str | Path) -> dict[str, Any]:

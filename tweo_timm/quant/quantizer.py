@@ -132,7 +132,7 @@ class QuantizedLayer(nn.Module):
     Args:
         layer: the float layer; its parameters are read, not kept.
         input_quantizer: how the input becomes integers.
-        bits: of the weights.
+        bits: of the weights: 8, 7, 6 or 4.
         per_channel: one step for each output channel, not one for the tensor.
 
     Attributes:

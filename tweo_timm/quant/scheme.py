@@ -4,6 +4,7 @@ A scheme is short enough to be a column of a table and a command-line argument, 
 
     w8a8-tt        8-bit weights and activations, both with one scale a tensor; activation scales are static
     w8a8-ck        weights with a scale a channel, activations with a scale a token, computed as they come
+    w7a8-tt        weights within +-63: exact int8 products on every processor (docs/export.md)
     w6a6-tt+res    as the first at 6 bits, and the residual stream is quantized too
 
 The letters are those of arXiv:2511.23225: T per tensor, C per channel, K per token.
@@ -14,9 +15,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-BITS = (8, 6, 4)
+WEIGHT_BITS = (8, 7, 6, 4)
+"""7: int8 of half the range, whose products with uint8 cannot saturate on a processor that adds two in 16 bits."""
+ACTIVATION_BITS = (8, 6, 4)
 GRAMMAR = (
-    "w{8,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of weights and activations; "
+    "w{8,7,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of weights and activations; "
     "weights per tensor (t) or channel (c); activations per tensor, static (t) or per token, dynamic (k)"
 )
 _FLAGS = ("res", "attn", "smooth")
@@ -29,7 +32,7 @@ class Scheme:
     """One way to quantize a model; `Scheme.parse("w8a8-tt+res")` reads it, `str(scheme)` writes it.
 
     Attributes:
-        weight_bits: 8, 6 or 4.
+        weight_bits: 8, 7, 6 or 4.
         activation_bits: 8, 6 or 4; also those of the residual stream and the attention operands.
         per_channel: weights have a scale for each output channel, not one for the tensor.
         per_token: activations have a scale for each token, computed at run time, not one static scale for the tensor.
@@ -53,9 +56,13 @@ class Scheme:
     compensation: str = ""
 
     def __post_init__(self) -> None:
-        for name, bits in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
-            if bits not in BITS:
-                raise ValueError(f"{name} is {bits!r}; accepted are 8, 6 and 4 (a scheme is {GRAMMAR})")
+        for name, bits, accepted in (
+            ("weight_bits", self.weight_bits, WEIGHT_BITS),
+            ("activation_bits", self.activation_bits, ACTIVATION_BITS),
+        ):
+            if bits not in accepted:
+                known = ", ".join(map(str, accepted))
+                raise ValueError(f"{name} is {bits!r}; accepted are {known} (a scheme is {GRAMMAR})")
         if self.compensation not in ("", *_COMPENSATIONS):
             raise ValueError(f"compensation is {self.compensation!r}; accepted are '', {', '.join(_COMPENSATIONS)}")
 
@@ -72,9 +79,9 @@ class Scheme:
         match = _BODY.fullmatch(body)
         if match is None:
             raise _error(text, body)
-        for key, prefix in (("w", "w"), ("a", "a")):
-            if int(match[key]) not in BITS:
-                raise _error(text, prefix + match[key])
+        for key, accepted in (("w", WEIGHT_BITS), ("a", ACTIVATION_BITS)):
+            if int(match[key]) not in accepted:
+                raise _error(text, key + match[key])
         for key, letters in (("weights", "tc"), ("activations", "tk")):
             if match[key] not in letters:
                 raise _error(text, f"{key} {match[key]}")

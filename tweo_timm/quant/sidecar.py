@@ -14,6 +14,7 @@ from typing import Any
 from timm.utils import unwrap_model
 from torch import nn
 
+from tweo_timm.outputs import Outputs
 from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.static import quantization_scales
@@ -52,8 +53,7 @@ def write_scales(model: nn.Module, path: str | Path) -> dict[str, Any]:
         "unused_layers": report.get("unused_layers", []),
         "scales": scales,
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    Outputs(Path(path).parent).write(Path(path).name, json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -64,8 +64,8 @@ def read_scales(path: str | Path) -> dict[str, Any]:
         ValueError: if the file is not such a file, or of another schema.
     """
     try:
-        content = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "scales" not in content:
         raise ValueError(f"{path} is no file of scales with schema {SCHEMA}: write it with write_scales")

@@ -12,6 +12,7 @@ from timm.data import MultiLabelTarget, create_dataset, resolve_input_data_confi
 from torch import nn
 from torch.utils.data import Dataset
 
+from tweo_timm.run.failure import Failure
 from tweo_timm.suggestion import suggest, suggest_path
 
 # Folders that timm takes for one another when a split is asked for.
@@ -20,8 +21,12 @@ _LENGTHS = "train.py: --train-num-samples and --val-num-samples; validate.py: --
 RESAMPLINGS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
-class UnreadableImage(RuntimeError):  # noqa: N818 - named for what it is about
+class UnreadableImage(Failure):
     """An image file of the dataset cannot be decoded; the message names it."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's process sends its whole traceback, which ends in the message.
+        super().__init__(message.strip().splitlines()[-1].split("UnreadableImage: ")[-1])
 
 
 class StrictImages(Dataset[Any]):

@@ -20,10 +20,10 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tweo_timm.settings import Decides, Flag
+from tweo_timm.settings import Decides, Flag, flag_fields
 from tweo_timm.suggestion import suggest
 
 # PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
@@ -96,10 +96,10 @@ def _resolve(dest: str, group: type, annotation: Any, entry: Flag, default: Any)
 def option_table(options: type) -> dict[str, Option]:
     """Every flag of an options dataclass by field name, in the order of its groups: its base classes, theirs first."""
     hints = typing.get_type_hints(options)
-    declared = {item.name: item for item in fields(options)}
+    declared = {item.name: item for item in flag_fields(options)}
     table = {}
     for group in _groups(options):
-        for name in inspect.get_annotations(group):
+        for name in filter(declared.__contains__, inspect.get_annotations(group)):
             item = declared[name]
             default = item.default_factory() if callable(item.default_factory) else item.default
             table[name] = _resolve(name, group, hints[name], item.metadata["flag"], default)
@@ -148,9 +148,19 @@ class _KeyValues(argparse.Action):
 
 def _literal(text: str) -> Any:
     try:
-        return freeze(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        return freeze(value) if _is_plain(value) else text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that ast documents
         return text
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of what YAML has, and args.yaml can hold."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def freeze(value: Any) -> Any:
@@ -240,7 +250,8 @@ def as_namespace(options: Any) -> argparse.Namespace:
         A namespace of plain values, independent of ``options``: timm writes into what it is given
         (``init_distributed_device`` sets device, rank and world_size).
     """
-    return argparse.Namespace(**{item.name: copy.deepcopy(getattr(options, item.name)) for item in fields(options)})
+    names = [item.name for item in flag_fields(options)]
+    return argparse.Namespace(**{name: copy.deepcopy(getattr(options, name)) for name in names})
 
 
 # --- YAML values -----------------------------------------------------------------------------------------------------
@@ -305,7 +316,7 @@ def _as_type(scalar: type, value: Any) -> Any:
         return value
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if scalar is int:
         return int(number) if number.is_integer() else None

@@ -1,41 +1,30 @@
-"""What is logged while the command line is read, kept until logging is set up.
+"""Logging as timm's scripts have it: INFO lines plain, others with their level, on stderr; set up without timm.
 
-Setting it up is timm's business, and timm takes seconds, for which `-h` and a misspelt flag should not wait.
+timm takes seconds to import, for which `-h` and a misspelt flag should not wait. A program that has set logging up
+keeps its own ways.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import logging.handlers
-from collections.abc import Iterator
+
+from tweo_timm.media import terminal
 
 
-@contextlib.contextmanager
-def held_messages() -> Iterator[None]:
-    """Hold messages back until the end of the context; those of a program that has set logging up pass at once."""
-    root = logging.getLogger()
-    if root.handlers:
-        yield
-        return
-    level, holder = root.level, logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
-    root.addHandler(holder)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(holder)
-        if not root.handlers:
-            root.setLevel(level)
-            logging.basicConfig(format="%(message)s")
-        for record in holder.buffer:
-            root.handle(record)
+class _Formatter(logging.Formatter):
+    """Names in a message may be a stranger's: nothing in a line acts upon the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        shown = text if record.levelno == logging.INFO else f"{record.levelname}: {text}"
+        return "\n".join(map(terminal, shown.expandtabs().split("\n")))
 
 
 def set_up_logging() -> None:
-    """Log as timm's scripts do, unless a program that calls us has its own ways."""
-    if any(not isinstance(handler, logging.handlers.MemoryHandler) for handler in logging.getLogger().handlers):
-        return
-    from timm.utils import setup_default_logging
-
-    setup_default_logging()
+    """Log INFO and above to stderr, unless the program that calls us has configured logging."""
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter())
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)

@@ -19,10 +19,10 @@ class ConfigOptions:
 
     config: str = flag(
         "",
-        "YAML recipe, or any args.yaml that timm wrote; flags override it.",
+        "YAML recipe, the name of a shipped one, or any args.yaml that timm wrote; flags override it.",
         "-c",
         "--config",
-        metavar="FILE",
+        metavar="FILE|NAME",
         recorded=False,
     )
     config_unknown: str = flag(
@@ -122,7 +122,11 @@ class PrecisionOptions:
 
     device: str = flag("cuda", "Device: cuda, cpu, mps, cuda:1.")
     amp: bool = flag(False, "Mixed precision through autocast.")
-    amp_dtype: str = flag("float16", "Low precision of --amp; ViTs prefer bfloat16.", choices=("float16", "bfloat16"))
+    amp_dtype: str = flag(
+        "float16",
+        "Low precision of --amp; ViTs prefer bfloat16. auto: bfloat16 where it is fast, no autocast elsewhere.",
+        choices=("float16", "bfloat16", "auto"),
+    )
     model_dtype: str | None = flag(
         None, "Dtype of the whole model, without autocast.", choices=("float32", "float16", "bfloat16")
     )

@@ -5,21 +5,26 @@ file, the key and what was probably meant. Any args.yaml that timm wrote, now or
 timm: ``extends: other.yaml`` (a path relative to the file) and the blocks ``tweo: {weight: 0.01}`` and
 ``fp8: {backend: auto}``, which stand for ``tweo_weight`` and so on.
 
-Refuses duplicate keys, which YAML parsers let pass, a file that extends itself, and a setting given twice.
+Refuses what tweo_timm.run.strict_yaml does, a file that extends itself or more than `_MAX_EXTENDS` others, and a
+setting given twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Hashable
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tweo_timm.run import strict_yaml
 from tweo_timm.run.flags import Option, convert, option_table
 from tweo_timm.run.legacy import Modernized, modernize
+from tweo_timm.run.shipped import find_recipe
 from tweo_timm.settings import Decides
 from tweo_timm.suggestion import suggest, suggest_path
 
@@ -29,6 +34,7 @@ _logger = logging.getLogger(__name__)
 _BLOCKS: dict[str, dict[str, str]] = {"tweo": {}, "fp8": {"backend": "fp8"}}
 # The flag without which everything else in a block would do nothing.
 _SWITCHES = {"tweo": ("tweo_weight", "weight: 0.01"), "fp8": ("fp8", "backend: auto")}
+_MAX_EXTENDS = 16
 
 
 class RecipeError(ValueError):
@@ -57,7 +63,7 @@ def resolve(options: type, given: dict[str, Any]) -> tuple[dict[str, Any], Recip
     Raises:
         RecipeError: the recipe cannot be used.
     """
-    path = given.get("config", "")
+    path = find_recipe(given["config"]) if given.get("config") else ""
     recipe = load_recipe(path, options, given.get("config_unknown", "error")) if path else Recipe("")
     given = _one_folder(given, "the command line")
     return {**recipe.values, **given}, recipe
@@ -67,7 +73,7 @@ def _one_folder(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values with `data`, the old positional form, as `data_dir`. In timm the positional form wins, in silence."""
     data, folder = values.get("data"), values.get("data_dir")
     if data and folder and data != folder:
-        raise RecipeError(f"{where} names two folders, {data} and --data-dir {folder}: give one, as --data-dir")
+        raise ValueError(f"{where} names two folders, {data} and --data-dir {folder}: give one, as --data-dir")
     others = {name: value for name, value in values.items() if name != "data"}
     return {**others, "data_dir": data} if data else others
 
@@ -82,6 +88,27 @@ def require_switches(recipe: Recipe, values: dict[str, Any]) -> None:
         dest, remedy = _SWITCHES[block]
         if dest not in values:
             raise RecipeError(f"{recipe.path}: the block {block!r} leaves {block.upper()} off; add '{remedy}' to it")
+
+
+@contextlib.contextmanager
+def naming(recipe: Recipe, given: dict[str, Any]) -> Iterator[None]:
+    """Name the file in a complaint about a setting that stands in it and not on the command line.
+
+    Args:
+        recipe: what the file said.
+        given: values from the command line by field name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = sorted(key for key in recipe.values if key not in given and _speaks_of(str(error), key))
+        if not said:
+            raise
+        raise ValueError(f"{error} ({', '.join(said)}: {recipe.path})") from error
+
+
+def _speaks_of(message: str, dest: str) -> bool:
+    return re.search(rf"--{re.escape(dest.replace('_', '-'))}(?![\w-])", message) is not None
 
 
 def load_recipe(path: str | Path, options: type, unknown: str = "error") -> Recipe:
@@ -102,6 +129,8 @@ def _load(path: Path, options: type, unknown: str, children: tuple[Path, ...]) -
     if path.resolve() in children:
         circle = " -> ".join(item.name for item in (*children, path))
         raise RecipeError(f"{path}: 'extends' goes in a circle: {circle}")
+    if len(children) > _MAX_EXTENDS:
+        raise RecipeError(f"{path}: more than {_MAX_EXTENDS} files extend one another")
     raw = _read(path)
     parent = raw.pop("extends", None)
     base = Recipe(str(path))
@@ -117,30 +146,16 @@ def _load(path: Path, options: type, unknown: str, children: tuple[Path, ...]) -
     return Recipe(str(path), {**base.values, **own}, base.blocks | blocks)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`, whose keys those beside it may override
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = strict_yaml.read_text(path)
     except FileNotFoundError as error:
         raise RecipeError(f"cannot read the recipe {str(path)!r}: it does not exist{suggest_path(path)}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}") from error
     try:
-        raw = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
+        raw = strict_yaml.load(text)
+    except ValueError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict | None):
         raise RecipeError(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
+
+from tweo_timm.settings import flag_fields
 
 # What float32 holds, and any count of images or updates; beyond it, arithmetic ends in infinities or tracebacks.
 _LARGEST = 1e30
@@ -22,8 +23,10 @@ def option_name(dest: str) -> str:
 
 def out_of_bounds(options: Any) -> Iterator[str]:
     """A complaint for each number that is not finite, too large for any use, or outside the bounds of its flag."""
-    for item in fields(options):
+    for item in flag_fields(options):
         value, bounds = getattr(options, item.name), item.metadata["flag"].bounds
+        if isinstance(value, dict) and not all(-_LARGEST <= number <= _LARGEST for number in _numbers(value)):
+            yield f"{option_name(item.name)} holds a number that is not finite, or not below {_LARGEST:g}"
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
@@ -32,6 +35,15 @@ def out_of_bounds(options: Any) -> Iterator[str]:
             if bounds is not None and number not in bounds:
                 each = "each" if isinstance(value, list) else "it"
                 yield f"{option_name(item.name)} is {value}; {each} must be {bounds}"
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value, at any depth."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
 
 
 def image_shape(options: Any) -> Iterator[str]:
@@ -56,7 +68,7 @@ def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:
     for pattern in patterns:
         try:
             re.compile(pattern or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield f"{option_name(dest)} {pattern!r} is no regular expression: {error}"
 
 

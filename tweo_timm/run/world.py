@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +53,24 @@ class World:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def refuse(self, check: Callable[..., None], *arguments: Any) -> None:
+        """Let the first process check something of its own, a file system say, and all raise what it raised.
+
+        A collective.
+
+        Raises:
+            ValueError: `check` raised it.
+        """
+        refusal = None
+        if self.primary:
+            try:
+                check(*arguments)
+            except ValueError as error:
+                refusal = str(error)
+        refusal = self.gather(refusal)[0]
+        if refusal is not None:
+            raise ValueError(refusal)
+
     def close(self) -> None:
         """Leave the process group, and end its threads.
 
@@ -59,6 +80,25 @@ class World:
         if self.distributed:
             gc.collect()
             torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Join the other processes, and leave them at the end; all but the first log warnings only.
+
+    Args:
+        device: as for `join_world`.
+
+    Raises:
+        ValueError: if the device is unknown or not there.
+    """
+    world = join_world(device)
+    if not world.primary:
+        logging.getLogger().setLevel(logging.WARNING)
+    try:
+        yield world
+    finally:
+        world.close()
 
 
 def join_world(device: str) -> World:

@@ -158,7 +158,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     if options.fsdp:
         for unit in [model] if ema_model is None else [model, ema_model]:
             shard(unit, [unit.get_submodule(name) for name in blocks], world)
-    recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks, standing=bool(options.torchcompile))
+    recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks)
     tweo = _attach(options, task) if blocks else None
     namespace.lr = resolved_lr(options, data.batch_size * world.size * options.grad_accum_steps)
     optimizer = _optimizer(options, namespace, task.get_trainable_module())
@@ -223,9 +223,7 @@ def _check_differentiable_twice(session: Session) -> None:
 
 
 def _refuse_here(options: TrainOptions, world: World) -> None:
-    """Refuse what needs processes, packages or a folder that are not there; checks.py refuses settings alone."""
-    if options.resume == "auto" and not options.experiment:
-        raise ValueError("--resume auto continues the run of a name: give --experiment NAME too, or --resume FILE")
+    """Refuse what needs processes or packages that are not there; checks.py refuses settings alone."""
     if options.aug_repeats and not world.distributed:
         raise ValueError(
             f"--aug-repeats {options.aug_repeats:g} shares the copies of an image among processes: start with "

@@ -27,7 +27,7 @@ from tweo_timm.run.dataset import (
 from tweo_timm.run.world import World
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
-from tweo_timm.train.watch import PatientWorker
+from tweo_timm.train.signals import PatientWorker
 
 
 @dataclass

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tweo_timm.records import append_rows, keep_rows_before, write_atomically
+from tweo_timm.outputs import Outputs
+from tweo_timm.records import append_rows, keep_rows_before
 from tweo_timm.stats import ActivationStats
 
 OWN_COLUMNS = ("train_task_loss", "train_tweo_loss", "train_peak_abs", "eval_peak_abs")
@@ -74,11 +75,8 @@ class Journal:
         row: dict[str, Any] = {"epoch": epoch, "lr": lr}
         row |= {f"train_{name}": value for name, value in train.items()}
         row |= {f"eval_{name}": value for name, value in val.items()}
-        with open(self.summary, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self._columns, restval="", lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        begun = self.summary.exists() and self.summary.stat().st_size > 0
+        Outputs(self.folder).append(self.summary.name, _table([row], self._columns, header=not begun))
         self.scalars(row, updates)
         if self._wandb is not None:
             self._wandb.log(row)
@@ -138,14 +136,19 @@ def _continue_table(path: Path, columns: Sequence[str], epoch: int) -> None:
     """Keep the rows of earlier epochs under our columns; a table with others, timm's say, stays beside it."""
     if not path.exists():
         return
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8", errors="replace")
     table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     kept = [row for row in table if str(row.get("epoch")).isdigit() and int(row["epoch"]) < epoch]
     if kept and table.fieldnames != columns:
         path.rename(path.with_name(f"{path.name}.before"))
-    ours = io.StringIO()
-    writer = csv.DictWriter(ours, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    if kept:
+    Outputs(path.parent).write(path.name, _table(kept, columns, header=bool(kept)))
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], header: bool) -> str:
+    """Rows as CSV, under our columns."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    if header:
         writer.writeheader()
-        writer.writerows(kept)
-    write_atomically(path, ours.getvalue())
+    writer.writerows(rows)
+    return table.getvalue()

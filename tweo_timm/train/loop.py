@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
@@ -17,16 +18,16 @@ from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
 from tweo_timm.train.exact import Cursor, capture_exact, put_back_statistics, restore_exact
+from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.journal import Journal
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
 from tweo_timm.train.options import changed_settings
 from tweo_timm.train.replay import Position, RandomState
+from tweo_timm.train.signals import Interrupted, SignalWatch
 from tweo_timm.train.step import TrainStep
 from tweo_timm.train.validation import evaluate
-from tweo_timm.train.watch import HealthWatch, Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
-_HIDING = ("lion", "adopt")  # optimizers that take signs or clip, and so hide a gradient that is not finite
 
 
 class Trainer:
@@ -43,16 +44,13 @@ class Trainer:
         self.cursor = Cursor(epoch=session.options.start_epoch or 0)
         names, device = session.block_names, session.world.device
         self.meters = EpochMeters(names, device, session.train_recorder)
-        options = session.options
-        hides = options.clip_grad is not None or any(name in options.opt.lower() for name in _HIDING)
         trained = session.task.get_trainable_module()
-        self.health = HealthWatch(trained, names, device, options.stop_on_peak, every_gradient=hides)
-        self.step = TrainStep(session, self.cursor, self.meters, self.health)
+        self.health = HealthWatch(trained, names, device, session.options.stop_on_peak)
+        self.step = TrainStep(session, self.cursor, self.meters, self.health, self._check_at_once)
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
         self._statistics: dict[str, dict[str, Tensor]] = {}
-        self._stopping = False
 
     # ------------------------------------------------------------------------------------- what was, and what is kept
 
@@ -171,6 +169,12 @@ class Trainer:
         self.health.note_weights(self.cursor.updates - 1)
         self.health.check(self.session.world, self._last_good())
 
+    def _check_at_once(self) -> None:
+        """Stop the run if anything was wrong, where to ask does not wait: on a CPU, by a process on its own."""
+        world = self.session.world
+        if world.device.type == "cpu" and not world.distributed:
+            self.health.check(world, self._last_good())
+
     def _last_good(self) -> str:
         return self.saver.last_good if self.saver is not None else "see the first process"
 
@@ -269,7 +273,6 @@ class Trainer:
             _logger.info("Reading the %d batches of epoch %d that were used already", cursor.batch, epoch)
         data.start_epoch(epoch, options.mixup_off_epoch)
         data.replay.enter_at(entry)
-        data.replay.remembering = options.recovery_interval > 0
         session.task.get_trainable_module().train()
         session.optimizer.zero_grad()
         num_batches = len(data.train)
@@ -285,11 +288,23 @@ class Trainer:
             unused = cursor.batch % options.grad_accum_steps
             lost = f"; the last {unused} made no update: give fewer --workers, or exact lengths" if unused else ""
             _logger.warning("The training data ended after %d of %d batches%s", cursor.batch, num_batches, lost)
-        if hasattr(session.optimizer, "sync_lookahead"):
-            session.optimizer.sync_lookahead()
+        self._synchronise_lookahead()
         self._check_weights()
         self._share_batch_norm()
         return self.meters.means(world.distributed)
+
+    def _synchronise_lookahead(self) -> None:
+        """Take the weights half the way back to Lookahead's slow ones, as timm's train.py means to.
+
+        timm passes over parameters without a gradient, and after an update there are none: zeros stand for them.
+        """
+        optimizer = self.session.optimizer
+        if not hasattr(optimizer, "sync_lookahead"):
+            return
+        for parameter in self.session.inner_optimizer.state:  # of each that was updated
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.sync_lookahead()
+        optimizer.zero_grad()
 
     def _share_batch_norm(self) -> None:
         session, options = self.session, self.session.options
@@ -305,9 +320,8 @@ class Trainer:
         """What happens between two batches: log lines, health, recovery checkpoints, signals."""
         options, world, cursor = self.session.options, self.session.world, self.cursor
         logs = cursor.batch % (options.log_interval * options.grad_accum_steps) == 0 or cursor.batch == num_batches
-        if logs or (world.device.type == "cpu" and not world.distributed):
-            self.health.check(world, self._last_good())
         if logs:
+            self.health.check(world, self._last_good())
             self._log_line(num_batches, pace)
             if options.save_images and self.saver is not None:
                 self._save_images(images)
@@ -320,11 +334,9 @@ class Trainer:
         interval = options.recovery_interval
         if interval and cursor.batch // options.grad_accum_steps % interval == 0:
             self._save_recovery(cursor.epoch)
-        self._stopping = self._stopping or self._stop_requested()
-        if self._stopping and self.session.data.replay.knows(cursor.batch):
+        if self._stop_requested():
             self._save_recovery(cursor.epoch)
             self._raise_if_interrupted()
-        self.session.data.replay.remembering |= self._stopping
 
     def _stop_requested(self) -> bool:
         """Whether any process was told to stop; the others are asked at every tenth update only."""

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tweo_timm.outliers import OutlierRecorder
-from tweo_timm.peaks import Peaks, as_tensor
 from tweo_timm.stats import ActivationStats
 
 LOSSES = ("loss", "task_loss", "tweo_loss")
-_MAX_PENDING = 1024
-
-
-class _MicroBatch(NamedTuple):
-    """What one micro-batch adds, still on the device: the losses in the order of LOSSES, and the peak of each block."""
-
-    samples: int
-    losses: tuple[Tensor, Tensor, Tensor | None]
-    peaks: Peaks | None
 
 
 class EpochMeters:
     """Sample-weighted means of the losses, the largest activation of every block, and their statistics.
 
-    The mean of `tweo_loss` is over the micro-batches in which it was measured.
+    The losses of a micro-batch stay on the device, as one row, until somebody asks for their means, at a log line say.
+    Python then adds row after row in float64: neither log lines nor an interruption change a bit of the sums.
 
     Args:
         block_names: the blocks whose peaks are followed.
@@ -44,50 +35,48 @@ class EpochMeters:
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self._pending: list[_MicroBatch] = []
+        self._pending: list[tuple[int, Tensor]] = []  # samples, and the losses that there are, in the order of LOSSES
         self._sums = [0.0] * len(LOSSES)
         self._counts = [0] * len(LOSSES)
         self._peaks = torch.zeros(len(self.block_names), device=self._device)
         if self.recorder is not None:
             self.recorder.reset()
 
-    def update(self, result: Mapping[str, Any], peaks: Peaks | None, samples: int) -> None:
+    def update(self, result: Mapping[str, Any], peaks: Tensor | None, samples: int) -> None:
         """Count in one micro-batch.
 
         Args:
             result: what the task returned: `loss`, and with TWEO `task_loss` and, where measured, `tweo_loss`; scalars.
-            peaks: max |A| of each block; None without blocks.
+            peaks: max |A| of each block, float32 (L,); None without blocks.
             samples: images in the micro-batch.
         """
-        loss = result["loss"].detach()
-        losses = (loss, result.get("task_loss", loss), result.get("tweo_loss"))
-        self._pending.append(_MicroBatch(samples, losses, peaks))
-        if len(self._pending) == _MAX_PENDING:
-            self._add_up()
+        loss = result["loss"]
+        losses = [loss, result.get("task_loss", loss), *([result["tweo_loss"]] if "tweo_loss" in result else [])]
+        self._pending.append((samples, torch.stack([each.detach() for each in losses]).float()))
+        if peaks is not None:
+            self._peaks = torch.maximum(self._peaks, peaks)
 
     def _add_up(self) -> None:
-        """Count in what is pending. The sums do not depend on when: micro-batches are added one after the other."""
+        """Count in what is pending, one micro-batch after the other."""
         pending, self._pending = self._pending, []
-        for index in range(len(LOSSES)):
-            known = [(value, one.samples) for one in pending if (value := one.losses[index]) is not None]
-            values = torch.stack([value for value, _ in known]).tolist() if known else []
-            for value, (_, samples) in zip(values, known, strict=True):
-                self._sums[index] += value * samples
+        values = iter(torch.cat([row for _, row in pending]).tolist() if pending else [])
+        for samples, row in pending:
+            for index in range(len(row)):
+                self._sums[index] += next(values) * samples
                 self._counts[index] += samples
-        peaks = [as_tensor(one.peaks) for one in pending if one.peaks is not None]
-        self._peaks = torch.stack([self._peaks, *peaks]).amax(0)
 
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return loss, task_loss and tweo_loss: means over the samples, of all processes if `distributed`."""
         self._add_up()
-        sums = torch.tensor([self._sums, self._counts], dtype=torch.float64, device=self._device)
+        sums, counts = self._sums, self._counts
         if distributed:
-            torch.distributed.all_reduce(sums)
-        return {name: total / max(count, 1) for name, total, count in zip(LOSSES, *sums.tolist(), strict=True)}
+            everyone = torch.tensor([sums, counts], dtype=torch.float64, device=self._device)
+            torch.distributed.all_reduce(everyone)
+            sums, counts = everyone.tolist()
+        return {name: total / max(count, 1) for name, total, count in zip(LOSSES, sums, counts, strict=True)}
 
     def peaks(self, distributed: bool = False) -> list[float]:
         """Return the largest |A| of each block in all steps, over all processes if `distributed`."""
-        self._add_up()
         peaks = self._peaks.clone()
         if distributed and peaks.numel():
             torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)

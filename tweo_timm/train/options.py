@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze, option_table
-from tweo_timm.run.recipe import require_switches, resolve
+from tweo_timm.run.recipe import naming, require_switches, resolve
 from tweo_timm.settings import Decides
 from tweo_timm.train.checks import check_train_options
 from tweo_timm.train.groups import TrainSettings
@@ -67,7 +67,8 @@ def parse_train_options(argv: Sequence[str] | None = None, prog: str = "train.py
     given = CommandLine(TrainOptions, prog, _DESCRIPTION).parse(argv)
     values, recipe = resolve(TrainOptions, given)
     require_switches(recipe, values)
-    return TrainOptions(**_dependent_defaults(values))
+    with naming(recipe, given):
+        return TrainOptions(**_dependent_defaults(values))
 
 
 def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:

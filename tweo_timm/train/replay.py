@@ -97,17 +97,11 @@ class ReplayLoader:
     Args:
         loader: a DataLoader whose workers do not outlive an epoch.
         lookahead: whether the consumer fetches one batch ahead of the one it hands out, as PrefetchLoader does.
-
-    Attributes:
-        remembering: whether the states inside an epoch are kept. They cost 0.1 ms a batch, so a run that saves in the
-            middle of an epoch only when it is told to stop sets this then, and saves after the batch that follows.
     """
 
     def __init__(self, loader: Any, lookahead: bool) -> None:
         self.loader = loader
         self.lookahead = lookahead
-        self.remembering = True
-        self._ended = False
         self._entry: Position | None = None
         self._epoch_start: RandomState | None = None
         self._before: dict[int, RandomState] = {}
@@ -122,23 +116,16 @@ class ReplayLoader:
         """Begin the next epoch at this position instead of at its first batch."""
         self._entry = position
 
-    def knows(self, batch: int) -> bool:
-        """Whether the position after `batch` batches of the running epoch can be told."""
-        return not self.lookahead or self._ended or batch in self._before
-
     def position(self, batch: int) -> Position:
         """Return the position after `batch` batches of the running epoch have been used."""
         if self._epoch_start is None:
             raise RuntimeError("no epoch has been started")
-        if not self.knows(batch):
-            raise RuntimeError(f"the random state before batch {batch} was not kept: set remembering a batch earlier")
         now = RandomState.capture()
         return Position(batch, self._epoch_start, self._before.get(batch, now), now)
 
     def __iter__(self) -> Iterator[Any]:
         entry, self._entry = self._entry, None
-        self._ended = entry is not None and entry.batch >= len(self.loader)
-        if entry is not None and self._ended:
+        if entry is not None and entry.batch >= len(self.loader):
             self._epoch_start, self._before = entry.epoch_start, {}
             entry.now.restore()
             return
@@ -154,7 +141,7 @@ class ReplayLoader:
             entry.before_batch.restore()
         for index in range(skip, len(self.loader)):
             # With lookahead, the batch in use is index - 1, and the next one to be used may be this one.
-            self._before = {index: RandomState.capture()} if self.remembering else {}
+            self._before = {index: RandomState.capture()}
             try:
                 batch = next(batches)
             except StopIteration:  # a stream shorter than it announced
@@ -163,4 +150,3 @@ class ReplayLoader:
             if entry is not None and index == skip and self.lookahead:
                 # What the consumer drew for this batch, it drew before the batch in use was trained on.
                 entry.now.restore()
-        self._ended = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from tweo_timm.fp8.health import Fp8HealthMonitor
 from tweo_timm.fp8.patch import check_fp8_ran
 from tweo_timm.train.build import Session
 from tweo_timm.train.exact import Cursor
+from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.meters import EpochMeters
-from tweo_timm.train.watch import HealthWatch
 
 
 class TrainStep:
@@ -31,13 +31,23 @@ class TrainStep:
         cursor: where it is; moved on by every call.
         meters: counts every micro-batch.
         health: watches losses, activations and gradients.
+        check: called before a backward pass and before an update, to stop a run that went wrong: an update by the
+            gradients of a loss that is not finite breaks every weight, and hides which was broken first.
     """
 
-    def __init__(self, session: Session, cursor: Cursor, meters: EpochMeters, health: HealthWatch) -> None:
+    def __init__(
+        self,
+        session: Session,
+        cursor: Cursor,
+        meters: EpochMeters,
+        health: HealthWatch,
+        check: Callable[[], None],
+    ) -> None:
         self.session = session
         self.cursor = cursor
         self.meters = meters
         self.health = health
+        self._check = check
         self._num_batches = len(session.data.train)
         self._num_updates = session.updates_per_epoch * session.num_epochs
         self._second_order = session.second_order
@@ -59,15 +69,15 @@ class TrainStep:
         images, targets = session.place(images), targets.to(session.world.device)
         if session.tweo is not None:
             session.tweo.set_progress(min(cursor.updates / self._num_updates, 1.0))
-            session.tweo.measuring = self._is_recorded() or bool(session.options.torchcompile)
         if self._fp8_health is not None and completes and cursor.updates % session.options.fp8_health_interval == 0:
             self._fp8_health.arm()
         with contextlib.nullcontext() if completes else session.task.no_sync():
             # Only the forward pass is recorded: activation checkpointing repeats it during the backward pass.
             with self._recording(), session.autocast():
                 result = session.task(images, targets)
-            peaks = session.tweo.peaks if session.tweo is not None else None
+            peaks = session.tweo.block_peaks if session.tweo is not None else None
             self.health.note(cursor.updates, result["loss"], peaks)
+            self._check()
             divisor = group_size / session.data.loss_scale(len(targets))
             self._backward(result["loss"] if divisor == 1 else result["loss"] / divisor, completes)
         self.meters.update(result, peaks, len(targets))
@@ -114,6 +124,7 @@ class TrainStep:
         if not completes:
             return
         self.health.note_gradients(self.cursor.updates)
+        self._check()
         if options.clip_grad is not None:
             dispatch_clip_grad(self._parameters_to_clip(), options.clip_grad, mode=options.clip_mode)
         session.optimizer.step()
@@ -124,15 +135,9 @@ class TrainStep:
         )
         return parameters
 
-    def _clear_gradients(self) -> None:
-        """Drop the gradients, as optimizer.zero_grad() does; its bookkeeping would take longer in a small model."""
-        for group in self.session.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
     def _after_update(self) -> None:
         session, cursor = self.session, self.cursor
-        self._clear_gradients()
+        session.optimizer.zero_grad()
         if self._fp8_health is not None:
             self.fp8_rows = list(self._fp8_health.rows(cursor.epoch, cursor.updates))
         cursor.updates += 1

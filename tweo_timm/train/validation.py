@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
-from tweo_timm.train.watch import Interrupted, SignalWatch
+from tweo_timm.train.signals import Interrupted, SignalWatch
 
 _logger = logging.getLogger(__name__)
 

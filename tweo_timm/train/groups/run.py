@@ -17,6 +17,9 @@ class RunOptions:
 
     DECIDES = Decides.RECORDS
 
+    list_recipes: bool = flag(
+        False, "List the recipes that --config finds by name, and exit.", recorded=False, decides=Decides.PROCESS
+    )
     seed: int = flag(
         42, "Random seed; each process adds its rank.", bounds=Bounds(0, 2**32 - 1), decides=Decides.TRAINING
     )
