@@ -21,10 +21,11 @@ LAYERS = [
     ["task", "upstream"],
     ["outliers"],
     ["tap", "blocks", "stats", "loss", "fp8.*"],
+    ["layers", "flow"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos"],
-    ["suggestion", "version", "records", "outputs", "media", "machine"],
+    ["suggestion", "version", "records", "outputs", "media", "machine", "tables"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]

@@ -42,8 +42,9 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from tweo_timm.layers import begins_channels_first
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_CHANNELS_FIRST = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)
 # Names of the child modules that project to queries, keys and values: qkv, q_proj, kv, wq, to_query, qkvs, c_attn ...
 _PROJECTION = re.compile(
     r"(?:(?:to|in|w|fc|lin|linear|proj|attn)_?)?(?:qkv|qk|kv|q|k|v|query|queries|key|value)(?:s|_.*)?|c_attn", re.I
@@ -123,15 +124,7 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
     first, last = output.shape[1] == width, output.shape[-1] == width
     if first != last:
         return 1 if first else -1
-    return 1 if output.ndim > 3 and _begins_channels_first(block) else -1
-
-
-def _begins_channels_first(block: nn.Module) -> bool:
-    for module in itertools.islice(block.modules(), 1, None):
-        if next(module.parameters(recurse=False), None) is not None:
-            # timm's norms over axis 1 (LayerNorm2d, RmsNorm2d) share their bases with those over the last axis.
-            return isinstance(module, _CHANNELS_FIRST) or "2d" in type(module).__name__
-    return False
+    return 1 if output.ndim > 3 and begins_channels_first(block) else -1
 
 
 def _width(layer: nn.Module) -> int | None:

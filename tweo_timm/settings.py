@@ -11,7 +11,7 @@ Imports neither torch nor argparse: ``-h`` must be quick.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -80,7 +80,7 @@ def _refusal(name: str, value: object, accepted: str) -> str:
     return f"{name} is {value!r}; it must be {accepted}"
 
 
-def setting(default: Any, bounds: Bounds = ANY, choices: tuple[str, ...] = (), hint: str = "") -> Any:
+def setting(default: Any, bounds: Bounds = ANY, choices: Collection[str] = (), hint: str = "") -> Any:
     """Declare one setting of a component as a dataclass field.
 
     Args:
@@ -156,7 +156,7 @@ class Flag:
     names: tuple[str, ...] = ()
     bounds: Bounds | None = None
     nargs: str | int | None = None
-    choices: tuple[Any, ...] | None = None
+    choices: Collection[Any] | None = None
     metavar: str | None = None
     const: Any = None
     recorded: bool = True

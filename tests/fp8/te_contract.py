@@ -79,10 +79,10 @@ from tweo_timm import (  # noqa: E402
     check_fp8_ran,
     fp8_state,
     load_fp8_state,
-    patch,
     patch_fp8,
     unpatch_fp8,
 )
+from tweo_timm.fp8 import patch  # noqa: E402
 from tweo_timm.fp8 import te as backend  # noqa: E402
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -110,7 +110,7 @@ def tiny_vit(name="vit_tiny_patch16_224", **kwargs):
 
 
 def hidden_kinds(model):
-    return {name: hidden.kind for name, hidden in patch._find(model)[1].region.hidden.items()}
+    return {name: hidden.kind for name, hidden in patch.patch_of(model).region.hidden.items()}
 
 
 def test_every_recipe_field_we_pass_exists_and_arrives():
@@ -162,7 +162,7 @@ def test_whole_mlp_is_fused_only_for_the_tanh_gelu():
     model = tiny_vit(act_layer=partial(nn.GELU, approximate="tanh"))
     patch_fp8(model)
     assert hidden_kinds(model)["blocks.0.mlp"] == "LayerNormMLP"
-    hidden = patch._find(model)[1].region.hidden["blocks.0.mlp"]
+    hidden = patch.patch_of(model).region.hidden["blocks.0.mlp"]
     module = hidden.build()
     assert module.fc1_weight is model.blocks[0].mlp.fc1.weight
     assert module.layer_norm_bias is model.blocks[0].norm2.bias
@@ -185,7 +185,7 @@ def test_names_parameters_and_state_dict_stay_those_of_timm():
 def test_hidden_modules_hold_the_very_parameters_of_the_model():
     model = tiny_vit()
     patch_fp8(model)
-    hidden = patch._find(model)[1].region.hidden
+    hidden = patch.patch_of(model).region.hidden
     fused = hidden["blocks.0.attn.qkv"].build()
     assert isinstance(fused, te.LayerNormLinear)
     assert fused.weight is model.blocks[0].attn.qkv.weight
@@ -199,7 +199,7 @@ def test_hidden_modules_hold_the_very_parameters_of_the_model():
 def test_layer_with_dimensions_hardware_refuses_computes_on_padded_parameters():
     model = tiny_vit()
     patch_fp8(model)
-    module = patch._find(model)[1].region.hidden["head"].build()
+    module = patch.patch_of(model).region.hidden["head"].build()
     assert (module.in_features, module.out_features) == (32, 16)
     assert module.weight.shape == (16, 32)
     assert torch.equal(module.weight[:10], model.head.weight)
@@ -212,7 +212,7 @@ def test_layer_with_dimensions_hardware_refuses_computes_on_padded_parameters():
 def test_tokens_are_padded_with_rows_that_get_no_gradient():
     model = tiny_vit()
     patch_fp8(model)
-    hidden = patch._find(model)[1].region.hidden["head"]
+    hidden = patch.patch_of(model).region.hidden["head"]
     seen = []
 
     class Recorder:
@@ -239,7 +239,7 @@ def test_state_is_plain_tensors_and_goes_back_into_transformer_engines_own_buffe
     changed = {key: torch.rand_like(value) for key, value in state.items()}
     load_fp8_state(model, changed)
     assert all(torch.equal(fp8_state(model)[key], value) for key, value in changed.items())
-    buffers = patch._find(model)[1].region.hidden["head"].module.fp8_meta
+    buffers = patch.patch_of(model).region.hidden["head"].module.fp8_meta
     assert torch.equal(buffers["scaling_fwd"].scale[:2], changed["head.scaling_fwd.scale"])
     assert buffers["scaling_fwd"].scale[2] == 1  # the unused output slot
 
@@ -259,8 +259,8 @@ def test_copies_start_without_hidden_modules_and_ema_survives():
     patch_fp8(model)
     fp8_state(model)
     ema = ModelEmaV3(model)
-    copied = patch._find(ema.module)[1].region
-    assert copied is not patch._find(model)[1].region
+    copied = patch.patch_of(ema.module).region
+    assert copied is not patch.patch_of(model).region
     assert all(hidden.module is None for hidden in copied.hidden.values())
     assert copied.hidden["head"].parameters["weight"][0] is ema.module.head
     ema.update(model)

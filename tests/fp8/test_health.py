@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from tweo_timm import Fp8HealthMonitor, Fp8Recipe, fp8_state, patch_fp8, warm_up_fp8
-from tweo_timm.fp8.health import summarize
 
 
 def armed_step(x, weight, recipe=None, dy=None):
@@ -83,15 +82,6 @@ def test_monitor_is_silent_until_armed_and_changes_nothing():
     assert silent == [0, 0, 0]
     assert all(torch.equal(state[key], expected_state[key]) for key in state)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
-
-
-def test_summary_names_the_worst_place():
-    x = torch.randn(8, 16) * 300
-    rows = list(armed_step(x, torch.eye(16)).values())
-    summary = summarize(rows)
-    assert summary["worst_saturated_at"] == "0.x"
-    assert summary["worst_saturated"] == max(row["saturated"] for row in rows)
-    assert summarize([])["worst_sqnr_db"] is None
 
 
 def test_model_without_fp8_is_refused():

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from tests.quant.families import make_images, make_model
-from tweo_timm.quant.compensate import compensate, fold_compensation
+from tweo_timm.quant.compensate import COMPENSATIONS, compensate, fold_compensation
+from tweo_timm.quant.compensation import Fit
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.static import quantization_scales, quantize_static
 from tweo_timm.quant.stream import StreamQuantizer
+from tweo_timm.tables import Entry, register
 
 
 def outputs_of(model, name, images):
@@ -181,3 +183,40 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="at least 2"):
         compensate(model, quantized, [images[:1]], "qwt")
     assert fold_compensation(quantized) == {"folded": [], "kept": []}
+
+
+class Factor(torch.nn.Module):
+    """A toy compensation of whole layers: the one factor that fits best."""
+
+    place = "layer"
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    @classmethod
+    def fit(cls, pair):
+        factor = float((pair.got * pair.target).sum() / pair.got.square().sum())
+        return cls(factor), Fit(0.5, 1, 1)
+
+    def forward(self, entered, output):
+        return output * self.factor
+
+    def fold(self, layer):
+        return False
+
+
+def test_a_compensation_is_one_class_and_one_line_of_a_table(tmp_path):
+    model, images = make_model("vit"), make_images("vit", 8)
+    quantized = quantize_static(model, [images], "w4a4-tt")
+    with register(COMPENSATIONS, "factor", Entry(f"{__name__}:Factor")):
+        rows = compensate(model, quantized, [images], "factor")
+    layer = quantized.patch_embed.proj
+    toy, layer.compensation = layer.compensation, None
+    y, q = (outputs_of(m, "patch_embed.proj", images)[1].reshape(-1).numpy() for m in (model, quantized))
+    assert toy.factor == pytest.approx(np.dot(q, y) / np.dot(q, q), rel=1e-4)
+    layer.compensation = toy
+    assert rows[0] == {"name": "patch_embed.proj", "explained": 0.5, "channels_kept": 1, "channels": 1, "skipped": ""}
+    assert fold_compensation(quantized) == {"folded": [], "kept": [row["name"] for row in rows]}
+    with pytest.raises(ValueError, match=r"accepted are qwt, qwtblock, qwtlinear$"):
+        compensate(model, quantized, [images], "factor")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
 from tweo_timm.diagnose.samples import as_batches
+from tweo_timm.layers import find_mlps, layer_scale_of
 from tweo_timm.records import plain
 from tweo_timm.tap import BlockTap
 
@@ -35,7 +36,6 @@ VALIDITY_RULE = (
     "valid when the linear value with biases has the sign of the MLP's real contribution and between half and twice "
     "its size"
 )
-_LAYER_SCALES = ("ls2", "gamma_2", "gamma2", "ls", "gamma")
 
 
 @dataclass
@@ -169,14 +169,10 @@ def _tokens(block: nn.Module, output: Tensor, num_images: int) -> Tensor:
 
 def _mlp_of(block: nn.Module) -> tuple[str, nn.Module, nn.Module]:
     """Return name within the block, the last MLP, and the module that owns it."""
-    mlps = [
-        (name, module)
-        for name, module in block.named_modules()
-        if hasattr(module, "fc2") and (hasattr(module, "fc1") or hasattr(module, "fc1_g")) and hasattr(module, "act")
-    ]
+    mlps = find_mlps(block)
     if not mlps:
         raise ValueError("has no module with fc1, act and fc2: attention and MLP may share one projection")
-    name, mlp = mlps[-1]
+    name, mlp = list(mlps.items())[-1]
     layers = [getattr(mlp, part) for part in ("fc1", "fc1_g", "fc1_x", "fc2") if hasattr(mlp, part)]
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         raise ValueError("its MLP is made of convolutions, whose singular vectors are images")
@@ -285,11 +281,9 @@ def _linear_form(mlp: Any, x: Tensor, channel: int, scale: float) -> dict[str, A
 
 def _layer_scale(owner: nn.Module, channel: int) -> tuple[float, str]:
     """Return the factor that the block puts on this channel of its MLP, and a note where a norm follows instead."""
-    for name in _LAYER_SCALES:
-        gamma: Any = getattr(owner, name, None)
-        gamma = getattr(gamma, "gamma", gamma)
-        if isinstance(gamma, Tensor):
-            return float(gamma[channel]), ""
+    gamma = layer_scale_of(owner)
+    if gamma is not None:
+        return float(gamma[channel]), ""
     if any(word in type(owner).__name__ for word in ("PostNorm", "ResPost", "SwinTransformerV2")):
         return 1.0, "a norm follows the MLP before the residual add: mlp_measured is what that norm reads"
     return 1.0, ""

@@ -18,8 +18,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from tweo_timm.diagnose.sites import sees_images
-from tweo_timm.quant.flow import projections_called
+from tweo_timm.layers import projections_called, sees_images
 from tweo_timm.records import plain
 
 E4M3_MAX = 448.0

@@ -19,19 +19,13 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
-from tweo_timm.quant.flow import projections_called
+from tweo_timm.layers import projections_called, sees_images
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.records import plain
 from tweo_timm.stats import ActivationStats, gather
 
 KINDS = ("block", "norm", "attention_input", "linear_input", "linear_output")
-_POSITION_NETWORKS = re.compile(r"(^|\.)(cpb_mlp|meta_mlp|rel_pos\w*|shared_rel_pos|pos_embed)(\.|$)")
 _ATTENTION = re.compile(r"attn|attention|^XCA$", re.IGNORECASE)
-
-
-def sees_images(name: str) -> bool:
-    """Say whether a module of this name processes images, rather than coordinates for a position bias."""
-    return _POSITION_NETWORKS.search(name) is None
 
 
 class SiteRecorder:

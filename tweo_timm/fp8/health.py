@@ -7,7 +7,7 @@ without the largest element, because that element alone can make a ruined tensor
 
 Costs a dozen passes over each operand of the armed step, and nothing at all on other steps. Works in eager training;
 under torch.compile the armed step leaves the compiled graph at each layer. Not available with Transformer Engine,
-whose kernels do not show their operands.
+whose kernels do not show their operands, nor with any backend that has a region of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import math
 from torch import Tensor, nn
 
 from tweo_timm.fp8.cast import Fp8Format, absolute_maximum, round_to_fp8
-from tweo_timm.fp8.patch import torch_region
+from tweo_timm.fp8.patch import patch_of
+from tweo_timm.fp8.region import Fp8Region
 
 Row = dict[str, str | int | float | None]
 
@@ -31,11 +32,17 @@ class Fp8HealthMonitor:
         model: a model patched by `patch_fp8` with a PyTorch backend, wrapped or not.
 
     Raises:
-        ValueError: the model is not patched, or by the Transformer Engine backend.
+        ValueError: the model is not patched, or by a backend that does not show its operands.
     """
 
     def __init__(self, model: nn.Module):
-        self._region = torch_region(model)
+        patch = patch_of(model)
+        if not isinstance(patch.region, Fp8Region):
+            raise ValueError(
+                f"FP8 backend {patch.report.backend!r} does not show its operands: use backend='native' or 'emulated' "
+                "to look at them"
+            )
+        self._region = patch.region
         self._records: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def arm(self) -> None:
@@ -103,14 +110,3 @@ def _decibels(signal: Tensor, noise: Tensor) -> float | None:
     if not (0 < signal_energy < math.inf and 0 < noise_energy < math.inf):
         return None
     return 10 * math.log10(signal_energy / noise_energy)
-
-
-def summarize(rows: list[Row]) -> dict[str, float | str | None]:
-    """Return the worst value of each statistic and where it was: keys ``worst_NAME`` and ``worst_NAME_at``."""
-    summary: dict[str, float | str | None] = {}
-    for key, worst in (("saturated", max), ("flushed", max), ("sqnr_db", min), ("sqnr_without_peak_db", min)):
-        known = [row for row in rows if isinstance(row[key], float)]
-        row = worst(known, key=lambda one: one[key]) if known else None  # type: ignore[arg-type, return-value]
-        summary[f"worst_{key}"] = None if row is None else float(row[key])  # type: ignore[arg-type]
-        summary[f"worst_{key}_at"] = None if row is None else f"{row['layer']}.{row['tensor']}"
-    return summary

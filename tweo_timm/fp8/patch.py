@@ -1,8 +1,8 @@
 """Put the linear layers of a timm model into FP8, and take them out again.
 
-Every nn.Linear is converted, the head included: that is TWEO's configuration. LayerNorm modules stay as they are in
-the PyTorch backends, because their output is precisely what the next FP8 layer rounds. Parameters, names and hooks
-are shared with the originals, so optimizers, EMA and checkpoints do not notice.
+Every nn.Linear is converted, the head included: that is TWEO's configuration. How it is converted is the backend's
+business (backend.py), which is known by its name only. Parameters, names and hooks are shared with the originals, so
+optimizers, EMA and checkpoints do not notice.
 
 Refuses scripted models, a model without a convertible layer, and a second patch. Layers whose weight is used without
 calling them are found twice: known timm attention classes are told to call their ``qkv``, and the first training
@@ -20,11 +20,9 @@ from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tweo_timm.fp8 import te, te_convert
-from tweo_timm.fp8.backend import choose_backend
-from tweo_timm.fp8.linear import Fp8Linear
+from tweo_timm.fp8.backend import Region, Replaced, backend_named, choose_backend
 from tweo_timm.fp8.recipe import Fp8Recipe
-from tweo_timm.fp8.region import Fp8Region
+from tweo_timm.layers import call_projections, restore_projections
 
 _logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_fp8_patch"
@@ -39,7 +37,7 @@ class Fp8Report:
     Attributes:
         converted: names of the layers that now compute in FP8, in module order.
         skipped: names of the linear layers left alone, each with the reason.
-        backend: ``'te'``, ``'native'`` or ``'emulated'``.
+        backend: the name of the backend that computes them.
         backend_reason: why that backend.
     """
 
@@ -58,10 +56,10 @@ class Fp8Report:
 class Fp8Patch:
     """All that is needed to use and to undo a patch; a plain attribute of the patched root, copied with it."""
 
-    region: Fp8Region | te.TeRegion
+    region: Region
     report: Fp8Report
-    originals: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
-    flags: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
+    replaced: list[Replaced]
+    switched: list[nn.Module] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -83,26 +81,22 @@ def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
         raise TypeError(
             "a scripted model cannot be put into FP8: patch the model before scripting it, or do not script it"
         )
-    places = _linear_places(model)
-    skipped = {
-        name: reason for name, (linear, _) in places.items() if (reason := _reason_to_skip(name, linear, recipe))
-    }
-    converted = tuple(name for name in places if name not in skipped)
+    linears = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
+    skipped = {name: reason for name, linear in linears.items() if (reason := _reason_to_skip(name, linear, recipe))}
+    converted = tuple(name for name in linears if name not in skipped)
     if not converted:
         raise ValueError(
-            f"no layer of {type(model).__name__} was converted to FP8; it has {len(places)} linear layers below its "
+            f"no layer of {type(model).__name__} was converted to FP8; it has {len(linears)} linear layers below its "
             f"root, left alone: {skipped}"
         )
-    device = places[converted[0]][0].weight.device
+    device = linears[converted[0]].weight.device
     backend, reason = choose_backend(recipe, device)
     report = Fp8Report(converted, skipped, backend, reason)
-    if backend == "te":
-        patch = _convert_te(model, recipe, report)
-    else:
-        patch = _convert(recipe, {name: places[name] for name in converted}, report)
-    model.__dict__[_ATTRIBUTE] = patch
-    patch.flags = _call_qkv_modules(model)
-    patch.handles = patch.region.attach(model)
+    region, replaced = backend_named(backend).convert(model, converted, recipe)
+    patch = model.__dict__[_ATTRIBUTE] = Fp8Patch(region, report, replaced)
+    faces = {place.face for place in replaced}
+    patch.switched = call_projections(model, lambda attention: getattr(attention, "qkv", None) in faces)
+    patch.handles = region.attach(model)
     _logger.info("%s", report)
     return report
 
@@ -118,16 +112,14 @@ def unpatch_fp8(model: nn.Module) -> None:
     root, patch = _find(model)
     for handle in patch.handles:
         handle.remove()
-    if isinstance(patch.region, te.TeRegion):
-        patch.region.close()
-    for parent, name, original, face in patch.originals:
+    patch.region.close()
+    for parent, name, original, face in patch.replaced:
         if parent._modules.get(name) is not face:  # reset_classifier, say, has put another layer there
             _logger.info("left as it is, since it was replaced after patch_fp8: %s of %s", name, type(parent).__name__)
             continue
         original.training = parent._modules[name].training  # type: ignore[union-attr]
         parent._modules[name] = original
-    for module, name, value in patch.flags:
-        setattr(module, name, value)
+    restore_projections(patch.switched)
     del root.__dict__[_ATTRIBUTE]
 
 
@@ -144,7 +136,7 @@ def fp8_state(model: nn.Module) -> dict[str, Tensor]:
     ``NAME.scaling_bwd.scale`` ``[1]`` (output gradient), ``NAME.scaling_bwd.amax_history`` ``[L, 1]``, all float32.
     Take it between steps. ``model`` may be wrapped in DDP, torch.compile or a task.
     """
-    return _find(model)[1].region.state()
+    return patch_of(model).region.state()
 
 
 def load_fp8_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -153,7 +145,7 @@ def load_fp8_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: the state belongs to other layers, another history length or another scaling.
     """
-    _find(model)[1].region.load_state(state)
+    patch_of(model).region.load_state(state)
 
 
 def check_fp8_ran(model: nn.Module) -> None:
@@ -165,25 +157,11 @@ def check_fp8_ran(model: nn.Module) -> None:
     Raises:
         RuntimeError: no training forward has run yet.
     """
-    if not _find(model)[1].region.all_layers_ran:
+    if not patch_of(model).region.all_layers_ran:
         raise RuntimeError(
             "no training forward of the patched model has run in FP8: call the patched model in training mode, "
             "with gradients enabled"
         )
-
-
-def torch_region(model: nn.Module) -> Fp8Region:
-    """Return the region of a model patched with one of the PyTorch backends.
-
-    Raises:
-        ValueError: the model is not patched, or by Transformer Engine.
-    """
-    region = _find(model)[1].region
-    if not isinstance(region, Fp8Region):
-        raise ValueError(
-            "Transformer Engine does not show its operands: use backend='native' or 'emulated' to look at them"
-        )
-    return region
 
 
 def warm_up_fp8(model: nn.Module, forward_backward: Callable[[], object], passes: int = 2) -> None:
@@ -214,24 +192,20 @@ def warm_up_fp8(model: nn.Module, forward_backward: Callable[[], object], passes
             buffer.copy_(value)
 
 
+def patch_of(model: nn.Module) -> Fp8Patch:
+    """Return how a model, or a part of it, was put into FP8.
+
+    Raises:
+        ValueError: it was not.
+    """
+    return _find(model)[1]
+
+
 def _find(model: nn.Module) -> tuple[nn.Module, Fp8Patch]:
     for module in model.modules():
         if _ATTRIBUTE in module.__dict__:
             return module, module.__dict__[_ATTRIBUTE]
     raise ValueError("the model is not in FP8: call patch_fp8(model, recipe) first")
-
-
-def _linear_places(model: nn.Module) -> dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]]:
-    """Map every linear layer's name, in module order, to it and to the places (parent, attribute) that hold it."""
-    linears = {module: name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
-    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]] = {
-        n: (linear, []) for linear, n in linears.items()
-    }
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if isinstance(child, nn.Linear):
-                places[linears[child]][1].append((parent, attribute))
-    return places
 
 
 def _reason_to_skip(name: str, linear: nn.Linear, recipe: Fp8Recipe) -> str | None:
@@ -241,40 +215,3 @@ def _reason_to_skip(name: str, linear: nn.Linear, recipe: Fp8Recipe) -> str | No
     if not linear.weight.is_floating_point():
         return f"its weight is {linear.weight.dtype}"
     return recipe.selects(name)
-
-
-def _convert_te(model: nn.Module, recipe: Fp8Recipe, report: Fp8Report) -> Fp8Patch:
-    converter = te_convert.Converter(model, recipe)
-    converter.convert(report.converted)
-    return Fp8Patch(converter.region, report, converter.originals)
-
-
-def _convert(
-    recipe: Fp8Recipe,
-    places: dict[str, tuple[nn.Linear, list[tuple[nn.Module, str]]]],
-    report: Fp8Report,
-) -> Fp8Patch:
-    device = next(iter(places.values()))[0].weight.device
-    region = Fp8Region(report.converted, recipe, report.backend, device)
-    patch = Fp8Patch(region, report)
-    for name, (linear, holders) in places.items():
-        layer = Fp8Linear.from_float(linear, region.site(name))
-        for parent, attribute in holders:
-            patch.originals.append((parent, attribute, linear, layer))
-            parent._modules[attribute] = layer
-    return patch
-
-
-def _call_qkv_modules(model: nn.Module) -> list[tuple[nn.Module, str, bool]]:
-    """Make timm attention call its ``qkv`` where it would otherwise use the weight directly (BEiT, EVA, SwinV2)."""
-    name = "qkv_bias_separate"
-    bypassing = [
-        module
-        for module in model.modules()
-        if getattr(module, name, True) is False
-        and getattr(module, "q_bias", None) is not None
-        and isinstance(getattr(module, "qkv", None), (Fp8Linear, te.TeLinear))
-    ]
-    for module in bypassing:
-        setattr(module, name, True)
-    return [(module, name, False) for module in bypassing]

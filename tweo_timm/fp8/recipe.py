@@ -12,10 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tweo_timm.settings import AT_LEAST_0, Bounds, Decides, SettingError, check_settings, flag, setting
+from tweo_timm.tables import Entry, Names
 
 FORMATS = ("hybrid", "e4m3")
 AMAX_ALGORITHMS = ("max", "most_recent")
-BACKENDS = ("auto", "te", "native", "emulated")
+BACKENDS = {
+    "te": Entry("tweo_timm.fp8.te_convert:TransformerEngine"),
+    "native": Entry("tweo_timm.fp8.pytorch:Native"),
+    "emulated": Entry("tweo_timm.fp8.pytorch:Emulated"),
+}
+"""The `Backend` classes by name, in order of preference: "auto" takes the first that can run."""
 SCALINGS = ("delayed", "current", "unit")
 
 
@@ -29,7 +35,7 @@ class Fp8Recipe:
         amax_history_len: how many past maxima a delayed scale looks back on.
         amax_compute_algo: ``'max'`` takes the largest maximum of the history, ``'most_recent'`` the newest.
         margin: powers of two left free below the largest FP8 value.
-        backend: ``'te'``, ``'native'``, ``'emulated'``, or ``'auto'`` for the first of them that can run.
+        backend: a name of `BACKENDS`, or ``'auto'`` for the first of them that can run.
         scaling: ``'delayed'`` scales by past maxima, ``'current'`` by the tensor's own maximum, ``'unit'`` not at all.
         include: regular expressions searched in layer names; only matching layers are converted. Empty means every
             layer.
@@ -44,7 +50,7 @@ class Fp8Recipe:
     amax_history_len: int = setting(16, Bounds(1, 1 << 20))
     amax_compute_algo: str = setting("max", choices=AMAX_ALGORITHMS)
     margin: int = setting(0, Bounds(-64, 64))
-    backend: str = setting("auto", choices=BACKENDS)
+    backend: str = setting("auto", choices=Names(BACKENDS, "auto"))
     scaling: str = setting("delayed", choices=SCALINGS)
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -86,7 +92,7 @@ class Fp8Options:
     fp8: str = flag(
         "off",
         "What computes in FP8; auto: te, else native, else emulated, and it says which.",
-        choices=("off", *BACKENDS),
+        choices=Names(BACKENDS, "off", "auto"),
     )
     fp8_format: str = flag(Fp8Recipe.format, "E4M3 with E5M2 gradients, or E4M3 throughout.", choices=FORMATS)
     fp8_amax_history: int = flag(Fp8Recipe.amax_history_len, "Steps that delayed scaling looks back.")

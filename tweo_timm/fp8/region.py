@@ -102,6 +102,10 @@ class Fp8Region:
         """Hook the region to ``root``; the handles remove it again."""
         return [root.register_forward_pre_hook(self._enter), root.register_forward_hook(self._exit)]
 
+    def close(self) -> None:
+        """Close the region, as the end of a forward does that was not interrupted."""
+        self.is_open = False
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, root: nn.Module, args: Any) -> None:
         if self._replays and _inside_backward():  # a checkpoint around the root: its layers run again, on their scales

@@ -1,6 +1,7 @@
-"""Give a timm model its Transformer Engine faces: which module is replaced by which, and which parameters it shares.
+"""The backend of Transformer Engine: which module is replaced by which face, and which parameters they share.
 
-Fuses only what `fusion` says may be fused and whose dimensions the matrix unit takes as they are.
+Fuses only what `fusion` says may be fused and whose dimensions the matrix unit takes as they are. Converts every norm
+that Transformer Engine can compute, too.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from tweo_timm.fp8.backend import Replaced, hardware_obstacle
 from tweo_timm.fp8.fusion import is_plain_norm, mlp_names, norm_linear_pairs
 from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.te import (
@@ -20,18 +23,35 @@ from tweo_timm.fp8.te import (
     TeLinear,
     TeMlp,
     TeRegion,
+    obstacle,
 )
 
 
+class TransformerEngine:
+    """FP8 by NVIDIA's modules."""
+
+    unshardable = "Transformer Engine's own sharding support has not been tried; use --fp8 native"
+
+    def obstacle(self, recipe: Fp8Recipe, device: torch.device) -> str | None:
+        """Return why Transformer Engine cannot run ``recipe`` on ``device``, or None."""
+        return hardware_obstacle(device) or obstacle(recipe)
+
+    def convert(self, model: nn.Module, layers: tuple[str, ...], recipe: Fp8Recipe) -> tuple[TeRegion, list[Replaced]]:
+        """Replace the named layers by faces, fused where they may be, and the norms."""
+        converter = Converter(model, recipe)
+        converter.convert(layers)
+        return converter.region, converter.replaced
+
+
 class Converter:
-    """Replaces modules of one model by faces; what it replaced is in `originals`."""
+    """Replaces modules of one model by faces; what it replaced is in `replaced`."""
 
     _NORM: ClassVar = {"layer_norm_weight": "weight", "layer_norm_bias": "bias"}
 
     def __init__(self, model: nn.Module, recipe: Fp8Recipe):
         self.model = model
         self.region = TeRegion(recipe)
-        self.originals: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self.replaced: list[Replaced] = []
         self._faces: dict[nn.Module, nn.Module] = {}
 
     def convert(self, linears: tuple[str, ...]) -> None:
@@ -121,6 +141,6 @@ class Converter:
         for parent in list(self.model.modules()):
             for attribute, child in list(parent._modules.items()):
                 if child is original:
-                    self.originals.append((parent, attribute, original, face))
+                    self.replaced.append(Replaced(parent, attribute, original, face))
                     parent._modules[attribute] = face
         return face

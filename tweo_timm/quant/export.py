@@ -31,9 +31,9 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tweo_timm.flow import name_of
 from tweo_timm.machine import EXACT_INT8
 from tweo_timm.quant.compensate import fold_compensation
-from tweo_timm.quant.flow import name_of
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.scheme import Scheme

@@ -16,7 +16,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.quant.flow import projections_called
+from tweo_timm.layers import projections_called
 from tweo_timm.quant.quantizer import QuantizedLayer
 
 _CHUNK = 8

@@ -91,12 +91,16 @@ class QdqLayer(QuantizedLayer):
         unsigned: see `stand_in`.
 
     Raises:
-        ValueError: if the input's step is computed at run time.
+        ValueError: if the input's step is computed at run time, or a compensation is left.
     """
 
     def __init__(self, layer: QuantizedLayer, *, unsigned: bool) -> None:
         nn.Module.__init__(self)
-        assert layer.compensation is None
+        if layer.compensation is not None:
+            raise ValueError(
+                f"its compensation, a {type(layer.compensation).__name__}, cannot be folded into its weights: export a "
+                "scheme without it"
+            )
         self.bits, self.channel_axis, self.compensation = layer.bits, layer.channel_axis, None
         self.input = QdqPoint(layer.input_quantizer, unsigned=unsigned)
         self._patch = _patch_size(layer.geometry) if unsigned else None

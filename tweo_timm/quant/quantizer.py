@@ -14,7 +14,7 @@ engines keep them in int32, at a step far below one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,30 +97,6 @@ class Quantizer(nn.Module):
         )
 
 
-class ChannelAffine(nn.Module):
-    """y -> gain_c * y + shift_c for each channel: the compensation of QwT-v2.
-
-    Args:
-        gain: (channels,).
-        shift: (channels,).
-        channel_axis: the axis of y that holds channels.
-    """
-
-    gain: Tensor
-    shift: Tensor
-
-    def __init__(self, gain: Tensor, shift: Tensor, channel_axis: int = -1) -> None:
-        super().__init__()
-        self.channel_axis = channel_axis
-        self.register_buffer("gain", gain.to(torch.float32))
-        self.register_buffer("shift", shift.to(torch.float32))
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Return gain * y + shift in y's dtype."""
-        gain, shift = (along(value, y.ndim, self.channel_axis).to(y.dtype) for value in (self.gain, self.shift))
-        return torch.addcmul(shift, y, gain)
-
-
 def along(vector: Tensor, ndim: int, axis: int) -> Tensor:
     """Shape a vector of channels so that it broadcasts along `axis` of a tensor with `ndim` axes."""
     return vector.reshape([-1 if index == axis % ndim else 1 for index in range(ndim)])
@@ -139,7 +115,7 @@ class QuantizedLayer(nn.Module):
         weight_int: the integers, int8, in the float weight's shape.
         weight_scale: the step, float32: of no axes, or (output channels,).
         bias: float32, or None.
-        compensation: None or a ChannelAffine applied to the output; `fold_compensation` merges it.
+        compensation: None or a `Compensation` applied to the input and the output.
 
     Raises:
         TypeError: for a convolution whose forward is its own (those of timm with standardized weights excepted): the
@@ -147,10 +123,12 @@ class QuantizedLayer(nn.Module):
         ValueError: if the weight is not finite.
     """
 
+    stream: ClassVar[int] = 0
+    """Position of the argument that it reads; a StreamQuantizer has one too."""
     weight_int: Tensor
     weight_scale: Tensor
     bias: Tensor | None
-    compensation: ChannelAffine | None
+    compensation: nn.Module | None
 
     def __init__(self, layer: nn.Module, input_quantizer: Quantizer, bits: int, *, per_channel: bool) -> None:
         super().__init__()
@@ -230,7 +208,7 @@ class QuantizedLayer(nn.Module):
             else:  # addcmul and not `+`: a residual add is recognised by being an add
                 y = torch.addcmul(along(self.bias, x.ndim, self.channel_axis).to(sums.dtype), sums, step.to(sums.dtype))
             if self.compensation is not None:
-                y = self.compensation(y)
+                y = self.compensation(x, y)
             return y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tweo_timm.quant.flow import Flow, name_of, tensors_in
+from tweo_timm.flow import Flow, name_of, tensors_in
 
 _logger = logging.getLogger(__name__)
 

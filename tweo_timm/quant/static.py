@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tweo_timm.blocks import find_blocks
+from tweo_timm.flow import name_of
 from tweo_timm.fp8.patch import is_patched
+from tweo_timm.layers import call_projections
 from tweo_timm.quant.compensate import compensate
-from tweo_timm.quant.flow import name_of
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.smooth import smooth
@@ -152,13 +153,12 @@ def _working_copy(model: nn.Module, *, fused_attention: bool) -> nn.Module:
     set_grad_checkpointing: Any = getattr(working, "set_grad_checkpointing", None)
     if callable(set_grad_checkpointing):
         set_grad_checkpointing(False)
+    call_projections(working)
     for name, module in working.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             raise RuntimeError(
                 f"{name!r} is a torch.nn.MultiheadAttention, whose projections cannot be quantized as layers"
             )
-        if hasattr(module, "qkv_bias_separate"):  # else F.linear(x, self.qkv.weight, ...) goes past the layer
-            module.qkv_bias_separate = True
         if not fused_attention and hasattr(module, "fused_attn"):
             module.fused_attn = False
     return working

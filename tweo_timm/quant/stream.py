@@ -23,18 +23,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tweo_timm.blocks import channel_axis
-from tweo_timm.quant.flow import Flow, name_of
-from tweo_timm.quant.quantizer import ChannelAffine, Quantizer
+from tweo_timm.flow import Flow, name_of
+from tweo_timm.layers import adds_channels_first
+from tweo_timm.quant.quantizer import Quantizer
 
 _ADDS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
 _UNSUPPORTED_PRODUCTS = {"einsum", "baddbmm", "scaled_dot_product_attention"}
-_CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, LayerNorm2d)
 
 
 class _Ordinals(TorchFunctionMode):
@@ -189,8 +188,7 @@ class SiteWatcher(_Ordinals):
 
     def _channels(self, x: Tensor) -> int:
         """The axis of channels: by the layers of the module whose code adds; only (B, C, H, W) has it first."""
-        channels_first = any(isinstance(child, _CHANNELS_FIRST) for child in self._owners[-1].children())
-        return 1 if x.ndim > 3 and channels_first else -1
+        return 1 if x.ndim > 3 and adds_channels_first(self._owners[-1]) else -1
 
 
 def _adds_of(labels: frozenset[str]) -> set[int]:
@@ -233,7 +231,7 @@ class StreamQuantizer(nn.Module):
         channel_axis: axis of the channels of the block's output.
         quantizers: site -> Quantizer; "add3" rounds a residual add, "output" the block's output,
             "product0_left" and "product0_right" the operands of an attention product.
-        compensation: None or a module applied to the block's (rounded) output, and its input if it takes two.
+        compensation: None or a `Compensation` applied to what entered and to the block's (rounded) output.
     """
 
     compensation: nn.Module | None
@@ -272,10 +270,7 @@ class StreamQuantizer(nn.Module):
             output = self.quantizers["output"](output)
         if self.compensation is None:
             return output
-        if isinstance(self.compensation, ChannelAffine):
-            compensated: Tensor = self.compensation(output)
-        else:
-            compensated = self.compensation(entered, output)
+        compensated: Tensor = self.compensation(entered, output)
         return compensated
 
     def extra_repr(self) -> str:

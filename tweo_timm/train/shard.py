@@ -23,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tweo_timm.fp8.backend import backend_named
+
 if TYPE_CHECKING:
     from tweo_timm.fp8.patch import Fp8Report
     from tweo_timm.run.world import World
@@ -42,12 +44,12 @@ def check_sharding(options: TrainOptions, world: World, fp8: Fp8Report | None) -
     """
     compiled, agc = bool(options.torchcompile), options.clip_mode == "agc"
     half_ema = options.model_ema and options.model_dtype not in (None, "float32")
-    by_te = fp8 is not None and fp8.backend == "te"
+    unshardable = backend_named(fp8.backend).unshardable if fp8 is not None else ""
     complaints = [
         (not world.distributed, "a single process, which has nobody to share with: start with torchrun"),
         (options.model_ema_force_cpu, "--model-ema-force-cpu: the EMA is sharded as the model is"),
         (half_ema, f"--model-ema of a {options.model_dtype} model: its rounding at random is not for shards"),
-        (by_te, "--fp8 te: Transformer Engine's own sharding support has not been tried; use --fp8 native"),
+        (unshardable, f"--fp8 {fp8 and fp8.backend}: {unshardable}"),
         (compiled, "--torchcompile: the hooks of TWEO and of FSDP would break the graph at every block"),
         (agc, "--clip-mode agc: its norms are those of whole units"),
         (options.channels_last, "--channels-last: torch cuts weights only along their first axis, laid out in order"),

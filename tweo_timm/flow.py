@@ -7,11 +7,10 @@ TorchFunctionMode sees every call; a Flow remembers, by label, where a tensor's 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 # Functions whose result holds the values of their tensor argument, in another shape or order.
 _LAYOUT = {
@@ -89,20 +88,3 @@ class Flow:
         for tensor in tensors_in(result) if carried else ():
             self.label(tensor, carried | self.labels(tensor))
         return True
-
-
-@contextlib.contextmanager
-def projections_called(model: nn.Module) -> Iterator[None]:
-    """Have every projection called as a module inside the context, so that hooks see it.
-
-    BEiT, EVA and SwinV2 otherwise run F.linear(x, self.qkv.weight, ...) past the module, to add their biases in the
-    same call. Their own switch, `qkv_bias_separate`, adds them afterwards: the same numbers.
-    """
-    bypassing: list[Any] = [module for module in model.modules() if getattr(module, "qkv_bias_separate", True) is False]
-    for module in bypassing:
-        module.qkv_bias_separate = True
-    try:
-        yield
-    finally:
-        for module in bypassing:
-            module.qkv_bias_separate = False
