@@ -1,5 +1,6 @@
 """What validate.py cannot do, it says in one line that names the cause."""
 
+import importlib.util
 import json
 import shutil
 
@@ -117,6 +118,8 @@ BAD = {
     "--gp=": "--gp ''",
     "--mean 0.5 0.5": "--mean has 2 values",
     "--interpolation bicubik": "did you mean 'bicubic'",
+    "--crop-mode boarder": "did you mean 'border'",
+    "--pretrained-cfg-overlay crop_mode=boarder": "did you mean 'border'",
     "--crop-pct nan": "--crop-pct is nan",
     "--task multilabel --export onnx": "--export is about one label an image",
     "--target-format multihot": "--target-format multihot needs --task multilabel",
@@ -198,7 +201,9 @@ def test_diagnoses_of_a_broken_model_cost_themselves_alone(capsys, common, tmp_p
         model.blocks[0].mlp.fc2.bias[3] = torch.nan
     path = save_checkpoint(tmp_path / "broken" / "last.pth.tar", model)
     words = [*common, "--stethoscope", "--colinearity", "--fp8-readiness", "--sites", "all"]
+    words += ["--export", "onnx"] if importlib.util.find_spec("onnxruntime") else []
     status, result, err = run(capsys, "--checkpoint", path, *words, "--report", tmp_path / "r")
     assert status == 1
     assert "Traceback" not in err
     assert result["top1"] is None
+    assert not list((tmp_path / "r").glob("*.onnx"))

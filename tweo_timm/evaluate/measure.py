@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.run.classes import check_same_names, names_by_index
-from tweo_timm.run.dataset import class_names
+from tweo_timm.run.dataset import class_names, place
 from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World
 
@@ -77,7 +77,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record["training_peak_abs"] = subject.training_peak_abs
     record["training"] = _training_peaks(subject)
     if options.export:
-        record |= _exported(subject, None, images, FLOAT)
+        record |= _exported(subject, None, images, whole, FLOAT)
     float_file = _onnx_path(subject, FLOAT) if "exported" in record else None
     samples = _Samples(subject, world)
     record["quantized"], record["not_quantized"] = [], {}
@@ -195,7 +195,7 @@ def _quantized(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
-    exported = _exported(subject, model, images, scheme, float_file) if options.export else {}
+    exported = _exported(subject, model, images, result, scheme, float_file) if options.export else {}
     return exported | {
         "scheme": scheme,
         **result.record(),
@@ -209,7 +209,12 @@ def _quantized(
 
 
 def _exported(
-    subject: Subject, quantized: nn.Module | None, images: Images, scheme: str, float_file: Path | None = None
+    subject: Subject,
+    quantized: nn.Module | None,
+    images: Images,
+    scored: Score,
+    scheme: str,
+    float_file: Path | None = None,
 ) -> dict[str, Any]:
     """Write ONNX files of the model and run them over the split; those of the float model come first.
 
@@ -217,13 +222,21 @@ def _exported(
         As `exported` what was found, or as `not_exported` why there is no such file: what is measured already is not
         lost over it.
     """
+    if scored.not_finite:
+        return {"not_exported": f"--export onnx, {subject.name} {scheme}: its logits are not finite"}
     path = _onnx_path(subject, scheme)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = export_record(subject.model, quantized, images.loader, path, float_file=float_file)
+        found = export_record(subject.model, quantized, _placed(subject, images), path, float_file=float_file)
     except (RuntimeError, ValueError, OSError) as error:
         return {"not_exported": f"--export onnx, {subject.name} {scheme}: {error}"}
     return {"exported": found}
+
+
+def _placed(subject: Subject, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """The split's batches in the model's dtype, which timm's loader gives them only if it prefetches."""
+    device = next(subject.model.parameters()).device
+    return ((place(batch, subject.options, device), targets.to(device)) for batch, targets in images.loader)
 
 
 def _onnx_path(subject: Subject, scheme: str) -> Path:

@@ -18,6 +18,7 @@ from tweo_timm.suggestion import suggest, suggest_path
 # Folders that timm takes for one another when a split is asked for.
 _SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 _LENGTHS = "train.py: --train-num-samples and --val-num-samples; validate.py: --num-samples"
+CROPS = ("center", "squash", "border")  # anything else is center to timm
 RESAMPLINGS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -71,6 +72,7 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
             as the options and `data_config` say.
     """
     require_known("--interpolation", data_config["interpolation"], RESAMPLINGS)
+    require_known("--crop-mode", data_config["crop_mode"], CROPS)
     root = options.data or options.data_dir
     if not options.dataset and root is None:
         raise ValueError("no data: pass --data-dir FOLDER (with train/ and val/ inside), or --dataset TYPE/NAME")
