@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.run.classes import find_class_map
+from tweo_timm.run.class_names import find_class_map
 from tweo_timm.run.dataset import check_num_classes, image_dtype, open_dataset, split_folder, target_details
 from tweo_timm.run.world import World
 

@@ -27,7 +27,7 @@ from tweo_timm.quant.export import FLOAT, require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
-from tweo_timm.run.classes import check_same_names, names_by_index
+from tweo_timm.run.class_names import check_same_names, names_by_index
 from tweo_timm.run.dataset import class_names, place
 from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World

@@ -21,7 +21,7 @@ from tweo_timm.evaluate.inheritance import inherit, recorded_settings
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
 from tweo_timm.run.checkpoint_file import why_unreadable
-from tweo_timm.run.classes import find_class_map, recorded_names
+from tweo_timm.run.class_names import find_class_map, recorded_names
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
 from tweo_timm.suggestion import suggest_path

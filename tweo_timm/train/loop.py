@@ -13,7 +13,7 @@ from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
 from tweo_timm.records import append_rows
-from tweo_timm.run.classes import KEY, check_same_names, names_by_index, recorded_names
+from tweo_timm.run.class_names import KEY, check_same_names, names_by_index, recorded_names
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
