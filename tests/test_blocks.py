@@ -18,6 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
+from tweo_timm.stream import streams_in
 
 with (Path(__file__).parent / "golden" / "blocks.csv").open() as file:
     GOLDEN = list(csv.DictReader(file))
@@ -60,8 +61,9 @@ def test_blocks_are_those_of_the_published_depth_called_once_and_residual(row):
     outputs = run(model, blocks)
     for name, block in blocks.items():
         assert len(outputs[name]) == 1, name
-        output = outputs[name][0]
-        assert ends_in_an_addition(output), name
+        streams = streams_in(outputs[name][0], block)
+        assert all(ends_in_an_addition(stream) for stream in streams), name
+        output = streams[0]
         axis = channel_axis(block, output)
         assert axis == int(row["axis"]), name
         coinciding = torch.empty((output.shape[axis],) * output.ndim, device="meta")
@@ -113,7 +115,6 @@ def test_the_table_holds_every_family_and_enough_architectures():
 
 # Attention that is no residual transformer block: gates of convolution nets, and pooling heads.
 NO_BLOCKS = {"SplitAttn", "SelectiveKernelAttn", "BatNonLocalAttn", "BilinearAttnTransform", "AttentionPool2d"}
-RETURN_TUPLES = {"coat", "mvitv2", "tnt"}
 
 
 def attention_classes(model):
@@ -134,13 +135,10 @@ def test_every_architecture_of_timm_with_attention_is_covered_or_known_to_have_n
     for arch in timm.list_models():
         model = on_meta(arch)
         attention = attention_classes(model)
-        family = type(model).__module__.rpartition(".")[2]
         try:
             find_blocks(model)
-        except ValueError as error:
-            if "return a tuple" in str(error) and family in RETURN_TUPLES:
-                refused[family] += 1
-            elif attention & NO_BLOCKS and attention <= NO_BLOCKS:
+        except ValueError:
+            if attention & NO_BLOCKS and attention <= NO_BLOCKS:
                 refused[", ".join(sorted(attention))] += 1
             elif attention:
                 unexplained.append(arch)
@@ -456,24 +454,6 @@ def test_a_model_without_blocks_says_what_was_looked_for_and_offers_a_working_ex
     assert series in message
     if series != "none":
         assert len(find_blocks(model, series)) > 1
-
-
-@pytest.mark.parametrize(
-    ("arch", "remedy"),
-    [
-        ("tnt_s_patch16_224", "one tensor"),
-        ("mvitv2_tiny", "one tensor"),
-        ("coat_tiny", r"serial_blocks\d+\.\d+"),
-    ],
-)
-def test_blocks_that_return_tuples_are_refused_with_what_can_be_named_instead(arch, remedy):
-    model = on_meta(arch)
-    with pytest.raises(ValueError, match="tuple") as error:
-        find_blocks(model)
-    assert remedy in str(error.value)
-    if remedy.startswith("serial"):
-        outputs = run(model, find_blocks(model, remedy))
-        assert all(isinstance(out, torch.Tensor) for calls in outputs.values() for out in calls)
 
 
 def test_an_expression_names_modules_by_their_whole_name():

@@ -13,22 +13,26 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["train.cli", "evaluate.cli", "quickstart"],
-    ["train", "evaluate"],
+    ["train.__main__", "evaluate.__main__", "rewrite.__main__", "quickstart"],
+    ["train.cli", "evaluate.cli", "repair.cli"],
+    ["train", "evaluate", "repair"],
     ["run"],
     ["quant", "diagnose"],
-    ["fp8.patch", "fp8.health", "fp8"],
-    ["task", "upstream"],
+    ["rewrite", "fp8.patch", "fp8.health", "fp8"],
+    ["task", "penalty", "upstream"],
+    ["measurement"],
     ["outliers"],
-    ["tap", "blocks", "stats", "loss", "fp8.*"],
-    ["layers", "flow"],
+    ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
+    ["layers", "flow", "stream"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
-    ["settings", "photos"],
-    ["suggestion", "version", "records", "outputs", "media", "machine", "tables"],
+    ["settings", "photos", "records"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
+STRANGERS += [("train", "repair"), ("evaluate", "repair")]
+STRANGERS += [("repair", other) for other in ("train", "evaluate")]
 STRANGERS += [(other, "task") for other in ("quant", "diagnose", "fp8", "outliers")]
 
 

@@ -65,7 +65,7 @@ def test_no_blocks_is_an_error():
 def test_a_block_that_returns_no_tensor_is_an_error_naming_it():
     class Pair(nn.Module):
         def forward(self, x):
-            return x, x
+            return None, x
 
     pair = Pair()
     BlockTap({"stage.3": pair}, lambda *_: None)

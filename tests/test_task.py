@@ -223,7 +223,7 @@ def test_a_copy_made_in_the_middle_of_training_works_and_keeps_no_graph():
     peaks = handle.block_peaks.clone()
     copied.train()(batch()[0] * 100).sum().backward()
     assert torch.equal(handle.block_peaks, peaks)
-    assert not handle._seen
+    assert not handle._measurement._seen
 
 
 def test_an_output_that_the_model_overwrites_is_an_error_and_no_wrong_gradient():

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tweo_timm.config import TweoConfig
     from tweo_timm.diagnose.colinearity import colinearity
     from tweo_timm.diagnose.stethoscope import stethoscope
+    from tweo_timm.families import describe_stream
     from tweo_timm.fp8.health import Fp8HealthMonitor
     from tweo_timm.fp8.patch import (
         Fp8Report,
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
     from tweo_timm.fp8.recipe import Fp8Recipe
     from tweo_timm.loss import tweo_loss
     from tweo_timm.outliers import record_outliers
+    from tweo_timm.penalty import Tweo
     from tweo_timm.quant.deploy import export_record
     from tweo_timm.quant.export import export_onnx
     from tweo_timm.quant.sidecar import write_scales
     from tweo_timm.quant.static import quantize_static
+    from tweo_timm.rewrite.fold import fold_affine
+    from tweo_timm.rewrite.rotate import rotate
     from tweo_timm.task import attach_tweo
 
 # Where each public name lives. They are imported when first used, so that `train.py -h` does not wait for torch.
@@ -37,6 +41,7 @@ _HOMES = {
     "find_blocks": "blocks",
     "colinearity": "diagnose.colinearity",
     "stethoscope": "diagnose.stethoscope",
+    "describe_stream": "families",
     "check_fp8_ran": "fp8.patch",
     "fp8_state": "fp8.patch",
     "load_fp8_state": "fp8.patch",
@@ -53,7 +58,10 @@ _HOMES = {
     "export_onnx": "quant.export",
     "write_scales": "quant.sidecar",
     "quantize_static": "quant.static",
+    "fold_affine": "rewrite.fold",
+    "rotate": "rewrite.rotate",
     "attach_tweo": "task",
+    "Tweo": "penalty",
 }
 
 __all__ = ["__version__", *_HOMES]

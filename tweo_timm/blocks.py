@@ -20,8 +20,9 @@ out of date with timm's next release. Structure answers it:
 
 In hybrids only the blocks with attention count, in CAFormer as in FastViT; bottlenecks with self-attention (BoTNet) do.
 
-Refused, with the remedy in the message: models without such blocks (convolution nets, MLP mixers, PoolFormer), and
-blocks whose ``forward`` returns a tuple rather than the stream alone (TNT, MViTv2, the parallel blocks of CoaT).
+A block may return a tuple that holds the stream (MViTv2, TNT, the parallel blocks of CoaT): see stream.py.
+
+Refused, with the remedy in the message: models without such blocks (convolution nets, MLP mixers, PoolFormer).
 ``blocks=REGEX`` names the blocks of a model by hand.
 
 Source: the definition of the penalty in arXiv:2511.23225; the module structure of timm 1.0.31 and torchvision 0.29.
@@ -73,8 +74,8 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there are no blocks, or a block returns a tuple, or ``blocks`` is not a regular expression,
-            matches no module, a module that is never called, or one module inside another.
+        ValueError: there are no blocks, or ``blocks`` is not a regular expression, matches no module, a module that is
+            never called, or one module inside another.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_blocks needs a torch.nn.Module, got {type(model).__name__}")
@@ -89,11 +90,6 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
     found = tree.find()
     if not found:
         raise ValueError(_no_blocks_message(model, tree))
-    classes = {type(tree.modules[name]) for name in found}
-    tuple_classes = {cls for cls in classes if _returns_tuple(cls)}
-    tuples = [name for name in found if type(tree.modules[name]) in tuple_classes]
-    if tuples:
-        raise ValueError(_tuple_message(tree, found, tuples))
     return {name: tree.modules[name] for name in found}
 
 
@@ -274,16 +270,6 @@ def _syntax(function: Callable[..., object]) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
-def _returns_tuple(cls: type[nn.Module]) -> bool:
-    """Whether every ``return`` of a class's ``forward`` is a literal tuple, list or dict."""
-    try:
-        tree = _syntax(cls.forward)
-    except (OSError, TypeError, SyntaxError):
-        return False
-    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    return bool(returns) and all(isinstance(value, ast.Tuple | ast.List | ast.Dict) for value in returns)
-
-
 def _named_blocks(tree: _Tree, pattern: str) -> dict[str, nn.Module]:
     try:
         compiled = re.compile(pattern)
@@ -333,16 +319,4 @@ def _no_blocks_message(model: nn.Module, tree: _Tree) -> str:
         f"(a module with query, key or value projections; {cores}), a feed-forward part and a residual addition. "
         "Name the modules whose output is the residual stream with blocks=REGEX (--tweo-blocks REGEX). "
         f"Series of modules in this model: {_hints(tree)}"
-    )
-
-
-def _tuple_message(tree: _Tree, found: list[str], tuples: list[str]) -> str:
-    cls = type(tree.modules[tuples[0]])
-    single = [name for name in found if name not in tuples]
-    patterns = "|".join(sorted({_pattern(name) for name in single}))
-    rest = f"'{patterns}' names the {len(single)} others" if single else "name modules with one tensor as their output"
-    return (
-        f"{len(tuples)} of {len(found)} transformer blocks, such as {tuples[0]} ({cls.__module__}.{cls.__name__}), "
-        "return a tuple, list or dict instead of the residual stream alone. "
-        f"Choose other modules with blocks=REGEX (--tweo-blocks REGEX): {rest}."
     )

@@ -42,22 +42,24 @@ def tweo_loss(outputs: Sequence[Tensor], config: TweoConfig) -> Tensor:
     return mean_over_blocks(terms, [output.numel() for output in outputs], config)
 
 
-def mean_power(x: Tensor, config: TweoConfig) -> Tensor:
+def mean_power(x: Tensor, config: TweoConfig, mask: Tensor | None = None) -> Tensor:
     """Return mean((|x| / (tau + eps))^p), what one block adds to the penalty: a node of the autograd graph.
 
     Args:
         x: the block's output, a floating tensor of any shape; it alone is kept for the backward pass.
         config: tau, eps and power are used.
+        mask: bool, the shape of `x` without its last axis: the tokens that the mean is over; None: all. The mean over
+            none is 0.
 
     Returns:
         A differentiable scalar: float64 for float64, float32 otherwise.
 
     Raises:
-        ValueError: if `x` is empty.
+        ValueError: if `x` is empty, or the mask is of another shape.
         TypeError: if `x` is no floating-point tensor.
     """
     _check_output(x)
-    value: Tensor = _MeanPower.apply(x, config.tau + config.eps, config.power)
+    value: Tensor = _MeanPower.apply(x, config.tau + config.eps, config.power, _shares(x, mask))
     return value
 
 
@@ -75,6 +77,19 @@ def mean_over_blocks(terms: Sequence[Tensor], numels: Sequence[int], config: Twe
     return torch.stack([term * (numel / total) for term, numel in zip(terms, numels, strict=True)]).sum()
 
 
+def _shares(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The share of each token's elements in the mean: (..., 1), wide; None where all have the same."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool, of the shape of a block's output "
+            f"without its channels, {tuple(x.shape[:-1])}"
+        )
+    counted = mask.sum().clamp(min=1) * x.shape[-1]
+    return (mask / counted).to(_wide_dtype(x)).unsqueeze(-1)
+
+
 def _check_output(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -84,18 +99,20 @@ def _check_output(x: Tensor) -> None:
 
 
 class _MeanPower(torch.autograd.Function):
-    """mean((|x| / scale)^p), with x as the only tensor kept."""
+    """mean((|x| / scale)^p), with x (and the shares of its tokens, where they differ) as the only tensors kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, power: float) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, scale: float, power: float, shares: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, shares)
         ctx.scale, ctx.power = scale, power
         # 1 / n goes under the power: then no summand is larger than the mean, and overflows before it does.
-        return _power_(_times(x, x.numel() ** (-1 / power) / scale), power).sum()
+        if shares is None:
+            return _power_(_times(x, x.numel() ** (-1 / power) / scale), power).sum()
+        return _power_(_times(x, 1 / scale) * shares ** (1 / power), power).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, shares = ctx.saved_tensors
         scale, power = ctx.scale, ctx.power
         if torch.is_grad_enabled():  # asked for a graph of the gradient: nothing may be overwritten
             slope, constant = _differentiable_slope, power / scale
@@ -103,7 +120,8 @@ class _MeanPower(torch.autograd.Function):
             slope, constant = _cubes, power / scale**power
         else:
             slope, constant = _slope, power / scale
-        return slope(x, scale, power, grad * (constant / x.numel())).to(x.dtype), None, None
+        factor = grad * constant * (1 / x.numel() if shares is None else shares)
+        return slope(x, scale, power, factor).to(x.dtype), None, None, None
 
 
 def _slope(x: Tensor, scale: float, power: float, factor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
-from tweo_timm.stats import ActivationStats, gather
+from tweo_timm.stats import ActivationStats, gather, nan_largest
 from tweo_timm.tap import BlockTap
 
 
@@ -80,7 +80,7 @@ class OutlierRecorder:
                 f"{unseen[0]!r}: run the model inside the context, and make the recorder before torch.compile"
             )
         blocks = [{"name": name, **stats.summary()} for name, stats in self.stats.items() if stats is not None]
-        worst = max(blocks, key=lambda block: (block["peak_abs"] != block["peak_abs"], block["peak_abs"]))
+        worst = max(blocks, key=lambda block: nan_largest(block["peak_abs"]))
         return {"peak_abs": worst["peak_abs"], "peak_block": worst["name"], "blocks": blocks}
 
     def remove(self) -> None:

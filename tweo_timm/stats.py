@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from tweo_timm.fp8.cast import E4M3
+
 Site = TypeVar("Site", bound=Hashable)
 
 NUM_BINS = 1 << 15
@@ -219,7 +221,7 @@ def _as_sums(batch: _Batch, found: Tensor) -> _Sums:
     correction = first / batch.elements
     return _Sums(
         peak=(float(peak_B.amax()), token, channel),
-        totals=(abs_sum, float(batch.images), float((peak_B > 448).sum()), image_peak_sum),
+        totals=(abs_sum, float(batch.images), float((peak_B > E4M3.max).sum()), image_peak_sum),
         moments=tuple(_shifted([float(batch.elements), first, *higher], -correction)),
         mean=rounded_mean + correction,
     )
@@ -272,3 +274,16 @@ def _bin_edges() -> Tensor:
     edges = (torch.arange(NUM_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
     largest = torch.finfo(torch.float32).max
     return edges.nan_to_num(nan=largest, posinf=largest)
+
+
+def nan_largest(value: float) -> tuple[bool, float]:
+    """As a sort key, make what is not a number larger than every number: the worst of some peaks is then found."""
+    return value != value, value
+
+
+def decibels(signal: Tensor | float, noise: Tensor | float) -> float | None:
+    """Return the signal-to-noise ratio of two energies in dB; None where there is no signal, no noise or no number."""
+    energies = float(signal), float(noise)
+    if not all(0 < energy < math.inf for energy in energies):
+        return None
+    return 10 * math.log10(energies[0] / energies[1])

@@ -15,19 +15,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tweo_timm.stream import stream_of
+
 Observer = Callable[[str, nn.Module, Tensor], None]
 
 
 class BlockTap:
-    """Calls `observe(name, block, output)` after every forward of every block, until removed.
+    """Calls `observe(name, block, stream)` after every forward of every block, until removed.
 
     Args:
         blocks: names -> modules, as `find_blocks` returns them.
-        observe: called with the block's name, the block, and its output tensor. It must keep no tensor beyond the step.
+        observe: called with the block's name, the block, and its stream. It must keep no tensor beyond the step.
 
     Raises:
         ValueError: if there are no blocks.
-        TypeError: during the forward pass, if a block returns something other than a tensor.
+        TypeError: during the forward pass, if a block returns something without a stream; see `stream_of`.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module], observe: Observer) -> None:
@@ -56,11 +58,13 @@ def _hook(name: str, block: nn.Module, observe: Observer) -> Callable[[nn.Module
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if module is not block:  # a deep copy of the model, an EMA say, shares this hook
             return
-        if not isinstance(output, Tensor):
+        try:
+            stream = stream_of(output, block)
+        except TypeError as error:
             raise TypeError(
-                f"block {name!r} ({type(block).__name__}) returned {type(output).__name__}, not a tensor: "
+                f"block {name!r} ({type(block).__name__}) {error}: "
                 "name the modules whose output is the residual stream with blocks=REGEX"
-            )
-        observe(name, block, output)
+            ) from None
+        observe(name, block, stream)
 
     return hook

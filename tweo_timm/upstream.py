@@ -42,6 +42,7 @@ from torch import Tensor
 from tweo_timm.config import TweoConfig
 from tweo_timm.records import append_rows, keep_rows_before
 from tweo_timm.settings import SettingError
+from tweo_timm.stats import nan_largest
 from tweo_timm.suggestion import suggest
 from tweo_timm.task import TweoHandle, attach_tweo
 
@@ -265,7 +266,7 @@ class TimmPlugin:
         if self._folder is None:  # no saver: not the first process
             return
         by_block = dict(zip(self.handle.block_names, peaks.tolist(), strict=True))
-        worst = max(by_block, key=lambda name: (by_block[name] != by_block[name], by_block[name]))
+        worst = max(by_block, key=lambda name: nan_largest(by_block[name]))
         _logger.info("TWEO: largest |A| of epoch %d: %.4g in %s", epoch, by_block[worst], worst)
         path = self._folder / "outliers.jsonl"
         if self._first_row:  # a resumed run repeats epochs, and timm drops their rows of summary.csv

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from tweo_timm.evaluate.cli import main
-from tweo_timm.evaluate.compare import compare, mcnemar_p, packed, paired_difference, read_reports, unpacked
+from tweo_timm.evaluate.compare import compare, mcnemar_p, packed, paired_difference, unpacked
+from tweo_timm.evaluate.stored import read_reports
 
 
 def record(name, correct, fingerprint="x", peak=10.0):

@@ -166,7 +166,8 @@ def test_logits_that_are_not_finite_are_not_scored(capsys, common, tmp_path, che
     # timm's validate.py counts the place of the first NaN as a guess, and exits with 0.
     model = make_model(3)
     with torch.no_grad():
-        model.head.bias[1] = torch.nan
+        model.norm.bias.fill_(1)
+        model.head.weight.fill_(1e38)  # finite, and the logits overflow
     path = save_checkpoint(tmp_path / "broken" / "last.pth.tar", model)
     words = [*common, "--quantize", "w8a8-tt", "--calibration-images", 8, "--report", tmp_path / "r", "--metrics-avg"]
     status, results, err = run(capsys, "--checkpoint", checkpoints[0], path, *words, "macro")
@@ -182,12 +183,15 @@ def test_logits_that_are_not_finite_are_not_scored(capsys, common, tmp_path, che
     assert (record["loss"], record["correct"], record["quantized"][0]["top1"]) == (None, None, None)
     assert report["comparison"][0]["top1_difference"] is None
     assert "| broken | - | - |" in (tmp_path / "r" / "report.md").read_text()
+    again = ["--compare-reports", tmp_path / "r" / "report.json", "--results-file", tmp_path / "r.csv"]
+    assert run(capsys, *again)[1][1]["top1"] is None
 
 
 def test_several_labels_are_not_scored_from_logits_that_are_not_finite(capsys, common, tmp_path):
     model = make_model(3)
     with torch.no_grad():
-        model.head.weight[0] = torch.inf
+        model.norm.bias.fill_(1)
+        model.head.weight[0] = 1e38
     path = save_checkpoint(tmp_path / "broken" / "last.pth.tar", model)
     status, result, err = run(capsys, "--checkpoint", path, "--task", "multilabel", *common)
     assert status == 1
@@ -198,7 +202,9 @@ def test_several_labels_are_not_scored_from_logits_that_are_not_finite(capsys, c
 def test_diagnoses_of_a_broken_model_cost_themselves_alone(capsys, common, tmp_path):
     model = make_model(3)
     with torch.no_grad():
-        model.blocks[0].mlp.fc2.bias[3] = torch.nan
+        model.blocks[0].mlp.fc2.bias[3] = 1e38  # finite, and its square is not
+        model.norm.bias.fill_(1)
+        model.head.weight.fill_(1e38)
     path = save_checkpoint(tmp_path / "broken" / "last.pth.tar", model)
     words = [*common, "--stethoscope", "--colinearity", "--fp8-readiness", "--sites", "all"]
     words += ["--export", "onnx"] if importlib.util.find_spec("onnxruntime") else []

@@ -41,7 +41,11 @@ FAMILIES = {
 def make_model(family: str, seed: int = 0, **overrides: object) -> nn.Module:
     """The tiny model of a family, evaluation mode, ten classes; the same weights for the same seed."""
     arch, kwargs = FAMILIES[family]
-    model = timm.create_model(arch, num_classes=10, **{**kwargs, **overrides}).eval()
+    return randomize(timm.create_model(arch, num_classes=10, **{**kwargs, **overrides}).eval(), seed)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model random weights that make no block an identity, in place; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

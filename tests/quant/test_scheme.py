@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,8 @@ SCHEMES = st.builds(
     attention=st.booleans(),
     smooth=st.booleans(),
     compensation=st.sampled_from(("", "qwt", "qwtblock", "qwtlinear")),
-)
+    rotation=st.sampled_from(("", "rot", "rotr")),
+).flatmap(lambda scheme: st.booleans().map(lambda on: replace(scheme, zero_point=on and not scheme.per_token)))
 
 
 @settings(derandomize=True, deadline=None)
@@ -27,7 +30,15 @@ def test_every_scheme_survives_the_round_trip_through_its_string(scheme):
 
 @pytest.mark.parametrize(
     "text",
-    ["w8a8-tt", "w8a8-ck", "w7a8-tt", "w6a6-tt+res", "w4a8-ck", "w8a8-tt+res+attn+smooth+qwt", "w4a4-ct+qwtlinear"],
+    [
+        "w8a8-tt",
+        "w8a8-ck",
+        "w7a8-tt",
+        "w6a6-tt+res",
+        "w4a8-ck",
+        "w8a8-tt+res+attn+zero+rot+smooth+qwt",
+        "w4a4-ct+qwtlinear",
+    ],
 )
 def test_canonical_strings_are_written_as_they_are_read(text):
     assert str(Scheme.parse(text)) == text
@@ -55,6 +66,7 @@ def test_letters_mean_tensor_channel_token():
         ("w8a8-tt+foo", "+foo"),
         ("w8a8-tt+res+res", "+res"),
         ("w8a8-tt+qwt+qwtlinear", "+qwt+qwtlinear"),
+        ("w8a8-tt+rot+rotr", "+rot+rotr"),
         ("int8", "int8"),
         ("w8a8", "w8a8"),
         ("", ""),
@@ -71,3 +83,10 @@ def test_fields_are_checked_when_a_scheme_is_built_by_hand():
         Scheme(activation_bits=5)
     with pytest.raises(ValueError, match="'magic'"):
         Scheme(compensation="magic")
+    with pytest.raises(ValueError, match="'magic'"):
+        Scheme(rotation="magic")
+
+
+def test_zero_points_need_static_scales():
+    with pytest.raises(ValueError, match="static activation scales"):
+        Scheme.parse("w8a8-ck+zero")

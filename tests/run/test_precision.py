@@ -1,7 +1,5 @@
 """--amp-dtype auto is bfloat16 where that is fast, float32 elsewhere, decided once; a slow precision gets a word."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 import yaml
@@ -26,8 +24,8 @@ def pretend(monkeypatch, speed):
     [
         (FAST, None, (True, "bfloat16")),
         (SLOW, None, (False, "float16")),
-        (SLOW, Namespace(amp=True, amp_dtype="bfloat16"), (True, "bfloat16")),
-        (FAST, Namespace(amp=False, amp_dtype="float16"), (False, "float16")),
+        (SLOW, dict(amp=True, amp_dtype="bfloat16"), (True, "bfloat16")),
+        (FAST, dict(amp=False, amp_dtype="float16"), (False, "float16")),
     ],
 )
 def test_auto_is_what_is_fast_here_and_in_a_continued_run_what_it_began_with(monkeypatch, speed, began, expected):

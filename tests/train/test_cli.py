@@ -119,25 +119,3 @@ def test_a_model_without_blocks_trains_without_statistics_but_not_with_tweo(imag
     assert not rows(folder)
     assert main(command(images, tmp_path, "--tweo-weight", "0.1", model=model)) == 1
     assert "block" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["logit", "feature", "token"])
-def test_distillation_trains_the_student_with_tweo(kind, dtype, images, tmp_path, monkeypatch):
-    student = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
-    name = "deit_tiny_distilled_patch16_224" if kind == "token" else "vit_tiny_patch16_224"
-    model = ["--model", name, "--model-kwargs", *student, "--num-classes", "3", "--input-size", "3", "32", "32"]
-    from timm.task import distillation
-
-    original = distillation.create_model
-    monkeypatch.setattr(  # no weights can be downloaded here
-        distillation, "create_model", lambda *a, **k: original(*a, **{**k, "pretrained": False})
-    )
-    folder = train(
-        images,
-        tmp_path,
-        *("--kd-model-name", "resnet10t", "--kd-distill-type", kind, "--epochs", "1", "--tweo-weight", "0.1"),
-        *("--model-dtype", dtype),
-        model=model,
-    )
-    assert {row["block"] for row in rows(folder)} == {"blocks.0", "blocks.1"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.utils import unwrap_model
 
-from tests.train.runs import command, last, load, session_of, train
+from tests.train.runs import command, last, load, rows, session_of, train
 from tweo_timm.run.world import World
 from tweo_timm.train import loop
 from tweo_timm.train.build import build_session
@@ -16,16 +16,30 @@ from tweo_timm.train.options import parse_train_options
 from tweo_timm.train.signals import SignalWatch
 
 
-def test_an_epoch_that_is_not_validated_is_kept_for_recovery_only(images, tmp_path):
-    settings = ("--epochs", "3", "--val-interval", "2", "--save-epochs", "3", "--checkpoint-hist", "1")
-    folder = train(images, tmp_path, *settings)
+def listed(folder):
+    with open(folder / "summary.csv") as file:
+        return [(row["epoch"], row["eval_top1"] != "") for row in csv.DictReader(file)]
+
+
+def test_an_epoch_that_is_not_validated_has_no_row_and_is_kept_for_recovery_until_the_end(images, tmp_path, interrupt):
+    settings = ("--epochs", "4", "--val-interval", "3", "--save-epochs", "4", "--checkpoint-hist", "1")
+    words = command(images, tmp_path, *settings, "--resume", "auto")
+    interrupt(9)
+    assert main(words) == 143
+    assert (tmp_path / "run" / "recovery-0-7.pth.tar").exists()
+    folder = train(images, tmp_path, *settings, "--resume", "auto")
     lines = (folder / "summary.csv").read_text().splitlines()
     assert lines[0].startswith("epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,train_task_loss")
-    assert lines[1].split(",")[3] == ""
-    assert lines[2].split(",")[3] != ""
-    assert (folder / "recovery-0-7.pth.tar").exists()
-    assert (folder / "milestone-3.pth.tar").exists()
+    assert listed(folder) == [("2", True), ("3", True)]
+    assert sorted({row["epoch"] for row in rows(folder)}) == [0, 1, 2, 3]
+    assert not list(folder.glob("recovery-*"))
+    assert (folder / "milestone-4.pth.tar").exists()
     assert len(list(folder.glob("checkpoint-*"))) == 1
+
+
+def test_recovery_files_that_were_asked_for_stay(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "1", "--recovery-interval", "3")
+    assert sorted(path.name for path in folder.glob("recovery-*")) == ["recovery-0-3.pth.tar", "recovery-0-6.pth.tar"]
 
 
 def test_without_a_validation_split_the_training_loss_decides(images, tmp_path, interrupt, capsys):
@@ -96,9 +110,7 @@ def test_a_plateau_schedule_begins_its_warm_up_where_the_run_does(images, tmp_pa
 
 def test_a_milestone_is_validated_whatever_the_interval(images, tmp_path):
     folder = train(images, tmp_path, "--epochs", "3", "--val-interval", "3", "--save-epochs", "1")
-    with open(folder / "summary.csv") as file:
-        scored = [row["eval_top1"] != "" for row in csv.DictReader(file)]
-    assert scored == [True, False, True]
+    assert listed(folder) == [("0", True), ("2", True)]
     assert load(folder / "milestone-1.pth.tar")["metric"] is not None
 
 

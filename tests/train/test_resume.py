@@ -12,6 +12,7 @@ import torch
 from timm.utils import unwrap_model
 
 from tests.train.runs import command, killed_after_an_update, last, load, rows, same_tensors, start, train
+from tweo_timm.run.checkpoint_file import CheckpointFile
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.run.world import World
 from tweo_timm.train import validation
@@ -226,7 +227,7 @@ def test_an_average_under_its_old_name_is_the_average(images, tmp_path):
     content = last(tmp_path / "run")
     session = build_session(parse_train_options(words), World(torch.device("cpu")))
     old = {"model": content["state_dict"], "model_ema": content["state_dict_ema"], "epoch": 0}
-    restore(old, tmp_path / "old.pth.tar", session.task, None, None)
+    restore(CheckpointFile(tmp_path / "old.pth.tar", old), session.task, None, None)
     averaged = unwrap_model(session.task.get_eval_model(ema=True))
     assert same_tensors(averaged.state_dict(), content["state_dict_ema"])
     assert same_tensors(session.model.state_dict(), content["state_dict"])

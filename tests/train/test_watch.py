@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
 from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
 from tweo_timm.blocks import find_blocks
-from tweo_timm.run.dataset import StrictImages
+from tweo_timm.run.pictures import StrictImages
 from tweo_timm.run.world import World
 from tweo_timm.train.cli import main
 from tweo_timm.train.health import HealthWatch, TrainingStopped
@@ -131,13 +131,16 @@ def bad_initial_checkpoint(images, tmp_path):
 
 def bad_file_of_weights(images, tmp_path):
     (tmp_path / "weights.pth").write_text("no weights")
-    return ["--initial-checkpoint", str(tmp_path / "weights.pth")], ["weights.pth", "truncated or no file of weights"]
+    return ["--initial-checkpoint", str(tmp_path / "weights.pth")], [
+        "weights.pth",
+        "truncated, damaged or no checkpoint",
+    ]
 
 
 def bad_safetensors(images, tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"")
     path = str(tmp_path / "weights.safetensors")
-    return ["--pretrained", "--pretrained-path", path], ["weights.safetensors", "no file of weights"]
+    return ["--pretrained", "--pretrained-path", path], ["weights.safetensors", "damaged or no checkpoint"]
 
 
 def bad_optimizer_for_a_checkpoint(images, tmp_path):

@@ -18,10 +18,10 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from tweo_timm.fp8.cast import E4M3
 from tweo_timm.layers import projections_called, sees_images
 from tweo_timm.records import plain
 
-E4M3_MAX = 448.0
 MULTIPLE = 16
 JUMP_RISK = 2.0
 """Delayed scaling is called at risk where amax grows by more than this ratio from one batch to the next."""
@@ -106,9 +106,9 @@ class _Layer:
             if self.amax:
                 self._clipped.append(float((magnitude > self.amax[-1]).double().mean()))
             nonzero = int((magnitude > 0).sum())
-            flushed = int(((magnitude > 0) & (magnitude <= amax / E4M3_MAX * _HALF_SMALLEST)).sum())
+            flushed = int(((magnitude > 0) & (magnitude <= amax / E4M3.max * _HALF_SMALLEST)).sum())
             self._flushed.append(flushed / max(nonzero, 1))
-            self._above += int((magnitude > E4M3_MAX).sum())
+            self._above += int((magnitude > E4M3.max).sum())
             self._elements += magnitude.numel()
             self._tokens = magnitude.numel() // magnitude.shape[-1] // max(self._num_images, 1)
             self.amax.append(amax)

@@ -22,7 +22,8 @@ from tweo_timm.blocks import channel_axis, find_blocks
 from tweo_timm.layers import projections_called, sees_images
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.records import plain
-from tweo_timm.stats import ActivationStats, gather
+from tweo_timm.stats import ActivationStats, gather, nan_largest
+from tweo_timm.stream import stream_of
 
 KINDS = ("block", "norm", "attention_input", "linear_input", "linear_output")
 _ATTENTION = re.compile(r"attn|attention|^XCA$", re.IGNORECASE)
@@ -76,7 +77,7 @@ class SiteRecorder:
 
     def _hook(self, name: str, kind: str, value: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = output if value == "output" else args[0]
+            x = args[0] if value == "input" else stream_of(output, module) if kind == "block" else output
             if isinstance(x, Tensor):
                 with torch.no_grad(), torch._C.DisableTorchFunction():  # so that a StreamQuantizer counts no addition
                     self._count((kind, name), module, x)
@@ -109,7 +110,7 @@ class SiteRecorder:
         if not self.stats:
             raise RuntimeError("no activation was seen: run the model inside the context")
         rows = [{"name": name, "kind": kind, **stats.summary()} for (kind, name), stats in self.stats.items()]
-        worst = max(rows, key=lambda row: (row["peak_abs"] != row["peak_abs"], row["peak_abs"]))
+        worst = max(rows, key=lambda row: nan_largest(row["peak_abs"]))
         peak = {"peak_abs": worst["peak_abs"], "peak_site": worst["name"], "peak_kind": worst["kind"]}
         record: dict[str, Any] = plain({**peak, "sites": rows})
         return record

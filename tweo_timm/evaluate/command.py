@@ -9,11 +9,12 @@ from typing import Any
 
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
-from tweo_timm.evaluate.compare import headline, read_reports
+from tweo_timm.evaluate.compare import headline
 from tweo_timm.evaluate.measure import measure
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.report import failures, faults, print_table, write_report
 from tweo_timm.evaluate.results import Results
+from tweo_timm.evaluate.stored import read_reports
 from tweo_timm.evaluate.subject import Subject, find_sources, load_subject
 from tweo_timm.outputs import Outputs
 from tweo_timm.run.command import Call, printing

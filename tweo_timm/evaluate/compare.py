@@ -7,11 +7,8 @@ Records of different data are not compared.
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 
 SCHEMA = 1
-_HEADLINES = {"classification": ("top1", "Top-1"), "multilabel": ("map", "mAP")}
+HEADLINES = {"classification": ("top1", "Top-1"), "multilabel": ("map", "mAP")}
 
 
 def packed(correct: Tensor) -> str:
@@ -36,33 +33,6 @@ def unpacked(text: str, count: int) -> Tensor:
     return ((values[:, None] >> shifts) & 1).flatten()[:count].bool()
 
 
-def read_reports(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Collect the records of several report.json files; names that occur in several get their report's before.
-
-    Raises:
-        ValueError: if a file is no report of this schema, or they are of different tasks.
-    """
-    records: list[dict[str, Any]] = []
-    origins: list[str] = []
-    for path in paths:
-        try:
-            report = json.loads(Path(path).read_text())
-            found = report["checkpoints"] if report["schema"] == SCHEMA else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--compare-reports {path} is no report.json: {error}") from error
-        if found is None:
-            raise ValueError(f"--compare-reports {path} has schema {report['schema']}, this version reads {SCHEMA}")
-        records += found
-        file = Path(path).resolve()
-        origins += [file.parent.name if file.name == "report.json" else file.stem] * len(found)
-    check_same_task(records)
-    names = Counter(record["name"] for record in records)
-    return [
-        record | {"name": f"{origin}/{record['name']}"} if names[record["name"]] > 1 else record
-        for record, origin in zip(records, origins, strict=True)
-    ]
-
-
 def schemes_of(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return the quantization schemes that any record was measured at, in the order of first mention."""
     return list(dict.fromkeys(entry["scheme"] for record in records for entry in record.get("quantized", [])))
@@ -70,7 +40,7 @@ def schemes_of(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def headline(record: dict[str, Any]) -> tuple[str, str]:
     """Return the metric that a record is judged by: its field, and its name in tables."""
-    return _HEADLINES[record.get("task", "classification")]
+    return HEADLINES[record.get("task", "classification")]
 
 
 def accuracy_by_scheme(record: dict[str, Any]) -> dict[str, float | None]:

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.run.class_names import find_class_map
-from tweo_timm.run.dataset import check_num_classes, image_dtype, open_dataset, split_folder, target_details
+from tweo_timm.run.classes import check_num_classes, class_names
+from tweo_timm.run.dataset import image_dtype, open_dataset, target_details
+from tweo_timm.run.folders import split_folder
+from tweo_timm.run.readers import reads_folders
 from tweo_timm.run.world import World
 
 
@@ -46,10 +48,15 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     Raises:
         ValueError: if it cannot be found, or its classes do not fit the model.
     """
+    if options.quantize:
+        _require_split(options, options.calibration_split)
     targets = target_details(options, num_classes)
-    dataset = open_dataset(options, options.split, data_config, num_samples=options.num_samples, **targets)
     valid_labels = _valid_labels(options.valid_labels, num_classes) if options.valid_labels else None
     classes = num_classes if valid_labels is None else len(valid_labels)
+    single = None if options.task == "multilabel" else classes
+    dataset = open_dataset(
+        options, options.split, data_config, single, options.exif, num_samples=options.num_samples, **targets
+    )
     check_num_classes(dataset, classes, mapped=bool(options.class_map), chosen=valid_labels is not None)
     if world.distributed and isinstance(dataset, torch.utils.data.IterableDataset):
         raise ValueError(
@@ -57,16 +64,35 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
             "one process, without torchrun"
         )
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
-    names = _names(dataset)
-    real_labels = _real_labels(options, names) if options.real_labels else None
-    identity = "\n".join(names) if names is not None else f"{options.dataset} {options.data_dir} {options.split}"
+    real_labels = _real_labels(options, _names(dataset), classes) if options.real_labels else None
+    fingerprint = hashlib.sha256(_identity(options, dataset).encode()).hexdigest()[:16]
+    return Images(loader, dataset, fingerprint, valid_labels, real_labels)
+
+
+def _require_split(options: ValidateOptions, split: str) -> None:
+    """Refuse a split to calibrate on that is not there: timm would read the images that are scored."""
+    root = str(options.data or options.data_dir)
+    if reads_folders(options.dataset) and split != options.split and split_folder(Path(root), split) is None:
+        raise ValueError(
+            f"{root} holds no split {split!r} to calibrate on: pass the folder that holds the training split too, or "
+            f"choose another with --calibration-split"
+        )
+
+
+def _identity(options: ValidateOptions, dataset: Any) -> str:
+    """What makes this split the one it is, as text: equal for equal images and labels."""
+    stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    names = None if stream else _names(dataset)
+    names = None if names is not None and "None" in names else names  # hfds/ keeps images that have none
+    shards = getattr(getattr(getattr(dataset, "reader", None), "split_info", None), "filenames", None)
+    whole = f"{options.dataset} {options.data_dir} {options.split}" + "".join(f"\n{name}" for name in shards or ())
+    identity = "\n".join(names) if names is not None else whole
     identity += f"\n{options.num_samples}"
     identity += "".join(f"\n{key}" for key in (options.input_key, options.target_key) if key)
-    class_map = find_class_map(options.class_map, options.data_dir, options.split) if options.class_map else None
-    for labels in (options.real_labels, options.valid_labels, class_map):  # other labels, other data
-        identity += f"\n{Path(labels).read_text(errors='replace')}" if labels else ""
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return Images(loader, dataset, fingerprint, valid_labels, real_labels)
+    identity += "\nexif" if options.exif else ""
+    for labels in (options.real_labels, options.valid_labels):  # other labels, other data
+        identity += f"\n{Path(labels).read_text()}" if labels else ""
+    return identity + (f"\n{sorted((class_names(dataset) or {}).items())}" if options.class_map else "")
 
 
 def _valid_labels(path: str, num_classes: int) -> list[int]:
@@ -82,7 +108,13 @@ def _valid_labels(path: str, num_classes: int) -> list[int]:
     return labels
 
 
-def _real_labels(options: ValidateOptions, names: list[str] | None) -> Callable[[], RealLabelsImagenet]:
+def _real_labels(
+    options: ValidateOptions, names: list[str] | None, num_classes: int
+) -> Callable[[], RealLabelsImagenet]:
+    if num_classes < 5:
+        raise ValueError(
+            f"--real-labels counts the five best of a model's classes, and here are {num_classes}: leave it out"
+        )
     if names is None:
         raise ValueError("--real-labels needs file names: use it with an image folder or tar of ImageNet")
     make = functools.partial(
@@ -119,13 +151,9 @@ def sample_images(
     Raises:
         ValueError: if the split cannot be found.
     """
-    root = str(options.data or options.data_dir)
-    if not options.dataset and split != options.split and split_folder(Path(root), split) is None:
-        raise ValueError(
-            f"{root} holds no split {split!r} to calibrate on: pass the folder that holds the training split too, or "
-            f"choose another with --calibration-split"
-        )
-    dataset = open_dataset(options, split, data_config, num_samples=None, **target_details(options, num_classes))
+    dataset = open_dataset(
+        options, split, data_config, exif=options.exif, num_samples=None, **target_details(options, num_classes)
+    )
     _loader(replace(options, workers=0), data_config, dataset, World(torch.device("cpu")), prefetch=False)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return list(_rebatched(dataset, count, batch_size))
@@ -133,7 +161,9 @@ def sample_images(
     batches: DataLoader[Any] = DataLoader(
         Subset(dataset, chosen.tolist()), batch_size=batch_size, num_workers=options.workers
     )
-    return [images for images, _ in batches]
+    images = [images for images, _ in batches]
+    dataset.alterations.report()
+    return images
 
 
 def _rebatched(dataset: Any, count: int, batch_size: int) -> Iterator[Tensor]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tweo_timm.diagnose.colinearity import colinearity
-from tweo_timm.diagnose.readiness import fp8_readiness
-from tweo_timm.diagnose.sites import record_sites
-from tweo_timm.diagnose.stethoscope import stethoscope
-from tweo_timm.evaluate.images import Images, open_images, sample_images
+from tweo_timm.evaluate.case import Case, Samples, num_classes_of
+from tweo_timm.evaluate.images import Images, open_images
 from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.evaluate.probe import Asked
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
@@ -28,14 +25,12 @@ from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.run.class_names import check_same_names, names_by_index
-from tweo_timm.run.dataset import class_names, place
+from tweo_timm.run.classes import class_names
+from tweo_timm.run.dataset import place
 from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
-
-DIAGNOSIS_IMAGES = 64
-"""Images of the validation split that stethoscope, colinearity, readiness and fidelity look at."""
 
 
 def measure(subject: Subject, world: World) -> dict[str, Any]:
@@ -53,8 +48,10 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     """
     options = subject.options
     _check_wishes(options, world)
-    images = open_images(options, subject.data_config, _num_classes(subject), world)
+    images = open_images(options, subject.data_config, num_classes_of(subject), world)
     names = _class_names(subject, images)
+    samples = Samples(subject, world)
+    asked = Asked(Case(subject, images, samples, world))
     record: dict[str, Any] = {
         "name": subject.name,
         "arch": subject.arch,
@@ -68,7 +65,8 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         "data": {"fingerprint": images.fingerprint, "split": options.split},
         "class_names": names,
     }
-    whole, outliers = _score_with_outliers(subject, images, world)
+    with asked.watching():
+        whole, outliers = _score_with_outliers(subject, images, world)
     record |= whole.record()
     record["data"]["images"] = whole.count
     if options.task == "multilabel":
@@ -79,15 +77,13 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     if options.export:
         record |= _exported(subject, None, images, whole, FLOAT)
     float_file = _onnx_path(subject, FLOAT) if "exported" in record else None
-    samples = _Samples(subject, world)
     record["quantized"], record["not_quantized"] = [], {}
     for scheme in options.quantize:
         try:
             record["quantized"].append(_quantized(subject, scheme, images, samples, world, float_file))
         except ValueError as error:  # what is measured already is not lost over it
             record["not_quantized"][scheme] = str(error)
-    record |= _diagnoses(subject, samples)
-    return record
+    return record | asked.measure()
 
 
 def _check_wishes(options: ValidateOptions, world: World) -> None:
@@ -122,10 +118,6 @@ def _class_names(subject: Subject, images: Images) -> list[str | None] | None:
     return subject.class_names or found
 
 
-def _num_classes(subject: Subject) -> int:
-    return int(subject.options.num_classes or subject.model.num_classes)  # type: ignore[arg-type]
-
-
 def _score_with_outliers(subject: Subject, images: Images, world: World) -> tuple[Score, dict[str, Any]]:
     """Metrics and the statistics of every block, in one pass over the data."""
     options = subject.options
@@ -135,8 +127,6 @@ def _score_with_outliers(subject: Subject, images: Images, world: World) -> tupl
         if recorder is not None:
             stack.enter_context(recorder.recording())
             stack.callback(recorder.remove)
-        wants_sites = options.sites == "all" and recorder is not None
-        sites = stack.enter_context(record_sites(model, options.tweo_blocks)) if wants_sites else None
         run: Any = model
         if options.torchcompile:
             run = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
@@ -149,9 +139,6 @@ def _score_with_outliers(subject: Subject, images: Images, world: World) -> tupl
             stats = recorder.stats[block["name"]]
             assert stats is not None
             block["histogram"] = _thinned(*stats.histogram())
-    if sites is not None:
-        sites.gather()
-        found["sites"] = sites.summary()["sites"]
     return whole, found
 
 
@@ -186,7 +173,7 @@ def _training_peaks(subject: Subject) -> list[dict[str, float]]:
 
 
 def _quantized(
-    subject: Subject, scheme: str, images: Images, samples: _Samples, world: World, float_file: Path | None
+    subject: Subject, scheme: str, images: Images, samples: Samples, world: World, float_file: Path | None
 ) -> dict[str, Any]:
     """Metrics of a statically quantized copy, and how faithful it is; exported files race `float_file`."""
     options, batches = subject.options, samples.calibration
@@ -244,65 +231,3 @@ def _onnx_path(subject: Subject, scheme: str) -> Path:
     beside = subject.path.parent if subject.path is not None else Path()
     folder = Path(subject.options.report) if subject.options.report else beside
     return folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"
-
-
-class _Samples:
-    """Fixed images of one subject, on its device, read when first needed and once for all schemes and diagnoses."""
-
-    def __init__(self, subject: Subject, world: World) -> None:
-        self._subject, self._world = subject, world
-
-    @functools.cached_property
-    def calibration(self) -> list[Tensor]:
-        """Batches that fix the scales of static quantization."""
-        options = self._subject.options
-        return self._read(options.calibration_split, options.calibration_images, min(options.batch_size, 64))
-
-    @functools.cached_property
-    def diagnosis(self) -> Tensor:
-        """Images of the validated split that fidelity and the diagnoses look at, (B, C, H, W)."""
-        return torch.cat(self._read(self._subject.options.split, DIAGNOSIS_IMAGES, DIAGNOSIS_IMAGES))
-
-    def _read(self, split: str, count: int, batch_size: int) -> list[Tensor]:
-        subject = self._subject
-        num_classes = _num_classes(subject)
-        batches = sample_images(subject.options, subject.data_config, num_classes, split, count, batch_size)
-        dtype = next(subject.model.parameters()).dtype
-        return [batch.to(self._world.device, dtype) for batch in batches]
-
-
-def _diagnoses(subject: Subject, samples: _Samples) -> dict[str, Any]:
-    options: ValidateOptions = subject.options
-    wanted: dict[str, Callable[[nn.Module, Tensor], Any]] = {}
-    if options.stethoscope:
-        wanted["stethoscope"] = lambda model, images: stethoscope(
-            model,
-            images,
-            mean=subject.data_config["mean"],
-            std=subject.data_config["std"],
-            seed=options.seed,
-            blocks=options.tweo_blocks,
-        )
-    if options.colinearity:
-        wanted["colinearity"] = lambda model, images: colinearity(
-            model,
-            images,
-            block=options.colinearity_block,
-            channel=options.colinearity_channel,
-            blocks=options.tweo_blocks,
-        )
-    if options.fp8_readiness:
-        wanted["fp8_readiness"] = lambda model, images: fp8_readiness(model, torch.split(images, 16))
-    return {name: _diagnosed(name, diagnose, subject, samples.diagnosis) for name, diagnose in wanted.items()}
-
-
-def _diagnosed(
-    name: str, diagnose: Callable[[nn.Module, Tensor], Any], subject: Subject, images: Tensor
-) -> dict[str, Any]:
-    """A diagnosis, or the reason why this model allows none: what else was measured is not lost over it."""
-    try:
-        found: dict[str, Any] = diagnose(subject.model, images)
-    except ValueError as error:
-        _logger.warning("%s: no %s: %s", subject.name, name, error)
-        return {"refused": str(error)}
-    return found

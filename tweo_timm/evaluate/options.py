@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze
+from tweo_timm.run.readers import dataset_rules
 from tweo_timm.run.recipe import naming, resolve
 from tweo_timm.run.rules import (
+    image_mode,
     image_shape,
     option_name,
     out_of_bounds,
@@ -190,6 +192,7 @@ def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "valid
 def _complaints(options: ValidateOptions) -> Iterator[str]:
     yield from out_of_bounds(options)
     yield from image_shape(options)
+    yield from image_mode(options)
     yield from scripting(options)
     yield from pooling(options)
     yield from regular_expressions("tweo_blocks", options.tweo_blocks)
@@ -208,6 +211,7 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     if options.amp and options.model_dtype not in (None, "float32"):
         yield f"--amp needs a float32 model, not --model-dtype {options.model_dtype}; give --no-amp or leave it out"
     yield from target_format(options)
+    yield from dataset_rules(options, ("split", "calibration_split"), ("num_samples",))
     for dest in ("real_labels", "valid_labels", "metrics_avg", "export"):
         if options.task == "multilabel" and getattr(options, dest):
             yield f"{option_name(dest)} is about one label an image; leave it out with --task multilabel"

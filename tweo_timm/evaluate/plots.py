@@ -13,10 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tweo_timm.evaluate.compare import accuracy_by_scheme, headline, schemes_of
+from tweo_timm.fp8.cast import E4M3
 from tweo_timm.media import picture
 from tweo_timm.outputs import Outputs
 
-E4M3_MAX = 448
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 
@@ -75,9 +75,9 @@ def _training_peak(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
         epochs = [point["epoch"] for point in record["training"]]
         peaks = [point["peak_abs"] for point in record["training"]]
         axes.plot(epochs, peaks, marker=".", color=_colour(index), label=picture(record["name"]))
-    axes.axhline(E4M3_MAX, color="grey", linewidth=0.8, linestyle="--")
+    axes.axhline(E4M3.max, color="grey", linewidth=0.8, linestyle="--")
     note: dict[str, Any] = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "grey"}
-    axes.text(0.995, E4M3_MAX, "448: largest E4M3 value", transform=axes.get_yaxis_transform(), **note)
+    axes.text(0.995, E4M3.max, f"{E4M3.max:g}: largest E4M3 value", transform=axes.get_yaxis_transform(), **note)
     _finish(axes, "Largest activation while training", "epoch", "max |A| over all blocks")
     axes.set_yscale("log")
     return bool(shown)

@@ -22,7 +22,9 @@ from rich.text import Text
 
 from tweo_timm import machine
 from tweo_timm.evaluate.compare import SCHEMA, accuracy_by_scheme, compare, headline, schemes_of
+from tweo_timm.evaluate.markdown import columns_of, markdown_table, number
 from tweo_timm.evaluate.plots import draw_all
+from tweo_timm.evaluate.probe import described
 from tweo_timm.media import cell, code, markdown, one_line, terminal
 from tweo_timm.outputs import Outputs
 from tweo_timm.records import plain
@@ -104,7 +106,7 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
 def _print_rows(rows: Sequence[dict[str, str]]) -> None:
     console = Console()
     if not console.is_terminal:
-        print(_markdown_table(rows))
+        print(markdown_table(rows))
         return
     table = Table()
     for title in rows[0]:
@@ -118,13 +120,6 @@ def _cell(value: Any, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    titles = list(rows[0])
-    lines = ["| " + " | ".join(map(markdown, titles)) + " |", "|---" * len(titles) + "|"]
-    lines += ["| " + " | ".join(map(markdown, row.values())) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     records = report["checkpoints"]
     data = records[0]["data"]
@@ -135,7 +130,7 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
         f"{data['images']} images of split {code(data['split'])}, fingerprint {code(data['fingerprint'])}. "
         f"In {markdown(records[0].get('precision', 'float32'))} on {markdown(report['machine']['processor'])}, "
         f"{report['machine']['cores']} cores; {made}; {report['made']}.",
-        _markdown_table(table_of(records)),
+        markdown_table(table_of(records)),
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",
     ]
@@ -164,29 +159,18 @@ def _details(record: dict[str, Any]) -> str:
     parts = [f"## {markdown(record['name'])}"]
     if record["blocks"]:
         keys = ("name", "peak_abs", "p9999_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
-        rows = [{key: _number(block.get(key)) for key in keys} for block in record["blocks"]]
-        parts.append(_markdown_table(rows))
+        parts.append(columns_of(record["blocks"], keys))
     parts += [
         f"- {markdown(entry['scheme'])}: {metric} {_cell(entry[field], '{:.2f} %')}, relative error of the logits "
-        f"{_number(entry['fidelity']['relative_error'])}, same first guess as in float for "
+        f"{number(entry['fidelity']['relative_error'])}, same first guess as in float for "
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
     ]
     parts += [f"- not measured: {markdown(one_line(reason))}" for reason in failures(record)]
-    parts += [f"- **wrong:** {fault}" for fault in faults(record)]
+    parts += [f"- **wrong:** {markdown(one_line(fault))}" for fault in faults(record)]
     for heading, caption, rows in _export_tables(record):
-        parts += [f"### {heading}", *([markdown(caption)] if caption else []), _markdown_table(rows)]
-    for name, describe in (
-        ("stethoscope", _stethoscope),
-        ("colinearity", _colinearity),
-        ("fp8_readiness", _readiness),
-        ("sites", _sites),
-    ):
-        found = record.get(name)
-        if found and "refused" in found:
-            parts.append(f"No {name.replace('_', ' ')}: {markdown(one_line(found['refused']))}")
-        elif found:
-            parts += describe(found)
+        parts += [f"### {heading}", *([markdown(caption)] if caption else []), markdown_table(rows)]
+    parts += described(record)
     return "\n\n".join(parts)
 
 
@@ -240,9 +224,9 @@ def _file_rows(exports: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     for export in exports:
         for file in export["files"]:
             nodes = file["nodes"]
-            row = {"file": Path(file["path"]).name, "MB": _number(file["size_mb"]), "Top-1 %": f"{file['top1']:.2f}"}
-            row |= {"PyTorch Top-1 %": f"{export['top1']:.2f}", "same first class": _number(file["top1_agreement"])}
-            row |= {"error ratio": _number(file["error_ratio"]), "itself": _number(export.get("self_error_ratio"))}
+            row = {"file": Path(file["path"]).name, "MB": number(file["size_mb"]), "Top-1 %": f"{file['top1']:.2f}"}
+            row |= {"PyTorch Top-1 %": f"{export['top1']:.2f}", "same first class": number(file["top1_agreement"])}
+            row |= {"error ratio": number(file["error_ratio"]), "itself": number(export.get("self_error_ratio"))}
             row |= {"verdict": ("wrong" if file["fault"] else "as the model") if "fault" in file else "-"}
             row |= {"int8 products": str(sum(nodes["int8"].values())), "float islands": str(nodes["float_islands"])}
             rows.append(row)
@@ -268,50 +252,6 @@ def _latency_rows(timed: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> lis
 
 def _wrong_targets(export: dict[str, Any]) -> set[str]:
     return {file["target"] for file in export["files"] if file.get("fault")}
-
-
-def _stethoscope(found: dict[str, Any]) -> list[str]:
-    keys = ("name", "verdict", "random_pixel_ratio", "random_weight_ratio", "shuffled_ratio", "constant_ratio")
-    rows = [{key: _number(block.get(key)) for key in keys} for block in found["verdicts"]]
-    counts = ", ".join(f"{count} blocks {markdown(verdict)}" for verdict, count in found["counts"].items())
-    degenerate = "The blocks of the randomly initialised model are identities: that arm says nothing. "
-    return [
-        "### Stethoscope: do outliers come from the data?",
-        f"{degenerate if found['degenerate'] else ''}{counts}. {markdown(found['rule'])}",
-        _markdown_table(rows),
-    ]
-
-
-def _colinearity(found: dict[str, Any]) -> list[str]:
-    top = found["terms"][0]
-    return [
-        "### Colinearity: where does the largest activation come from?",
-        f"{code(found['mlp'])}, channel {found['channel']}, token {found['token']}: the MLP contributed "
-        f"{_number(found['mlp_measured'])} to an output of {_number(found['measured'])}. Singular direction "
-        f"{top['index']} alone gives s (w.u) (v.x) = {_number(top['singular_value'])} x {_number(top['w_dot_u'])} x "
-        f"{_number(top['v_dot_x'])} = {_number(top['value'])}; all of them {_number(found['sum_of_terms'])}, "
-        f"with biases {_number(found['with_biases'])}, "
-        f"with the activation function {_number(found['with_activation'])}.",
-        f"The linear form is {'valid' if found['linear_valid'] else 'NOT valid'} here. "
-        f"{markdown(found['rule'])} {markdown(found['note'])}",
-    ]
-
-
-def _readiness(found: dict[str, Any]) -> list[str]:
-    return ["### FP8 readiness", markdown(found["verdict"]), *(f"- {markdown(action)}" for action in found["actions"])]
-
-
-def _sites(found: list[dict[str, Any]]) -> list[str]:
-    keys = ("name", "kind", "peak_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
-    largest = sorted(found, key=lambda site: -(site["peak_abs"] or 0))[:10]
-    rows = [{key: _number(site.get(key)) for key in keys} for site in largest]
-    return ["### The ten sites with the largest activations", _markdown_table(rows)]
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:

@@ -65,12 +65,12 @@ def _rank(record: dict[str, Any]) -> float:
 
 def timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
     """Return the fields that timm's validate.py prints, then name, peak and file."""
-    averaged = ("precision", "recall", "f1_score") if average else ()
+    averaged = [f"{average}_{name}" for name in ("precision", "recall", "f1_score")] if average else []
     file = {"checkpoint": record["checkpoint"]} if record.get("checkpoint") else {}
     return {
         "model": record["arch"],
         **_timm_metrics(record),
-        **{f"{average}_{name}": _rounded(record[name]) for name in averaged if name in record},
+        **{name: _rounded(record[name]) for name in averaged if name in record},
         "param_count": record["param_count_m"],
         "img_size": record["img_size"],
         "crop_pct": record["crop_pct"],

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
-from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
 from tweo_timm.evaluate.compare import packed
 from tweo_timm.evaluate.images import Images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.run.dataset import place
+from tweo_timm.run.passes import batches
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.run.world import World
 
@@ -28,9 +28,9 @@ class Score:
     """The outcome of one pass.
 
     Attributes:
-        metrics: loss, top1 and top5, percent; precision, recall and f1 with --metrics-avg. With --task multilabel loss,
-            map, micro_f1, macro_f1 and sample_f1. All None where logits are not finite: the largest of what is no
-            number is no guess, and timm's validate.py counts it as one.
+        metrics: loss, top1 and top5, percent; with --metrics-avg macro, say, macro_precision, macro_recall and
+            macro_f1_score. With --task multilabel loss, map, micro_f1, macro_f1 and sample_f1. All None where logits
+            are not finite: the largest of what is no number is no guess, and timm's validate.py counts it as one.
         correct: whether each image's first guess was right, in the dataset's order, bool (N,); with ReaL labels, of
             the images that have any; with several labels, whether all of them were right.
         not_finite: how many images have logits that are not finite.
@@ -69,20 +69,16 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
         if several
         else ClassificationEvaluator(device=world.device)
     )
-    left = evaluation_sample_limit(images.loader)
     keep = None if images.valid_labels is None else torch.tensor(images.valid_labels, device=world.device)
     real_labels = images.real_labels() if images.real_labels is not None else None
     guesses: list[Tensor] = []
     truths: list[Tensor] = []
     finite: list[Tensor] = []
     with ProgressLine(label, len(images.loader), world.primary) as bar:
-        for number, (batch, targets) in enumerate(images.loader, start=1):
-            if left is not None:  # what pads a process's share up to the others' is neither scored nor measured
-                batch, targets = batch[:left], targets[:left]
-                left -= len(targets)
-                if not len(targets):
-                    break
-            batch, targets = place(batch, options, world.device), targets.to(world.device)
+        share = batches(images.loader, lambda batch: place(batch, options, world.device))
+        for number, (batch, targets, real) in enumerate(share, start=1):
+            if not real:
+                continue
             with _autocast(options, world):
                 output = model(batch)
             logits = output[0] if isinstance(output, (tuple, list)) else output
@@ -136,4 +132,5 @@ def _averaged(guess: Tensor, truth: Tensor, average: str) -> dict[str, float | N
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth.numpy(), guess.numpy(), average=average, zero_division=0
     )
-    return {"precision": 100 * float(precision), "recall": 100 * float(recall), "f1_score": 100 * float(f1)}
+    found = {"precision": precision, "recall": recall, "f1_score": f1}
+    return {f"{average}_{name}": 100 * float(value) for name, value in found.items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from timm.layers import apply_test_time_pool, set_fast_norm
-from timm.models import create_model, list_models, load_checkpoint, resolve_model_input_args
+from timm.models import create_model, list_models, resolve_model_input_args
 from timm.utils import reparameterize_model
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from tweo_timm.evaluate.inheritance import inherit, recorded_settings
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
-from tweo_timm.run.checkpoint_file import why_unreadable
+from tweo_timm.records import read_rows
+from tweo_timm.run.checkpoint_file import load_weights, read
 from tweo_timm.run.class_names import find_class_map, recorded_names
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
@@ -207,7 +207,7 @@ def _describe(content: dict[str, Any], source: Source, options: ValidateOptions)
 
 def _architecture(content: dict[str, Any], source: Source, options: ValidateOptions) -> str:
     """The name that the command line gives, as timm has it, or else the checkpoint's own."""
-    own = content.get("arch") or getattr(content.get("args"), "model", None)
+    own = content.get("arch")
     default = {field.name: field for field in fields(ValidateOptions)}["model"].default
     if source.path is None or "model" in options.given or source.model != default:
         if own and own != source.model:
@@ -262,23 +262,18 @@ def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's entries without copying its tensors; weights alone, and other formats, have none."""
-    if path.suffix in (".safetensors", ".npz", ".npy"):
-        return {}
-    try:
-        content = load_checkpoint_metadata(str(path))
-    except Exception as error:  # torch raises whatever the damage looks like
-        raise ValueError(why_unreadable(path, error)) from error
-    return content if isinstance(content, dict) else {}
+    """Read what a checkpoint says of itself, as far as it can be believed; files of weights alone say nothing."""
+    file = read(path, "metadata")
+    return {**file.fields.mapping, "arch": file.arch, "args": file.args}
 
 
 def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_ema: bool) -> None:
-    """Load weights strictly, with timm's loader."""
+    """Load weights strictly, when they are whole and finite."""
     if use_ema and content.get("state_dict_ema") is None and content.get("model_ema") is None:
         _logger.warning("checkpoint %s has no EMA weights: --use-ema takes its plain ones, as timm does", path)
     try:
-        load_checkpoint(model, str(path), use_ema=use_ema, strict=True, filter_fn=_without_split_statistics)
-    except Exception as error:  # whatever else a file may hold
+        load_weights(model, path, use_ema, _without_split_statistics)
+    except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit {arch}: {str(error)[:400]}") from error
 
 
@@ -288,6 +283,9 @@ def _without_split_statistics(weights: dict[str, Any], model: nn.Module) -> dict
 
 
 def _training_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """Rows of a run's outliers.jsonl with a number for an epoch and a peak that can be drawn, or none."""
+    return [row for row in read_rows(path) if type(row.get("epoch")) is int and _is_peak(row.get("train_peak_abs"))]
+
+
+def _is_peak(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))

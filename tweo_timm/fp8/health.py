@@ -12,13 +12,12 @@ whose kernels do not show their operands, nor with any backend that has a region
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from tweo_timm.fp8.cast import Fp8Format, absolute_maximum, round_to_fp8
 from tweo_timm.fp8.patch import patch_of
 from tweo_timm.fp8.region import Fp8Region
+from tweo_timm.stats import decibels
 
 Row = dict[str, str | int | float | None]
 
@@ -72,8 +71,8 @@ class Fp8HealthMonitor:
             row |= {
                 key: value.item() for key, value in record.items() if key in ("amax", "scale", "saturated", "flushed")
             }
-            row["sqnr_db"] = _decibels(record["signal"], record["noise"])
-            row["sqnr_without_peak_db"] = _decibels(record["signal_without_peak"], record["noise_without_peak"])
+            row["sqnr_db"] = decibels(record["signal"], record["noise"])
+            row["sqnr_without_peak_db"] = decibels(record["signal_without_peak"], record["noise_without_peak"])
             rows.append(row)
         self._records.clear()
         return rows
@@ -103,10 +102,3 @@ def _measure(values: Tensor, scale: Tensor, fmt: Fp8Format) -> dict[str, Tensor]
         "signal_without_peak": squared_signal.sum(),
         "noise_without_peak": squared_noise.sum(),
     }
-
-
-def _decibels(signal: Tensor, noise: Tensor) -> float | None:
-    signal_energy, noise_energy = float(signal), float(noise)
-    if not (0 < signal_energy < math.inf and 0 < noise_energy < math.inf):
-        return None
-    return 10 * math.log10(signal_energy / noise_energy)

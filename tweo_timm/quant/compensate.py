@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tweo_timm.quant.compensation import Compensation, Pair
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.stream import StreamQuantizer
+from tweo_timm.stream import stream_of, with_stream
 from tweo_timm.tables import Entry
 
 _HELD_OUT = 4
@@ -63,16 +64,19 @@ def compensate(
     rows: dict[str, dict[str, Any]] = {}
 
     def place(name: str, module: Any) -> Callable[..., Tensor]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if name in rows:  # a layer that runs twice keeps its first fit, which its forward has applied
                 targets.next(name)
                 return output
             entered = kwargs[module.stream] if isinstance(module.stream, str) else args[module.stream]
             with torch._C.DisableTorchFunction():  # a StreamQuantizer counts additions, and these are not the block's
-                pair = Pair(targets.next(name), output, entered, held, module.channel_axis)
+                got = stream_of(output, layer)
+                pair = Pair(targets.next(name), got, entered, held, module.channel_axis)
                 module.compensation, fit = compensation.fit(pair)
                 rows[name] = asdict(fit)
-                return output if module.compensation is None else module.compensation(entered, output)
+                if module.compensation is None:
+                    return output
+                return with_stream(output, module.compensation(entered, got), layer)
 
         return hook
 
@@ -170,9 +174,9 @@ class _Targets:
             self._ready.put(("", error))
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._stop.is_set():
                 raise _Stopped
-            self._ready.put((name, output))
+            self._ready.put((name, stream_of(output, module)))
 
         return hook

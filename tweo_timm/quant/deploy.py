@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tweo_timm import machine
-from tweo_timm.quant.export import TARGETS, export_onnx, require_export_extra
+from tweo_timm.quant.export import TARGETS, export_onnx, has_zero_points, require_export_extra
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.sidecar import write_scales
 
@@ -142,6 +142,9 @@ def export_record(
     if first is None:
         raise ValueError("an export is checked on at least one image")
     example, targets = first[0][:2], list(targets) if quantized is not None else ["qdq"]
+    if quantized is not None and has_zero_points(quantized) and len(targets) > 1:
+        targets = [target for target in targets if target != "qdq"]
+        _logger.info("%s has zero points, which target 'qdq' does not take (TensorRT): left out", path.name)
     files: list[dict[str, Any]] = []
     for index, target in enumerate(targets):
         to = path if index == 0 else path.with_suffix(f".{target}.onnx")

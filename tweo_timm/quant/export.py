@@ -35,7 +35,7 @@ from tweo_timm.flow import name_of
 from tweo_timm.machine import EXACT_INT8
 from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.qdq import stand_in
-from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.stream import StreamQuantizer
 from tweo_timm.version import __version__
@@ -89,6 +89,11 @@ def export_onnx(
 
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; accepted are {', '.join(TARGETS)}")
+    if target == "qdq" and has_zero_points(model):
+        raise ValueError(
+            "target 'qdq' takes no zero points (+zero): TensorRT, one of its readers, multiplies symmetric integers "
+            "alone; export for target 'onnxruntime', or quantize without +zero"
+        )
     working = _working_copy(model)
     scheme = getattr(working, "quantization", {}).get("scheme")
     folds = fold_compensation(working) if scheme else {"folded": [], "kept": []}
@@ -114,6 +119,11 @@ def _metadata(scheme: str | None) -> dict[str, str]:
         "session_options": json.dumps(EXACT_INT8 if saturable else {}),
         "tweo_timm": __version__,
     }
+
+
+def has_zero_points(model: nn.Module) -> bool:
+    """Whether some activation of a quantized model has a zero point other than 0."""
+    return any(isinstance(module, Quantizer) and module.zero_point for module in model.modules())
 
 
 def _working_copy(model: nn.Module) -> nn.Module:

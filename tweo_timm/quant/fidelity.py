@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tweo_timm.blocks import find_blocks
 from tweo_timm.layers import projections_called
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.stats import decibels
+from tweo_timm.stream import stream_of
 
 _CHUNK = 8
 """Images compared at a time: the outputs of all layers of both models are alive together."""
@@ -79,8 +81,8 @@ def fidelity(
             {
                 "name": name,
                 "kind": kinds[name],
-                "sqnr_db": _decibel(powers[0], powers[1]),
-                "sqnr_without_peak_db": _decibel(powers[2], powers[3]),
+                "sqnr_db": decibels(powers[0], powers[1]),
+                "sqnr_without_peak_db": decibels(powers[2], powers[3]),
             }
             for name, powers in sums.items()
         ],
@@ -103,9 +105,9 @@ class _Outputs:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.seen[name] = output
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.seen[name] = stream_of(output, module)
 
         return hook
 
@@ -118,10 +120,3 @@ def _powers(y: Tensor, y_q: Tensor) -> Tensor:
     whole = [signal_power.sum(), noise_power.sum()]
     rest = [whole[0] - signal_power.gather(1, peak).sum(), whole[1] - noise_power.gather(1, peak).sum()]
     return torch.stack([*whole, *(power.clamp(min=0) for power in rest)]).cpu()
-
-
-def _decibel(signal: Tensor, noise: Tensor) -> float | None:
-    if not (signal > 0 and noise > 0):
-        return None
-    ratio = 10 * math.log10(float(signal) / float(noise))
-    return ratio if math.isfinite(ratio) else None

@@ -69,16 +69,19 @@ class QdqPoint(nn.Module):
                 "its step is computed at run time, one a token, which ONNX cannot express: quantize with static "
                 "activation scales, such as w8a8-tt or w8a8-ct"
             )
-        zero = torch.tensor(UNSIGNED_ZERO_POINT, dtype=torch.uint8) if unsigned else torch.tensor(0, dtype=torch.int8)
-        self.limit = None if quantizer.bits == 8 else float(quantizer.scale) * largest_integer(quantizer.bits)
+        shift, dtype = (UNSIGNED_ZERO_POINT, torch.uint8) if unsigned else (0, torch.int8)
+        zero = torch.tensor(shift + quantizer.zero_point, dtype=dtype)
+        largest, step = largest_integer(quantizer.bits), float(quantizer.scale)
+        bounds = tuple((side * largest - quantizer.zero_point) * step for side in (-1, 1))
+        self.bounds = None if quantizer.bits == 8 else bounds
         self.register_buffer("scale", quantizer.scale.detach().clone())
         self.register_buffer("zero_point", zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """Emit the nodes that round x."""
         with torch._C.DisableTorchFunction():
-            if self.limit is not None:
-                x = x.clamp(-self.limit, self.limit)
+            if self.bounds is not None:
+                x = x.clamp(*self.bounds)
             integers = _node("QuantizeLinear", (x, self.scale, self.zero_point), x.shape, self.zero_point.dtype)
             return _node("DequantizeLinear", (integers, self.scale, self.zero_point), x.shape)
 

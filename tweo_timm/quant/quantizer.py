@@ -41,10 +41,10 @@ def step_of(amax: Tensor, bits: int) -> Tensor:
     return (amax.to(torch.float32) + EPS) / largest_integer(bits)
 
 
-def to_integers(x: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Return round(x / step) within [-Q_b, Q_b], ties to even, as floats of x's dtype."""
+def to_integers(x: Tensor, step: Tensor, bits: int, zero_point: int = 0) -> Tensor:
+    """Return round(x / step) within [-Q_b, Q_b] less the zero point, ties to even, as floats of x's dtype."""
     limit = largest_integer(bits)
-    return (x / step).round_().clamp_(-limit, limit)
+    return (x / step).round_().clamp_(-limit - zero_point, limit - zero_point)
 
 
 class Quantizer(nn.Module):
@@ -54,23 +54,42 @@ class Quantizer(nn.Module):
         bits: 8, 6 or 4.
         amax: max|X| over the calibration images, a scalar; None computes it at run time.
         axes: for the dynamic kind, the axes that share a step, such as (-1,) for one step a token.
+        least: min X over the calibration images, where integers are to cover [min, max] with a zero point instead of
+            +-max|X|; `amax` is then max X.
 
     Attributes:
         scale: the static step, a float32 buffer of no axes; None for the dynamic kind.
+        zero_point: the stored integer that stands for 0; 0 unless `least` is given.
 
     Raises:
-        ValueError: if `amax` is not finite.
+        ValueError: if `amax` or `least` is not finite.
     """
 
     scale: Tensor | None
 
-    def __init__(self, bits: int, amax: Tensor | None = None, axes: tuple[int, ...] = (-1,)) -> None:
+    def __init__(
+        self,
+        bits: int,
+        amax: Tensor | None = None,
+        axes: tuple[int, ...] = (-1,),
+        least: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        if amax is not None and not bool(torch.isfinite(amax)):
-            raise ValueError(f"max|X| is {float(amax)} over the calibration images: no static scale can hold that")
+        for extreme in (amax, least):
+            if extreme is None or bool(torch.isfinite(extreme)):
+                continue
+            raise ValueError(
+                f"max|X| is {float(extreme.abs())} over the calibration images: no static scale can hold that"
+            )
         self.bits = bits
         self.axes = axes
-        self.register_buffer("scale", None if amax is None else step_of(amax.detach(), bits).reshape(()))
+        self.zero_point = 0
+        scale = None if amax is None else step_of(amax.detach(), bits).reshape(())
+        if least is not None:
+            assert amax is not None
+            scale = step_of((amax.detach().float() - least.detach().float()) / 2, bits).reshape(())
+            self.zero_point = -largest_integer(bits) - round(float(least) / float(scale))
+        self.register_buffer("scale", scale)
 
     @property
     def granularity(self) -> str:
@@ -78,12 +97,12 @@ class Quantizer(nn.Module):
         return "dynamic" if self.scale is None else "tensor"
 
     def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the integers, as floats (float32, or float64 for float64 input), and the step that they count."""
+        """Return integers less the zero point, as floats (float32, float64 for float64 input), and their step."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         step = self.scale
         if step is None:
             step = step_of(x.abs().amax(self.axes, keepdim=True), self.bits)
-        return to_integers(x, step, self.bits), step
+        return to_integers(x, step, self.bits, self.zero_point), step
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x rounded to its grid: integers times step, in x's dtype."""
@@ -92,8 +111,10 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what a user wants to see of a scale."""
-        return f"{self.bits} bits, {self.granularity}" + (
-            "" if self.scale is None else f", step={float(self.scale):.6g}"
+        return (
+            f"{self.bits} bits, {self.granularity}"
+            + ("" if self.scale is None else f", step={float(self.scale):.6g}")
+            + (f", zero point={self.zero_point}" if self.zero_point else "")
         )
 
 
@@ -146,7 +167,8 @@ class QuantizedLayer(nn.Module):
         self.input_quantizer = input_quantizer
         self.compensation = None
         largest_sum = int(self.weight_int.flatten(1).abs().sum(1, dtype=torch.int64).max())
-        self._exact = largest_sum * largest_integer(input_quantizer.bits) < _EXACT_FLOAT32
+        largest_input = largest_integer(input_quantizer.bits) + abs(input_quantizer.zero_point)
+        self._exact = largest_sum * largest_input < _EXACT_FLOAT32
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the convolution whose place this takes: some models read kernel_size and the like."""

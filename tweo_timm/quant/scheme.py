@@ -6,6 +6,7 @@ A scheme is short enough to be a column of a table and a command-line argument, 
     w8a8-ck        weights with a scale a channel, activations with a scale a token, computed as they come
     w7a8-tt        weights within +-63: exact int8 products on every processor (docs/export.md)
     w6a6-tt+res    as the first at 6 bits, and the residual stream is quantized too
+    w8a8-tt+res+rot    the residual stream is rotated first, exactly, so that no channel stands out (docs/repair.md)
 
 The letters are those of arXiv:2511.23225: T per tensor, C per channel, K per token.
 """
@@ -19,11 +20,14 @@ WEIGHT_BITS = (8, 7, 6, 4)
 """7: int8 of half the range, whose products with uint8 cannot saturate on a processor that adds two in 16 bits."""
 ACTIVATION_BITS = (8, 6, 4)
 GRAMMAR = (
-    "w{8,7,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of weights and activations; "
-    "weights per tensor (t) or channel (c); activations per tensor, static (t) or per token, dynamic (k)"
+    "w{8,7,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+zero][+rot|+rotr][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of "
+    "weights and activations; weights per tensor (t) or channel (c); activations per tensor, static (t) or per token, "
+    "dynamic (k)"
 )
-_FLAGS = ("res", "attn", "smooth")
+_FLAGS = ("res", "attn", "zero")
+_ROTATIONS = {"rot": "learned", "rotr": "random"}
 _COMPENSATIONS = ("qwt", "qwtblock", "qwtlinear")
+_SUFFIXES = (*_FLAGS, *_ROTATIONS, "smooth", *_COMPENSATIONS)
 _BODY = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)-(?P<weights>[a-z])(?P<activations>[a-z])")
 
 
@@ -41,6 +45,9 @@ class Scheme:
         smooth: SmoothQuant first moves activation peaks into the weights.
         compensation: "" for none, "qwt" (a gain and a shift for each channel after each layer, QwT-v2), "qwtblock" (the
             same after each block) or "qwtlinear" (a linear layer beside each block, the first QwT).
+        rotation: "" for none, "rot" (learned from the calibration images) or "rotr" (random): the residual stream is
+            rotated before anything else, which changes nothing but its basis.
+        zero_point: inputs that lie on one side of 0, as after GELU, cover their range with a zero point.
 
     Raises:
         ValueError: if a field has another value.
@@ -54,6 +61,8 @@ class Scheme:
     attention: bool = False
     smooth: bool = False
     compensation: str = ""
+    rotation: str = ""
+    zero_point: bool = False
 
     def __post_init__(self) -> None:
         for name, bits, accepted in (
@@ -65,6 +74,15 @@ class Scheme:
                 raise ValueError(f"{name} is {bits!r}; accepted are {known} (a scheme is {GRAMMAR})")
         if self.compensation not in ("", *_COMPENSATIONS):
             raise ValueError(f"compensation is {self.compensation!r}; accepted are '', {', '.join(_COMPENSATIONS)}")
+        if self.rotation not in ("", *_ROTATIONS):
+            raise ValueError(f"rotation is {self.rotation!r}; accepted are '', {', '.join(_ROTATIONS)}")
+        if self.zero_point and self.per_token:
+            raise ValueError("+zero needs static activation scales: use a scheme such as w8a8-tt+zero")
+
+    @property
+    def rotation_method(self) -> str:
+        """How the rotation is found, as `rotate` calls it: "learned" or "random"."""
+        return _ROTATIONS[self.rotation]
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
@@ -86,11 +104,12 @@ class Scheme:
             if match[key] not in letters:
                 raise _error(text, f"{key} {match[key]}")
         for index, suffix in enumerate(suffixes):
-            if suffix not in (*_FLAGS, *_COMPENSATIONS) or suffix in suffixes[:index]:
+            if suffix not in _SUFFIXES or suffix in suffixes[:index]:
                 raise _error(text, "+" + suffix)
-        compensations = [suffix for suffix in suffixes if suffix in _COMPENSATIONS]
-        if len(compensations) > 1:
-            raise _error(text, "+" + "+".join(compensations))
+        rotations, compensations = ([s for s in suffixes if s in kind] for kind in (_ROTATIONS, _COMPENSATIONS))
+        for exclusive in (rotations, compensations):
+            if len(exclusive) > 1:
+                raise _error(text, "+" + "+".join(exclusive))
         return cls(
             weight_bits=int(match["w"]),
             activation_bits=int(match["a"]),
@@ -100,11 +119,15 @@ class Scheme:
             attention="attn" in suffixes,
             smooth="smooth" in suffixes,
             compensation="".join(compensations),
+            rotation="".join(rotations),
+            zero_point="zero" in suffixes,
         )
 
     def __str__(self) -> str:
         suffixes = [
-            *(name for name, on in zip(_FLAGS, (self.residual, self.attention, self.smooth), strict=True) if on),
+            *(name for name, on in zip(_FLAGS, (self.residual, self.attention, self.zero_point), strict=True) if on),
+            *([self.rotation] if self.rotation else []),
+            *(["smooth"] if self.smooth else []),
             *([self.compensation] if self.compensation else []),
         ]
         letters = ("c" if self.per_channel else "t") + ("k" if self.per_token else "t")

@@ -1,7 +1,8 @@
 """Static scales beside the weights: a JSON file, named by module, that any engine's importer can read.
 
 An engine with a calibration cache of its own needs the numbers, not our graph. One file holds the steps of all layers
-and sites; a value is its integer times the step, integers are within +-(2^(bits-1) - 1), all zero points are 0.
+and sites; a value is its integer, less the zero point (0 but with +zero), times the step; integers are within
++-(2^(bits-1) - 1).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.smooth import smooth
 from tweo_timm.quant.stream import BlockSites, SiteWatcher, StreamQuantizer
+from tweo_timm.rewrite.rotate import rotate
 
 _logger = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ class Observation:
 
     Attributes:
         layers: layer name -> max|X| of its input.
+        ranges: layer name -> min X and max X of its input.
         blocks: block name -> its sites.
         num_images: images seen.
         unused: layers that no image reached.
     """
 
     layers: dict[str, Tensor] = field(default_factory=dict)
+    ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     blocks: dict[str, BlockSites] = field(default_factory=dict)
     num_images: int = 0
     unused: list[str] = field(default_factory=list)
@@ -71,7 +74,7 @@ def quantize_static(
     Returns:
         A model in evaluation mode with the float model's interface. Its Linear layers and convolutions are
         QuantizedLayers; `quantization_scales` lists every scale. Its attribute `quantization` is a dict that is ready
-        for JSON: scheme, calibration_images, unused_layers (stay float), and what +smooth and +qwt did.
+        for JSON: scheme, calibration_images, unused_layers (stay float), and what +rot, +smooth and +qwt did.
 
     Raises:
         ValueError: for a scheme that cannot be parsed, no calibration images, activations that are not finite, or a
@@ -80,13 +83,17 @@ def quantize_static(
             see the operands.
         TypeError: for scripted models, and layers whose effective weight is not stored.
 
-    Source: arXiv:2511.23225, PTQ protocol; suffixes +smooth and +qwt: see `smooth` and `compensate`.
+    Source: arXiv:2511.23225, PTQ protocol; suffixes +rot, +smooth and +qwt: see `rotate`, `smooth`, `compensate`.
     """
     scheme = Scheme.parse(scheme)
     batches = list(calibration_batches)
     quantized = _working_copy(model, fused_attention=not scheme.attention)
     found = find_blocks(quantized, blocks)
     report: dict[str, Any] = {"scheme": str(scheme)}
+    if scheme.rotation:
+        _refuse_no_images(batches)
+        report["rotation"] = rotate(quantized, scheme.rotation_method, batches).to_json()
+    reference = copy.deepcopy(quantized) if scheme.compensation else None
     if scheme.smooth:
         report["smooth"] = smooth(quantized, batches)
     observation = observe(quantized, batches, found)
@@ -94,8 +101,7 @@ def quantize_static(
     _replace_layers(quantized, observation, scheme)
     _quantize_streams(quantized, found, observation, scheme)
     quantized.eval().requires_grad_(False)
-    if scheme.compensation:
-        reference = _working_copy(model, fused_attention=not scheme.attention)
+    if reference is not None:
         report["compensation"] = compensate(reference, quantized, batches, scheme.compensation)
     quantized.quantization = report  # type: ignore[assignment]
     return quantized
@@ -107,8 +113,9 @@ def quantization_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
     Returns:
         For each quantized layer, by its own name: kind ("linear" or "conv"), weight_bits, weight_scale (a list with one
         step for each output channel, or one for the tensor), input_bits, input_scale (the step; None: computed at run
-        time, a step a token). For each site of the stream, by "<block>.<site>": kind ("stream" or "product"), bits,
-        scale. A value is its integer times the scale; integers are within +-(2^(bits-1) - 1); zero points are 0.
+        time, a step a token), input_zero_point. For each site of the stream, by "<block>.<site>": kind ("stream" or
+        "product"), bits, scale. A value is its integer, less the zero point, times the scale; integers are within
+        +-(2^(bits-1) - 1); zero points are 0 but with +zero.
     """
     scales: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -119,6 +126,7 @@ def quantization_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
                 "weight_scale": module.weight_scale.reshape(-1).tolist(),
                 "input_bits": module.input_quantizer.bits,
                 "input_scale": _number(module.input_quantizer),
+                "input_zero_point": module.input_quantizer.zero_point,
             }
         elif isinstance(module, StreamQuantizer):
             for site, quantizer in module.quantizers.items():
@@ -182,10 +190,14 @@ def observe(model: nn.Module, batches: Iterable[Tensor], blocks: Mapping[str, nn
         for images in batches:
             seen.num_images += len(images)
             model(images.to(device))
-    if seen.num_images == 0:
-        raise ValueError("calibration needs at least one image: pass batches of the training split")
+    _refuse_no_images(batches)
     watch.check()
     return seen
+
+
+def _refuse_no_images(batches: Sequence[Tensor]) -> None:
+    if not any(len(images) for images in batches):
+        raise ValueError("calibration needs at least one image: pass batches of the training split")
 
 
 class _Watch(TorchFunctionMode):
@@ -241,9 +253,12 @@ class _Watch(TorchFunctionMode):
     def _layer_hook(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._calls[name] += 1
-            amax = args[0].detach().abs().amax().float()
-            known = self.seen.layers.get(name)
-            self.seen.layers[name] = amax if known is None else torch.maximum(known, amax)
+            least, most = (extreme.float() for extreme in args[0].detach().aminmax())
+            if name in self.seen.ranges:
+                known = self.seen.ranges[name]
+                least, most = torch.minimum(known[0], least), torch.maximum(known[1], most)
+            self.seen.ranges[name] = least, most
+            self.seen.layers[name] = torch.maximum(-least, most)
 
         return hook
 
@@ -256,7 +271,7 @@ class _Watch(TorchFunctionMode):
         return hook
 
     def _leave_hook(self) -> Callable[..., None]:
-        def hook(block: nn.Module, args: Any, output: Tensor | None) -> None:
+        def hook(block: nn.Module, args: Any, output: Any) -> None:
             watcher = self._watchers.pop()
             watcher.__exit__(None, None, None)
             if output is not None:
@@ -271,10 +286,9 @@ def _replace_layers(model: nn.Module, observation: Observation, scheme: Scheme) 
     for name, layer in list(model.named_modules()):
         if name not in observation.layers:
             continue
-        amax = None if scheme.per_token else observation.layers[name]
         axes = (-1,) if isinstance(layer, nn.Linear) else tuple(range(1, layer.weight.ndim))
         try:
-            quantizer = Quantizer(scheme.activation_bits, amax, axes)
+            quantizer = _input_quantizer(scheme, observation, name, axes)
             replacements[id(layer)] = QuantizedLayer(
                 layer, quantizer, scheme.weight_bits, per_channel=scheme.per_channel
             )
@@ -284,6 +298,16 @@ def _replace_layers(model: nn.Module, observation: Observation, scheme: Scheme) 
         for child_name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 parent._modules[child_name] = replacements[id(child)]
+
+
+def _input_quantizer(scheme: Scheme, observation: Observation, name: str, axes: tuple[int, ...]) -> Quantizer:
+    """How a layer's input becomes integers; with a zero point where asked for and one side of 0 is nearly empty."""
+    if scheme.per_token:
+        return Quantizer(scheme.activation_bits, None, axes)
+    least, most = observation.ranges[name]
+    if scheme.zero_point and bool(torch.minimum(-least, most) < torch.maximum(-least, most) / 2):
+        return Quantizer(scheme.activation_bits, most.clamp(min=0), axes, least=least.clamp(max=0))
+    return Quantizer(scheme.activation_bits, observation.layers[name], axes)
 
 
 def _quantize_streams(

@@ -30,6 +30,7 @@ from tweo_timm.blocks import channel_axis
 from tweo_timm.flow import Flow, name_of
 from tweo_timm.layers import adds_channels_first
 from tweo_timm.quant.quantizer import Quantizer
+from tweo_timm.stream import stream_of, streams_in, with_stream
 
 _ADDS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
@@ -164,10 +165,11 @@ class SiteWatcher(_Ordinals):
             self._sites.hidden_products.append(name_of(func))
         return result
 
-    def finish(self, output: Tensor) -> None:
+    def finish(self, output: Any) -> None:
         """Decide which additions are residual; call it with the block's output, after leaving the context."""
         residual = {index for index, (labels, _) in enumerate(self._adds) if self._STREAM in labels}
-        made_of = _adds_of(self._flow.labels(output))
+        streams = streams_in(output, self._block)
+        made_of = _adds_of(frozenset().union(*(self._flow.labels(stream) for stream in streams)))
         to_read = residual | made_of
         residual |= made_of
         while to_read:  # backwards, through blocks that project their stream before the first add
@@ -183,8 +185,8 @@ class SiteWatcher(_Ordinals):
         sites.residual = {index: self._adds[index][1] for index in sorted(residual)}
         sites.stream = stream_inputs[0]
         sites.output = not made_of
-        sites.raise_amax("output", output)
-        sites.output_axis = channel_axis(self._block, output)
+        sites.raise_amax("output", stream_of(output, self._block))
+        sites.output_axis = channel_axis(self._block, streams[0])
 
     def _channels(self, x: Tensor) -> int:
         """The axis of channels: by the layers of the module whose code adds; only (B, C, H, W) has it first."""
@@ -255,7 +257,7 @@ class StreamQuantizer(nn.Module):
         mode.__enter__()  # type: ignore[no-untyped-call]
         self._running.append((mode, kwargs[self.stream] if isinstance(self.stream, str) else args[self.stream]))
 
-    def _leave(self, block: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
+    def _leave(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         mode, entered = self._running.pop()
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if output is None:  # the block raised
@@ -267,11 +269,10 @@ class StreamQuantizer(nn.Module):
                 "a hook inside it adds tensors. Calibrate with inputs of the kind (size, mask) that follows."
             )
         if "output" in self.quantizers:
-            output = self.quantizers["output"](output)
-        if self.compensation is None:
-            return output
-        compensated: Tensor = self.compensation(entered, output)
-        return compensated
+            output = with_stream(output, self.quantizers["output"](stream_of(output, block)), block)
+        if self.compensation is not None:
+            output = with_stream(output, self.compensation(entered, stream_of(output, block)), block)
+        return output
 
     def extra_repr(self) -> str:
         """Name the block."""

@@ -1,27 +1,295 @@
-"""A checkpoint file that cannot be read: why not.
+"""A checkpoint as a stranger's file: read without running code from it, checked whole, and typed field by field.
 
-Files are read as plain tensors and values (torch's weights_only), which runs no code of theirs. One that holds objects
-of other code, a numpy scalar or a path say, is whole and still not read.
+timm's training checkpoints, plain files of weights and safetensors are read. Nothing is fetched from a network: an
+architecture that a file names counts only if timm knows that plain name. Paths in a file are data, never followed.
+
+Refused: files whose checksums do not hold (torch writes a zip file, which has one for every tensor; torch.load looks at
+none), values that only code of the file could make, and weights that are no numbers: of another type than the model's
+(torch would convert booleans, integers and complex numbers without a word), NaN or infinite.
+
+Source: timm.utils.CheckpointSaver (the entries), torch.serialization (the file).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from timm.models import clean_state_dict, is_model, load_checkpoint
+from torch import Tensor, nn
+
+from tweo_timm.records import Fields, shown
+from tweo_timm.settings import ANY, AT_LEAST_0
+from tweo_timm.suggestion import suggest_path
+
+_logger = logging.getLogger(__name__)
+
+Want = Literal["metadata", "weights", "training"]
+_PLAIN = ("state_dict", "model")  # what timm, and the code that came before it, call the weights
+_AVERAGED = ("state_dict_ema", "model_ema")
+_FOREIGN = (".npz", ".npy")  # only the architecture's own loader reads them
+_DEEPEST = 8  # of settings in a file
 
 
-def why_unreadable(path: Path, error: Exception) -> str:
-    """Say why reading a checkpoint failed: which objects of other code it holds, or that it is damaged."""
+def read(path: Path, want: Want = "training") -> CheckpointFile:
+    """Read a checkpoint.
+
+    Args:
+        path: the file.
+        want: `metadata` maps the tensors and looks at none, `weights` checks the whole file, `training` asks for a
+            training's state too.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or holds what is not asked for; the message says which.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"there is no checkpoint {path}: pass a file that timm or tweo-train saved{suggest_path(path)}"
+        )
+    if path.suffix == ".safetensors":
+        return CheckpointFile(path, {} if want == "metadata" else _read_safetensors(path), want)
+    if path.suffix in _FOREIGN:
+        return CheckpointFile(path, {}, want)
+    if want != "metadata":
+        _check_sums(path)
+    content = _load(path, mapped=want != "training" and zipfile.is_zipfile(path))
+    if want == "training" and not (isinstance(content, Mapping) and any(key in content for key in _PLAIN)):
+        raise ValueError(f"checkpoint {path} holds no training state: weights alone go to --initial-checkpoint")
+    if isinstance(content, Mapping):
+        return CheckpointFile(path, content, want)
+    raise ValueError(f"checkpoint {path} holds an object {shown(content)}; it must be a dictionary of tensors")
+
+
+def _check_sums(path: Path) -> None:
+    """Compare every part of the file with its checksum; files of torch before 1.6 have none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            packed = [part.filename for part in file.infolist() if part.compress_type != zipfile.ZIP_STORED]
+            damaged = None if packed else file.testzip()
+    except Exception as error:  # whatever damaged headers lead to
+        raise ValueError(_damaged(path, str(error))) from error
+    if packed:
+        raise ValueError(f"checkpoint {path} is compressed, which torch never does: save it again with torch.save")
+    if damaged is not None:
+        raise ValueError(_damaged(path, f"the checksum of {damaged} does not hold"))
+
+
+def _load(path: Path, mapped: bool) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            strange = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # torch raises whatever the damage looks like
-        strange = []
-    if not strange:
-        return f"checkpoint {path} is truncated or no checkpoint ({type(error).__name__})"
-    return (
-        f"checkpoint {path} holds objects of other code ({', '.join(sorted(strange)[:3])}), which are not loaded. If "
-        "you trust it: read it with torch.load(FILE, weights_only=False), and save its state_dict, arch and args again"
-    )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises whatever the content leads to
+        raise ValueError(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Say what of a file torch does not read without running code, or that it is damaged."""
+    needed: list[str] = []
+    with contextlib.suppress(Exception):  # damaged pickles, and files of another format
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    needed = [name for name in needed if name != "argparse.Namespace"]
+    if needed:
+        return (
+            f"checkpoint {path} holds {', '.join(needed)}, which is not loaded because it can run code: save it again "
+            "with tensors, numbers and strings only"
+        )
+    reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0][:200]
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        _check_sums(path)
+        return f"checkpoint {path} is not loaded because that could run code: {reason}"
+    return _damaged(path, f"{type(error).__name__}: {reason}")
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"checkpoint {path} is truncated, damaged or no checkpoint ({reason}){_before(path)}"
+
+
+def _before(path: Path) -> str:
+    """Name the checkpoint that was written before this one, if there is one."""
+    with contextlib.suppress(OSError):
+        written = path.stat().st_mtime_ns
+        files = {other: other.stat().st_mtime_ns for other in path.parent.glob("*.pth.tar") if other != path}
+        older = [other for other in files if files[other] <= written]
+        if older:
+            return f"; the one before it is {max(older, key=lambda other: (files[other], other.name))}"
+    return ""
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # its own exceptions, and those of the system
+        raise ValueError(_damaged(path, str(error)[:200])) from error
+
+
+class CheckpointFile:
+    """The content of a checkpoint; what it holds is checked when it is asked for.
+
+    Args:
+        path: where it was read from.
+        content: what stands in it.
+        want: what it was read for.
+
+    Attributes:
+        fields: the entries, by type.
+    """
+
+    def __init__(self, path: Path, content: Mapping[str, Any], want: Want = "training") -> None:
+        self.path = path
+        fits = " does not fit this run" if want == "training" else ""
+        self.fields = Fields(content, f"checkpoint {path}{fits}")
+
+    @property
+    def arch(self) -> str | None:
+        """Timm's name of the architecture; None if the file names none that timm knows."""
+        name = self.fields.mapping.get("arch")
+        if name is None:
+            return None
+        if isinstance(name, str) and ":" not in name and "/" not in name and is_model(name):
+            return name
+        _logger.warning("%s names no architecture of timm (arch is %s): not believed", self.path, shown(name))
+        return None
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The settings of the training: plain values only, others are passed over with a warning."""
+        args = self.fields.mapping.get("args")
+        given = vars(args) if isinstance(args, argparse.Namespace) else args
+        if given is None:
+            return {}
+        if not isinstance(given, Mapping):
+            _logger.warning("%s: args is %s, no settings: not believed", self.path, shown(given))
+            return {}
+        plain = {name: value for name, value in given.items() if isinstance(name, str) and _is_plain(value)}
+        for name in given.keys() - plain.keys():
+            _logger.warning("%s: args.%s is no plain value: passed over", self.path, name)
+        return plain
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch to go on with, by timm's rule: before version 2 `epoch` is that one, later it is the one done."""
+        if not self.fields.has("epoch"):
+            return 0
+        version = self.fields.integer("version", ANY) if self.fields.has("version") else 1
+        return self.fields.integer("epoch", AT_LEAST_0) + (1 if version > 1 else 0)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights, under the names of the model: prefixes of DDP and of torch.compile are taken off."""
+        name = next((key for key in _PLAIN if key in self.fields.mapping), None)
+        return self._weights(self.fields.mapping, "") if name is None else self._weights(self._entry(name), name)
+
+    @property
+    def ema(self) -> dict[str, Tensor] | None:
+        """The averaged weights; None if there are none."""
+        name = next((key for key in _AVERAGED if self.fields.has(key)), None)
+        return None if name is None else self._weights(self._entry(name), name)
+
+    def _entry(self, name: str) -> Mapping[str, Any]:
+        return self.fields.fields(name).mapping
+
+    def _weights(self, tensors: Mapping[str, Any], entry: str) -> dict[str, Tensor]:
+        names = Fields(tensors, self.fields.where, entry)
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                names.refuse(str(name)[:100], tensor, "a dense tensor")
+        cleaned: dict[str, Tensor] = clean_state_dict(dict(tensors))
+        return cleaned
+
+    def check(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+        """Refuse weights that a model would take without a word and that are not its numbers.
+
+        Args:
+            weights: of this file.
+            reference: the state of the model that they are for. What of it is infinite may be so.
+
+        Raises:
+            ValueError: naming the first tensor that is of another kind, or not finite.
+        """
+        for name, tensor in weights.items():
+            like = reference.get(name)
+            if like is None or not like.is_floating_point():
+                continue
+            if not tensor.is_floating_point():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{self.fields.where}: {name} is {dtype}; the model's are floating-point numbers")
+            if tensor.shape == like.shape and not is_finite(tensor) and is_finite(like):
+                raise ValueError(f"checkpoint {self.path}: {name} is not finite; take an earlier checkpoint")
+
+    @contextlib.contextmanager
+    def giving(self, name: str) -> Iterator[None]:
+        """Say of an entry that whatever fails while it is taken over is because it does not fit this run."""
+        try:
+            yield
+        except Exception as error:  # a stranger's values lead to anything
+            text = str(error) or type(error).__name__
+            if text.startswith(self.fields.where):
+                raise
+            raise ValueError(f"{self.fields.where}: {name}: {' '.join(text.split())[:400]}") from error
+
+
+def check_finite(model: nn.Module, path: Path) -> None:
+    """Refuse a model whose parameters are not finite, for files that timm loads by itself.
+
+    Raises:
+        ValueError: naming the first such parameter and the file.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise ValueError(f"checkpoint {path}: {name} is not finite; take an earlier checkpoint")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite."""
+    if tensor.element_size() == 1:  # float8
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    if depth == _DEEPEST or not isinstance(value, (list, tuple, Mapping)):
+        return False
+    items = [*value, *value.values()] if isinstance(value, Mapping) else value
+    return all(_is_plain(item, depth + 1) for item in items)
+
+
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    use_ema: bool = True,
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+) -> None:
+    """Load the weights of a file into a model strictly, as timm's `load_checkpoint` does, after looking at them.
+
+    Args:
+        model: of the architecture.
+        path: a checkpoint or a file of weights.
+        use_ema: whether averaged weights are taken where there are any.
+        filter_fn: makes of the file's weights those of the model.
+
+    Raises:
+        ValueError: if the file cannot be read, or its weights are no finite numbers.
+        RuntimeError: if they do not fit the model.
+    """
+    if path.suffix in _FOREIGN:
+        load_checkpoint(model, str(path))
+        check_finite(model, path)
+        return
+    file = read(path, "weights")
+    weights = (file.ema if use_ema else None) or file.weights
+    weights = filter_fn(weights, model) if filter_fn is not None else weights
+    file.check(weights, model.state_dict())
+    model.load_state_dict(weights, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tweo_timm.run.dataset import split_folder
+from tweo_timm.run.folders import split_folder
 
 KEY = "class_names"
 """Where a checkpoint holds them: a list by index, with None where an index has no name."""
@@ -58,6 +58,6 @@ def check_same_names(trained: Names | None, now: Names | None, where: str, remed
 
 
 def find_class_map(class_map: str, root: str | None, split: str) -> Path | None:
-    """Return the file of --class-map, where timm looks for it: here, or in the folder of the split; None without."""
-    inside = split_folder(Path(root), split) or Path(root) if root else Path()
-    return next((folder / class_map for folder in (Path(), inside) if (folder / class_map).is_file()), None)
+    """Return the file of --class-map: here, or where the data lies; None if there is none."""
+    inside = [Path(root), split_folder(Path(root), split) or Path(root)] if root else []
+    return next((folder / class_map for folder in (Path(), *inside) if (folder / class_map).is_file()), None)

@@ -2,70 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import MultiLabelTarget, create_dataset, resolve_input_data_config
+from timm.data import IterableImageDataset, MultiLabelTarget, create_dataset, resolve_input_data_config
 from torch import nn
-from torch.utils.data import Dataset
 
-from tweo_timm.run.failure import Failure
+from tweo_timm.run.classes import read_class_map
+from tweo_timm.run.folders import check_files, check_split, split_folder
+from tweo_timm.run.pictures import Reading, StrictImages, StrictStream
+from tweo_timm.run.readers import reader_of, reads_folders
+from tweo_timm.run.shards import check_shards
 from tweo_timm.suggestion import suggest, suggest_path
 
-# Folders that timm takes for one another when a split is asked for.
-_SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+_logger = logging.getLogger(__name__)
+
+# Datasets of torchvision that timm opens as training or test images, nothing else.
+_TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "qmnist", "kmnist", "fashion_mnist")
 _LENGTHS = "train.py: --train-num-samples and --val-num-samples; validate.py: --num-samples"
 CROPS = ("center", "squash", "border")  # anything else is center to timm
 RESAMPLINGS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
-class UnreadableImage(Failure):
-    """An image file of the dataset cannot be decoded; the message names it."""
-
-    def __init__(self, message: str) -> None:
-        # A loader's process sends its whole traceback, which ends in the message.
-        super().__init__(message.strip().splitlines()[-1].split("UnreadableImage: ")[-1])
-
-
-class StrictImages(Dataset[Any]):
-    """A map-style image dataset in which an unreadable image is an error, not a neighbour's image.
-
-    timm's ImageDataset replaces a file that it cannot decode by the next one, with a log line in a worker process.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        dataset._max_retries = 1
-        self.inner = dataset
-
-    @property
-    def transform(self) -> Any:
-        """The transform of the dataset inside, which timm's create_loader sets."""
-        return self.inner.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.inner.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.inner[index]
-        except RuntimeError as error:
-            if "Failed to load" not in str(error):  # timm's words; anything else is not the file's fault
-                raise
-            raise UnreadableImage(
-                f"cannot read image {self.inner.filename(index, absolute=True)}: the file is damaged or no image. "
-                "Replace or remove it"
-            ) from error
-
-
-def open_dataset(options: Any, split: str, data_config: dict[str, Any], **details: Any) -> Any:
+def open_dataset(
+    options: Any,
+    split: str,
+    data_config: dict[str, Any],
+    num_classes: int | None = None,
+    exif: bool = False,
+    **details: Any,
+) -> StrictImages | StrictStream:
     """Open one split with timm's readers: a folder, a tar, torch/, hfds/, wds/ or tfds/.
+
+    Args:
+        options: where the data is, and how it is read.
+        split: its name.
+        data_config: timm's resolved preprocessing.
+        num_classes: how many classes labels may speak of; None where they are not looked at.
+        exif: whether images are turned upright as their cameras say.
+        details: further arguments of timm's `create_dataset`.
 
     Raises:
         ValueError: if the data cannot be found; the message says where it was looked for. Or if images cannot be made
@@ -74,20 +53,19 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
     require_known("--interpolation", data_config["interpolation"], RESAMPLINGS)
     require_known("--crop-mode", data_config["crop_mode"], CROPS)
     root = options.data or options.data_dir
-    if not options.dataset and root is None:
-        raise ValueError("no data: pass --data-dir FOLDER (with train/ and val/ inside), or --dataset TYPE/NAME")
-    if not options.dataset and not Path(root).exists():
-        near = suggest_path(root)
-        raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/{near}")
-    if not options.dataset:
-        _check_split(Path(root), split)
+    folder = _folder(options, root, split)
+    class_map = options.class_map
+    if class_map:
+        class_map = read_class_map(class_map, [Path(root) if root else None, folder])
+    if folder is not None and folder.is_dir():
+        check_files(folder, options.input_key, class_map or None)
     mode = _image_mode(options.input_img_mode, data_config["input_size"][0])
     try:
         dataset = create_dataset(
             options.dataset,
             root=root,
             split=split,
-            class_map=options.class_map,
+            class_map=class_map,
             download=options.dataset_download,
             trust_remote_code=options.dataset_trust_remote_code,
             input_img_mode=mode,
@@ -95,35 +73,60 @@ def open_dataset(options: Any, split: str, data_config: dict[str, Any], **detail
             target_key=options.target_key,
             **details,
         )
-    except (RuntimeError, TypeError, ValueError, AssertionError, FileNotFoundError) as error:
+    except ImportError as error:
+        raise ValueError(
+            f"--dataset {options.dataset} needs a package that is not here: {error}; pip install it"
+        ) from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError, LookupError) as error:
         hint = f" ({_LENGTHS})" if "num_samples" in str(error) else ""
-        raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {error}{hint}") from error
-    return StrictImages(dataset) if hasattr(dataset, "_max_retries") else dataset
+        reason = f"its description (_info.json of wds/) lacks {error}" if isinstance(error, LookupError) else error
+        raise ValueError(f"cannot open split {split!r} of {options.dataset or root}: {reason}{hint}") from error
+    reading = Reading(mode, num_classes, exif)
+    if isinstance(dataset, IterableImageDataset):
+        if reader_of(options.dataset) == "wds":
+            check_shards(dataset.reader, counted=not details.get("is_training", False))
+        return StrictStream(dataset, reading, f"split {split!r} of {options.dataset}")
+    images = StrictImages(dataset, reading)
+    if class_map and folder is not None:
+        _note_empty_classes(split, class_map, dataset.reader)
+    return images
 
 
-def split_folder(root: Path, split: str) -> Path | None:
-    """Return the folder of a split under `root`, as timm finds it; None where timm would read all of `root` instead."""
-    name = split.split("[")[0]
-    names = next((names for names in _SPLIT_FOLDERS if name in names), ())
-    return next((root / one for one in (name, *names) if (root / one).exists()), None)
+def _folder(options: Any, root: str | None, split: str) -> Path | None:
+    """The folder or archive of a split, looked for as timm does; None for data that is no folder of images."""
+    if not options.dataset and root is None:
+        raise ValueError("no data: pass --data-dir FOLDER (with train/ and val/ inside), or --dataset TYPE/NAME")
+    _check_torch_split(options.dataset, split)
+    if not reads_folders(options.dataset):
+        return None
+    if root is None or not Path(root).exists():
+        near = suggest_path(root) if root is not None else ""
+        raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/{near}")
+    check_split(Path(root), split)
+    return split_folder(Path(root), split) or Path(root)
 
 
-def _check_split(root: Path, split: str) -> None:
-    """Refuse a split that is not there, for which timm would read every image of every split under `root`."""
-    if split_folder(root, split) is not None:
-        return
-    splits = [name for names in _SPLIT_FOLDERS for name in names if (root / name).is_dir()]
-    if splits:
-        raise ValueError(f"{root} holds no split {split!r}, but {', '.join(splits)}{suggest(split, splits)}")
+def _check_torch_split(dataset: str, split: str) -> None:
+    """Refuse a split that timm would take for the test images of one of torchvision's datasets."""
+    kind, _, name = dataset.lower().partition("/")
+    known = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
+    if kind == "torch" and name in _TRAIN_AND_TEST and split not in known:
+        raise ValueError(f"--dataset {dataset} has no split {split!r}: use train or test{suggest(split, known)}")
+
+
+def _note_empty_classes(split: str, class_map: dict[Any, int], reader: Any) -> None:
+    targets = getattr(reader, "targets", None)  # of archives
+    present = {int(target) for target in (targets if targets is not None else (one[1] for one in reader.samples))}
+    empty = [str(name) for name, index in class_map.items() if index not in present]
+    if empty:
+        more = f" and {len(empty) - 3} more" * (len(empty) > 3)
+        _logger.warning("split %s has no image of the classes %s of --class-map%s", split, ", ".join(empty[:3]), more)
 
 
 def _image_mode(mode: str | None, channels: int) -> str:
     """PIL's mode for images of so many channels: the one that was asked for, if it has as many."""
     mode = mode or ("RGB" if channels == 3 else "L")
-    try:
-        bands = Image.getmodebands(mode)
-    except KeyError as error:
-        raise ValueError(f"--input-img-mode {mode} is no mode of PIL: use RGB, L or RGBA, say") from error
+    bands = Image.getmodebands(mode)
     if bands != channels:
         raise ValueError(
             f"images of mode {mode} have {bands} channels and the model takes {channels}: give --in-chans {bands} with "
@@ -167,43 +170,6 @@ def place(images: torch.Tensor, options: Any, device: torch.device, dtype: torch
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     return images.to(dtype or image_dtype(options))
-
-
-def class_names(dataset: Any) -> dict[str, int] | None:
-    """Return the name -> index mapping of a folder dataset, None for others."""
-    reader = getattr(getattr(dataset, "inner", dataset), "reader", None)
-    mapping = getattr(reader, "class_to_idx", None)
-    return dict(mapping) if mapping else None
-
-
-def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False, chosen: bool = False) -> None:
-    """Refuse a dataset whose classes the model cannot tell apart.
-
-    Args:
-        dataset: what `open_dataset` returned.
-        num_classes: of the model.
-        mapped: whether --class-map chose the indices, which may then leave some out.
-        chosen: whether `num_classes` are those that --valid-labels chose of the model's.
-
-    Raises:
-        ValueError: if the numbers differ, or a mapped index is out of range.
-    """
-    names = class_names(dataset)
-    if not names:
-        return
-    if mapped and max(names.values()) < num_classes:
-        return
-    if mapped or len(names) != num_classes:
-        if chosen:
-            raise ValueError(
-                f"the data has {len(names)} classes and --valid-labels lists {num_classes}: list each once"
-            )
-        what = f"up to index {max(names.values())}" if mapped else f"{len(names)}"
-        raise ValueError(
-            f"the data has {what} classes ({', '.join(list(names)[:3])}, ...) and the model {num_classes}: "
-            f"pass --num-classes {max(names.values()) + 1}, or --class-map FILE for a subset (validate.py: or "
-            "--valid-labels FILE, which says which of the model's classes those of the data are)"
-        )
 
 
 def target_details(options: Any, num_classes: int) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class DatasetOptions:
     input_img_mode: str | None = flag(
         None, "PIL mode that images are converted to, e.g. RGB or L.", decides=Decides.INPUT
     )
+    exif: bool = flag(
+        False, "Turn images upright as their EXIF orientation says; timm passes over it.", decides=Decides.INPUT
+    )
     target_key: str | None = flag(
         None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.", decides=Decides.LABELS
     )

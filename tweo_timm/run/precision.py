@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=PrecisionOptions)
 
 
-def resolve_precision(options: Options, world: World, began: Namespace | None = None) -> Options:
+def resolve_precision(options: Options, world: World, began: Mapping[str, Any] | None = None) -> Options:
     """Replace --amp-dtype auto by what it means on this machine, and warn where --amp makes a run slower.
 
     The first process decides for all, by timing a product. A run that is continued keeps the precision that it began
@@ -25,7 +25,7 @@ def resolve_precision(options: Options, world: World, began: Namespace | None = 
     Args:
         options: of a command.
         world: the processes; a collective where there are several.
-        began: the settings of the run that is continued; None for a new one.
+        began: the settings of the run that is continued; None, or without these two, for a new one.
 
     Returns:
         The options with `amp` and `amp_dtype` as timm knows them.
@@ -35,8 +35,9 @@ def resolve_precision(options: Options, world: World, began: Namespace | None = 
     if options.amp_dtype != "auto":
         _warn_if_slow(options.amp_dtype, world)
         return options
-    if began is not None and hasattr(began, "amp"):
-        amp, dtype, why = began.amp, began.amp_dtype, "as this run began"
+    amp, dtype = (began.get("amp"), began.get("amp_dtype")) if began is not None else (None, None)
+    if isinstance(amp, bool) and dtype in ("float16", "bfloat16"):
+        why = "as this run began"
     else:
         fast, ratio = world.gather(machine.low_precision("bfloat16", str(world.device)) if world.primary else None)[0]
         amp, dtype, why = fast, "bfloat16" if fast else "float16", f"bfloat16 takes {ratio:.2g} of float32's time here"

@@ -63,7 +63,10 @@ def resolve(options: type, given: dict[str, Any]) -> tuple[dict[str, Any], Recip
     Raises:
         RecipeError: the recipe cannot be used.
     """
-    path = find_recipe(given["config"]) if given.get("config") else ""
+    try:
+        path = find_recipe(given["config"]) if given.get("config") else ""
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     recipe = load_recipe(path, options, given.get("config_unknown", "error")) if path else Recipe("")
     given = _one_folder(given, "the command line")
     return {**recipe.values, **given}, recipe

@@ -15,6 +15,9 @@ from tweo_timm.settings import flag_fields
 # What float32 holds, and any count of images or updates; beyond it, arithmetic ends in infinities or tracebacks.
 _LARGEST = 1e30
 
+MODES = ("RGB", "L", "LA", "RGBA", "CMYK", "YCbCr", "HSV")
+"""Of PIL's modes those with 8 bits per channel, which other images can be converted to."""
+
 
 def option_name(dest: str) -> str:
     """The long option string of a field, for messages."""
@@ -61,6 +64,12 @@ def image_shape(options: Any) -> Iterator[str]:
         values = getattr(options, dest)
         if values is not None and len(values) not in (1, expected):
             yield f"{option_name(dest)} has {len(values)} values; it needs one, or one for each of {expected} channels"
+
+
+def image_mode(options: Any) -> Iterator[str]:
+    """A complaint for images of a mode that a loader cannot pass on: others have no 8 bits per channel."""
+    if options.input_img_mode not in (None, *MODES):
+        yield f"--input-img-mode {options.input_img_mode} is none that timm's loaders take; use {', '.join(MODES)}"
 
 
 def regular_expressions(dest: str, *patterns: str | None) -> Iterator[str]:

@@ -37,6 +37,7 @@ from tweo_timm.train.data import Data, open_data
 from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
+from tweo_timm.train.param_groups import scale_rates
 from tweo_timm.train.shard import check_sharding, shard
 
 _logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     blocks = _blocks(options, model)
     if options.fsdp:
         check_sharding(options, world, fp8)
-    task = build_task(options, model, data.soft_targets, world)
+    task = build_task(options, model, data_config, data.soft_targets, world)
     if data.val is not None:
         _check_eval_metric(options, task)
     ema_model = _set_up_ema(options, task)
@@ -167,6 +168,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
         **scheduler_kwargs(namespace, decreasing_metric=_falling_metric(options, data)),
         updates_per_epoch=updates_per_epoch,
     )
+    if scheduler is None:
+        scale_rates(optimizer)
     if options.stop_epoch is not None and options.stop_epoch > num_epochs:
         raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
     session = Session(

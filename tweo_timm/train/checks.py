@@ -7,8 +7,11 @@ or that cannot work here, is refused. Facts about what timm does with a flag: it
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from tweo_timm.run.readers import dataset_rules, repetition_rules
 from tweo_timm.run.rules import (
+    image_mode,
     image_shape,
     option_name,
     out_of_bounds,
@@ -82,11 +85,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
     yield from pooling(options)
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
-    if not options.dataset and options.epoch_repeats:
-        yield "--epoch-repeats repeats the streams of tfds/, wds/ and hfids/; a folder of images has none: leave it out"
-    for dest in ("train_num_samples", "val_num_samples"):
-        if not options.dataset and getattr(options, dest) is not None:
-            yield f"{option_name(dest)} is the length of a stream (wds/, tfds/); a folder of images knows its own"
+    yield from dataset_rules(options, ("train_split", "val_split"), ("train_num_samples", "val_num_samples"))
+    yield from repetition_rules(options)
     stats = ("neg_pos", "inv_freq", "effective_num")
     if options.class_stats is None and (
         options.loss == "db" or {*stats} & {options.loss_pos_weight, options.loss_class_weight}
@@ -110,6 +110,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
         yield f"--split-bn needs --resplit, or --aug-splits 2 or more, which is {options.aug_splits}"
     if options.loss == "jsd" and options.aug_splits < 2:
         yield f"--loss jsd needs --aug-splits 2 or more, which is {options.aug_splits}"
+    if ".." in Path(options.experiment).parts or (options.experiment and not Path(options.experiment).name):
+        yield f"--experiment {options.experiment} names no folder in --output; give a name, deit_small_tweo say"
     sizes = options.train_img_sizes
     for dest in ("train_batch_sizes", "train_size_probs"):
         values = getattr(options, dest)
@@ -133,6 +135,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
 
 def _contradictory(options: TrainSettings) -> Iterator[str]:
     yield from image_shape(options)
+    yield from image_mode(options)
+    yield from _augmented_modes(options)
     for dest, loss in (("jsd_loss", "jsd"), ("bce_loss", "bce")):
         if getattr(options, dest) and options.loss not in (None, loss):
             yield f"{option_name(dest)} contradicts --loss {options.loss}; give --no-{loss}-loss or --loss {loss}"
@@ -160,6 +164,20 @@ def _contradictory(options: TrainSettings) -> Iterator[str]:
         yield f"--loss {options.loss} is for one label an image; with --task multilabel use bce, asl, poly, zlpr or db"
     if options.task == "classification" and options.loss in ("twoway", "zlpr", "db"):
         yield f"--loss {options.loss} is for several labels an image; give --task multilabel, or --loss ce or bce"
+
+
+def _augmented_modes(options: TrainSettings) -> Iterator[str]:
+    """A complaint for each flag that would end a run at the first image of this mode that it is drawn for."""
+    mode = options.input_img_mode
+    remedy = "leave it out, or use --input-img-mode RGB or L"
+    if options.aa and not options.no_aug and mode not in (None, "RGB", "L"):
+        yield f"--aa {options.aa} does not work on images of --input-img-mode {mode}; {remedy}"
+    if mode not in ("LA", "RGBA", "CMYK"):
+        return
+    if options.grayscale_prob and not options.no_aug:
+        yield f"--grayscale-prob {options.grayscale_prob:g} does not work on --input-img-mode {mode}; {remedy}"
+    if options.save_images:
+        yield f"--save-images writes JPEG files, which hold no --input-img-mode {mode}; {remedy}"
 
 
 def _tweo_and_fp8(options: TrainSettings) -> Iterator[str]:

@@ -14,16 +14,11 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.loader import PrefetchLoader
 
-from tweo_timm.run.dataset import (
-    RESAMPLINGS,
-    check_num_classes,
-    class_names,
-    image_dtype,
-    open_dataset,
-    require_known,
-    split_folder,
-    target_details,
-)
+from tweo_timm.run.classes import check_num_classes, check_same_classes, class_names
+from tweo_timm.run.dataset import RESAMPLINGS, image_dtype, open_dataset, require_known, target_details
+from tweo_timm.run.folders import split_folder
+from tweo_timm.run.pictures import Alterations
+from tweo_timm.run.readers import reads_folders
 from tweo_timm.run.world import World
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
@@ -42,6 +37,7 @@ class Data:
         soft_targets: whether targets are dense distributions, because of Mixup or CutMix.
         class_names: name -> index where the dataset has names, else None.
         batch_size: of training batches, on average where --train-batch-sizes gives several.
+        alterations: counts what of the training images is not read as it is seen.
         loss_scale: what the loss of a batch of so many images is multiplied by, for --variable-batch-loss-scale.
     """
 
@@ -52,6 +48,7 @@ class Data:
     soft_targets: bool
     class_names: dict[str, int] | None
     batch_size: float
+    alterations: Alterations
     loss_scale: Callable[[int], float]
 
     def start_epoch(self, epoch: int, mixup_off_epoch: int) -> None:
@@ -73,6 +70,7 @@ class Data:
         """Yield the training batches of one epoch, mixed."""
         for images, targets in self.train:
             yield self.mixup(images, targets) if self.mixup is not None else (images, targets)
+        self.alterations.report()
 
 
 def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: int, world: World) -> Data:
@@ -115,20 +113,15 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         soft_targets=bool(mixup_kwargs),
         class_names=class_names(getattr(train_set, "dataset", train_set)),
         batch_size=batch_size,
+        alterations=getattr(train_set, "dataset", train_set).alterations,  # AugMixDataset holds one inside
         loss_scale=_loss_scale(options, batch_size),
     )
 
 
 def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: int) -> tuple[Any, Any]:
     details = {"seed": options.seed, "batch_size": options.batch_size, **target_details(options, num_classes)}
-    root = Path(str(options.data or options.data_dir))
-    splits = (options.train_split, options.val_split)
-    both = not options.dataset and root.is_dir() and bool(options.val_split)
-    if both and not any(split_folder(root, split) for split in splits):
-        raise ValueError(
-            f"--data-dir {root} holds neither split ({', '.join(splits)}), and all of it would be used for both: pass "
-            "the folder that holds train/ and val/"
-        )
+    details |= {"num_classes": None if options.task == "multilabel" else num_classes, "exif": options.exif}
+    _check_splits(options)
     train_set = open_dataset(
         options,
         options.train_split,
@@ -143,28 +136,34 @@ def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         val_set = open_dataset(
             options, options.val_split, data_config, is_training=False, num_samples=options.val_num_samples, **details
         )
-    _check_same_classes(options, train_set, val_set)
+    check_same_classes({options.train_split: train_set, options.val_split: val_set})
     check_num_classes(train_set, num_classes, bool(options.class_map))
     if options.aug_splits:
         train_set = AugMixDataset(train_set, num_splits=options.aug_splits)
     return train_set, val_set
 
 
-def _check_same_classes(options: TrainOptions, train_set: Any, val_set: Any) -> None:
-    """Refuse a class that one split has no image of: timm numbers those that it finds in a split, from 0."""
-    names = {options.train_split: class_names(train_set), options.val_split: class_names(val_set)}
-    known = {split: set(found) for split, found in names.items() if found}
-    every = set().union(*known.values())
-    lacking = {split: sorted(every - found) for split, found in known.items() if found != every}
-    if not lacking:
+def _check_splits(options: TrainOptions) -> None:
+    """Refuse two names that mean the same images: the validation would be on what was trained on."""
+    root = Path(str(options.data or options.data_dir))
+    splits = (options.train_split, options.val_split)
+    if not options.val_split or not reads_folders(options.dataset) or not root.exists():
         return
-    which = (
-        f"{split} has no image of {', '.join(some[:3])}{', ...' * (len(some) > 3)}" for split, some in lacking.items()
-    )
-    raise ValueError(
-        f"the classes of the splits differ: {'; '.join(which)}. They would be numbered differently: add images, or "
-        "pass a --class-map FILE that numbers all"
-    )
+    folders = [split_folder(root, split) for split in splits]
+    if root.is_file():
+        raise ValueError(
+            f"--data-dir {root} is one archive, all of which would be used for both splits: pass the folder that holds "
+            "it, with --train-split train.tar and --val-split val.tar, say, or --val-split ''"
+        )
+    if not any(folders):
+        raise ValueError(
+            f"--data-dir {root} holds neither split ({', '.join(splits)}), and all of it would be used for both: pass "
+            "the folder that holds train/ and val/"
+        )
+    if folders[0] == folders[1] and splits[0] != splits[1]:
+        raise ValueError(
+            f"--train-split {splits[0]} and --val-split {splits[1]} are both {folders[0]}: give two folders"
+        )
 
 
 def _check_shards(options: TrainOptions, train_set: Any, world: World) -> None:

@@ -8,8 +8,8 @@ draw from. Everything is plain tensors and numbers, which torch.load reads witho
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +18,20 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from tweo_timm.fp8.patch import fp8_state, load_fp8_state
+from tweo_timm.records import Fields
+from tweo_timm.run.checkpoint_file import CheckpointFile
+from tweo_timm.settings import AT_LEAST_0, Bounds
 from tweo_timm.train.build import Session
 from tweo_timm.train.meters import EpochMeters
 from tweo_timm.train.replay import Position, RandomState
 
 _logger = logging.getLogger(__name__)
+
+# What a plateau schedule has seen; the rest of its state are settings of the run.
+_PLATEAU_MEMORY = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+
+
+Statistics = dict[str, dict[str, Tensor]]  # running statistics of batch norms, by name, of the model and of its EMA
 
 
 @dataclass
@@ -76,31 +85,36 @@ def capture_exact(
 
 
 def restore_exact(
-    exact: dict[str, Any], path: Path, session: Session, cursor: Cursor, meters: EpochMeters
-) -> Position | RandomState:
+    file: CheckpointFile, exact: Fields, session: Session, cursor: Cursor, meters: EpochMeters
+) -> tuple[Position | RandomState, Statistics]:
     """Put the state back.
 
     Args:
+        file: where it was read from.
         exact: what `capture_exact` returned.
-        path: where it was read from, for messages.
         session: the run, built.
         cursor: is set.
         meters: is set, if the epoch was under way.
 
     Returns:
-        Where to enter the epoch, or the random state at its beginning, to be restored when all else is ready.
+        Where to enter the epoch, or the random state at its beginning, to be restored when all else is ready; and
+        what `put_back_statistics` takes.
 
     Raises:
-        ValueError: if the run had another number of processes, or stood inside an epoch of another shape.
+        ValueError: if the run had another number of processes, stood inside an epoch of another shape, or the state
+            holds what no run writes.
     """
-    world = session.world
-    if len(exact["processes"]) != world.size:
+    world, path = session.world, file.path
+    processes = exact.each("processes")
+    if len(processes) != world.size:
         raise ValueError(
-            f"checkpoint {path} was written by {len(exact['processes'])} processes and this run has {world.size}: "
+            f"checkpoint {path} was written by {len(processes)} processes and this run has {world.size}: "
             "start as many, or give up exactness and name the epoch to begin with --start-epoch N"
         )
-    mine = exact["processes"][world.rank]
-    cursor.epoch, cursor.batch, cursor.updates = exact["epoch"], exact["batch"], exact["updates"]
+    mine = processes[world.rank]
+    cursor.epoch, cursor.batch, cursor.updates = (
+        exact.integer(key, AT_LEAST_0) for key in ("epoch", "batch", "updates")
+    )
     changed = _changes(exact, session)
     if changed and cursor.batch:
         raise ValueError(
@@ -110,20 +124,60 @@ def restore_exact(
     if changed:
         _logger.warning("The epochs have another shape than those before checkpoint %s: %s", path, changed)
         cursor.updates = cursor.epoch * session.updates_per_epoch
-    if exact["plateau"] is not None and session.options.sched == "plateau":
-        _plateau(session).load_state_dict(exact["plateau"])
-    if session.fp8 is not None and mine["fp8"] is not None:
-        load_fp8_state(session.model, mine["fp8"])
+    if exact.has("plateau") and session.options.sched == "plateau":
+        with file.giving("exact.plateau"):
+            _remember_plateau(_plateau(session), exact.fields("plateau").mapping)
+    if session.fp8 is not None and mine.has("fp8"):
+        with file.giving("the FP8 scales"):
+            load_fp8_state(session.model, dict(mine.fields("fp8").mapping))
     for name, generator in _generators(session).items():
-        if mine.get(name) is not None:
-            generator.set_state(mine[name])
+        if mine.has(name):
+            with file.giving(f"the random state {name}"):
+                generator.set_state(mine.mapping[name])
+    return _entry(file, mine, session, cursor, meters)
+
+
+def _entry(
+    file: CheckpointFile, mine: Fields, session: Session, cursor: Cursor, meters: EpochMeters
+) -> tuple[Position | RandomState, Statistics]:
+    """Where this process enters the epoch: at its beginning, or between two of its batches with what it had counted."""
     if not cursor.batch:
-        return RandomState.from_state_dict(mine["random"])
-    meters.load_state_dict(mine["meters"])
-    return Position.from_state_dict(mine["position"])
+        with file.giving("the random state"):
+            return _tried(RandomState.from_state_dict(dict(mine.fields("random").mapping))), {}
+    position = mine.fields("position")
+    if position.integer("batch", Bounds(1, len(session.data.train))) != cursor.batch:
+        position.refuse("batch", position.mapping["batch"], f"that of exact.batch, {cursor.batch}")
+    with file.giving("the position inside the epoch"):
+        entry = Position.from_state_dict(dict(position.mapping))
+        for state in (entry.epoch_start, entry.before_batch, entry.now):
+            _tried(state)
+    with file.giving("the sums of the epoch"):
+        meters.load_state_dict(mine.fields("meters").mapping)
+    statistics = dict(mine.fields("statistics").mapping) if mine.has("statistics") else {}
+    with file.giving("the statistics of batch norms"):
+        _check_statistics(session, statistics)
+    return entry, statistics
 
 
-def put_back_statistics(session: Session, statistics: dict[str, dict[str, Tensor]]) -> None:
+def _tried(state: RandomState) -> RandomState:
+    """Make sure that a random state can be restored, since that will be too late for a word about the checkpoint."""
+    present = RandomState.capture()
+    try:
+        state.restore()
+    finally:
+        present.restore()
+    return state
+
+
+def _check_statistics(session: Session, statistics: Statistics) -> None:
+    present = _batch_norm_statistics(session) if statistics else {}
+    for which, buffers in statistics.items():
+        for name, value in buffers.items():
+            if present[which][name].shape != value.shape:
+                raise ValueError(f"{name} is of shape {tuple(value.shape)}")
+
+
+def put_back_statistics(session: Session, statistics: Statistics) -> None:
     """Give batch norms what this process had measured; after DDP was made, which gives all those of the first.
 
     Args:
@@ -166,12 +220,18 @@ def _epoch_shape(session: Session) -> dict[str, int]:
     return shape | ({"--workers": options.workers} if isinstance(dataset, IterableDataset) else {})
 
 
-def _changes(exact: dict[str, Any], session: Session) -> str:
+def _changes(exact: Fields, session: Session) -> str:
     """What of an epoch's shape has changed since a checkpoint, in words."""
     now = _epoch_shape(session)
-    before = exact.get("shape", now)
-    changed = [name for name in now if before.get(name, now[name]) != now[name]]
-    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
+    shape = exact.fields("shape") if exact.has("shape") else None
+    before = {name: shape.integer(name) for name in now if shape.has(name)} if shape is not None else {}
+    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in before if before[name] != now[name])
+
+
+def _remember_plateau(plateau: Any, before: Mapping[str, Any]) -> None:
+    """Give a plateau schedule its memory back, unless it was of a metric that rises where this one falls."""
+    if before["mode"] == plateau.mode:
+        plateau.load_state_dict({name: before[name] for name in _PLATEAU_MEMORY if name in before})
 
 
 def _plateau(session: Session) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 from tweo_timm.outputs import Outputs
 from tweo_timm.records import append_rows, keep_rows_before
 from tweo_timm.stats import ActivationStats
+
+_logger = logging.getLogger(__name__)
 
 OWN_COLUMNS = ("train_task_loss", "train_tweo_loss", "train_peak_abs", "eval_peak_abs")
 
@@ -62,8 +65,16 @@ class Journal:
 
             self._board = SummaryWriter(str(folder), purge_step=updates or None)
 
-    def epoch(self, epoch: int, train: Mapping[str, float], val: Mapping[str, float], lr: float, updates: int) -> None:
-        """Append one row to summary.csv, and its scalars to TensorBoard and wandb.
+    def epoch(
+        self,
+        epoch: int,
+        train: Mapping[str, float],
+        val: Mapping[str, float],
+        lr: float,
+        updates: int,
+        listed: bool = True,
+    ) -> None:
+        """Write an epoch's scalars to TensorBoard, and append its row to summary.csv and wandb.
 
         Args:
             epoch: number of the epoch, from 0.
@@ -71,13 +82,16 @@ class Journal:
             val: metrics of validation without their prefix; empty when the epoch was not validated.
             lr: learning rate used in the epoch.
             updates: optimizer updates since the run began.
+            listed: whether it has a row; timm gives those epochs one that --val-interval lets validate.
         """
         row: dict[str, Any] = {"epoch": epoch, "lr": lr}
         row |= {f"train_{name}": value for name, value in train.items()}
         row |= {f"eval_{name}": value for name, value in val.items()}
+        self.scalars(row, updates)
+        if not listed:
+            return
         begun = self.summary.exists() and self.summary.stat().st_size > 0
         Outputs(self.folder).append(self.summary.name, _table([row], self._columns, header=not begun))
-        self.scalars(row, updates)
         if self._wandb is not None:
             self._wandb.log(row)
 
@@ -138,8 +152,13 @@ def _continue_table(path: Path, columns: Sequence[str], epoch: int) -> None:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
     table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    kept = [row for row in table if str(row.get("epoch")).isdigit() and int(row["epoch"]) < epoch]
-    if kept and table.fieldnames != columns:
+    try:
+        kept = [row for row in table if _number(row.get("epoch"), below=epoch)]
+        foreign = bool(kept) and table.fieldnames != columns
+    except csv.Error as error:
+        _logger.warning("%s is no table (%s): it stays beside the new one", path, error)
+        kept, foreign = [], True
+    if foreign:
         path.rename(path.with_name(f"{path.name}.before"))
     Outputs(path.parent).write(path.name, _table(kept, columns, header=bool(kept)))
 
@@ -152,3 +171,8 @@ def _table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], header: bo
         writer.writeheader()
     writer.writerows(rows)
     return table.getvalue()
+
+
+def _number(cell: Any, below: int) -> bool:
+    """Whether a cell is the number of an epoch before another."""
+    return isinstance(cell, str) and len(cell) < 10 and cell.isdecimal() and int(cell) < below

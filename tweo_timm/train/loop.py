@@ -13,10 +13,11 @@ from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
 from tweo_timm.records import append_rows
+from tweo_timm.run.checkpoint_file import CheckpointFile
 from tweo_timm.run.class_names import KEY, check_same_names, names_by_index, recorded_names
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
-from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, restore, training_state
+from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, exact_state, restore, training_state
 from tweo_timm.train.exact import Cursor, capture_exact, put_back_statistics, restore_exact
 from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.journal import Journal
@@ -50,62 +51,65 @@ class Trainer:
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
+        self._remembers = False  # whether the learning rates are those of the checkpoint
         self._statistics: dict[str, dict[str, Tensor]] = {}
 
     # ------------------------------------------------------------------------------------- what was, and what is kept
 
-    def resume(self, content: dict[str, Any], path: Path) -> None:
+    def resume(self, file: CheckpointFile) -> None:
         """Continue from a checkpoint: exactly from one of ours, at the next epoch from one of timm's.
 
         With --no-resume-opt it gives its weights alone, with --start-epoch all but its position.
 
         Args:
-            content: what `read_checkpoint` returned.
-            path: where it came from.
+            file: what was read.
 
         Raises:
-            ValueError: if it is of another model or run.
+            ValueError: if it is of another model or run, or holds what no run writes.
         """
-        session, options = self.session, self.session.options
+        session, options, before = self.session, self.session.options, file.args
         check_same_names(
-            recorded_names(content),
+            recorded_names(file.fields.mapping),
             names_by_index(session.data.class_names),
-            f"checkpoint {path}",
+            f"checkpoint {file.path}",
             "name the folders as they were, or give the same --class-map; --initial-checkpoint begins anew from its "
             "weights",
         )
         optimizer = None if options.no_resume_opt else session.optimizer
-        before = getattr(content.get("args"), "opt", options.opt)
-        if optimizer is not None and before.lower() != options.opt.lower():
+        opt = before.get("opt", options.opt)
+        if optimizer is not None and str(opt).lower() != options.opt.lower():
             raise ValueError(
-                f"checkpoint {path} was written under --opt {before}, whose state --opt {options.opt} cannot use: "
+                f"checkpoint {file.path} was written under --opt {opt}, whose state --opt {options.opt} cannot use: "
                 "go on with that one, or begin without its state by --no-resume-opt"
             )
-        epoch = restore(content, path, session.task, optimizer, session.scaler)
-        exact = content.get(EXACT_KEY)
-        if exact is not None and (changed := changed_settings(content.get("args"), options)):
-            _logger.warning("%s was written under other settings: %s", path, changed)
-        if exact is not None and optimizer is not None and options.start_epoch is None:
-            self._entry = restore_exact(exact, path, session, self.cursor, self.meters)
-            self._statistics = exact["processes"][session.world.rank].get("statistics", {})
-            _logger.info("Resumed %s exactly: epoch %d, batch %d", path, self.cursor.epoch, self.cursor.batch)
+        exact = exact_state(file)
+        if optimizer is None or options.start_epoch is not None:
+            exact = None
+        self._remembers = options.sched == "plateau" and exact is not None and exact.has("plateau")
+        epoch = restore(file, session.task, optimizer, session.scaler, self._remembers)
+        if exact_state(file) is not None and (changed := changed_settings(before, options)):
+            _logger.warning("%s was written under other settings: %s", file.path, changed)
+        self.step.restored = CheckpointFile(file.path, {}) if optimizer is not None else None
+        if exact is not None:
+            self._entry, self._statistics = restore_exact(file, exact, session, self.cursor, self.meters)
+            _logger.info("Resumed %s exactly: epoch %d, batch %d", file.path, self.cursor.epoch, self.cursor.batch)
             return
         self.cursor.epoch = options.start_epoch if options.start_epoch is not None else epoch
-        _logger.info("Resumed weights from %s; going on with epoch %d", path, self.cursor.epoch)
+        _logger.info("Resumed weights from %s; going on with epoch %d", file.path, self.cursor.epoch)
 
-    def open_folder(self, folder: Path, args: argparse.Namespace, resumed: tuple[Path, dict[str, Any]] | None) -> None:
+    def open_folder(self, folder: Path, args: argparse.Namespace, resumed: CheckpointFile | None) -> None:
         """Begin to write: checkpoints and records. Only for the primary process.
 
         Args:
             folder: the run folder; it exists.
             args: the options as plain values, stored in every checkpoint as timm does.
-            resumed: the checkpoint that the run continues from and its content, if it lies in this folder.
+            resumed: the checkpoint that the run continues from, if it lies in this folder.
         """
         session, options = self.session, self.session.options
         self.saver = AtomicSaver(folder, args, decreasing=session.falling_metric, max_history=options.checkpoint_hist)
         if resumed is not None:
-            self.saver.take_over(*resumed)
-            if resumed[0].name == LAST:
+            self.saver.take_over(resumed)
+            if resumed.path.name == LAST:
                 self._keep_milestone(self.cursor.epoch)
         names = session.task.create_evaluator().metric_names if session.data.val is not None else ()
         self.journal = Journal(
@@ -200,6 +204,8 @@ class Trainer:
         if self.journal is not None:
             self.journal.close()
         saver = self.saver
+        if saver is not None and not session.options.recovery_interval:
+            saver.forget_recovery_files()
         best = (saver.best_metric, saver.best_epoch) if saver is not None else (None, None)
         return {"best_metric": best[0], "best_epoch": best[1], "epochs": self._best_first(rows, last_epoch)}
 
@@ -215,11 +221,10 @@ class Trainer:
         session, cursor = self.session, self.cursor
         if self._entry is None:
             cursor.updates = cursor.epoch * session.updates_per_epoch
-        remembers = session.options.sched == "plateau" and self._entry is not None
-        if session.scheduler is not None and not remembers:
+        if session.scheduler is not None and not self._remembers:
             # The rates of a checkpoint are those of the schedule it was written under, which may be another one.
             if cursor.epoch:
-                session.scheduler.step(cursor.epoch)
+                session.scheduler.step(self._scheduled(cursor.epoch))
             if cursor.updates:
                 session.scheduler.step_update(cursor.updates)
         put_back_statistics(session, self._statistics)
@@ -227,6 +232,11 @@ class Trainer:
         if isinstance(self._entry, RandomState):
             self._entry.restore()
             self._entry = None
+
+    def _scheduled(self, epoch: int) -> int:
+        """The epoch by which a schedule finds its rate; plateau without memory begins at the end of its warm-up."""
+        warmup = self.session.options.warmup_epochs
+        return min(epoch, warmup) if self.session.options.sched == "plateau" and warmup else epoch
 
     def _epoch(self, epoch: int, last_epoch: int) -> dict[str, Any]:
         session = self.session
@@ -243,7 +253,7 @@ class Trainer:
             session.scheduler.step(epoch + 1, metric)
         if self.journal is not None:
             updates = self.cursor.updates
-            self.journal.epoch(epoch, train, val, lr, updates)
+            self.journal.epoch(epoch, train, val, lr, updates, listed=self._is_validated(epoch + 1, last_epoch))
             self.journal.blocks(rows, updates)
             recorders = {"train": session.train_recorder, "eval": session.ema_recorder or session.recorder}
             for label, recorder in recorders.items():
@@ -378,7 +388,9 @@ class Trainer:
 
         assert self.journal is not None
         name = f"train-batch-{self.cursor.epoch}-{self.cursor.batch}.jpg"
-        save_image(images, self.journal.folder / name, padding=0, normalize=True)
+        path = self.journal.folder / name
+        path.unlink(missing_ok=True)  # a link there would lead the picture elsewhere
+        save_image(images, path, padding=0, normalize=True)
 
     # ----------------------------------------------------------------------------------------------------- validation
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tweo_timm.outliers import OutlierRecorder
-from tweo_timm.stats import ActivationStats
+from tweo_timm.stats import NUM_BINS, ActivationStats
 
 LOSSES = ("loss", "task_loss", "tweo_loss")
 
@@ -109,12 +109,20 @@ class EpochMeters:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: the state is of other blocks, or no sums.
+        """
         self.reset()
-        self._sums, self._counts = state["sums"].tolist(), list(state["counts"])
+        self._sums, self._counts = state["sums"].double().tolist(), [int(count) for count in state["counts"]]
+        if not len(self._sums) == len(self._counts) == len(LOSSES) or state["peaks"].shape != self._peaks.shape:
+            raise ValueError(f"sums of {len(self._sums)} losses and peaks of {len(state['peaks'])} blocks")
         self._peaks = state["peaks"].to(self._device, copy=True)
         if self.recorder is not None:
             for name, counted in state["outliers"].items():
+                if name not in self.recorder.stats:
+                    raise ValueError(f"statistics of {name}, which is none of the blocks")
                 self.recorder.stats[name] = ActivationStats.from_state(_unpack(counted))
 
 
@@ -132,7 +140,9 @@ def _pack(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpack(packed: dict[str, Any]) -> dict[str, Any]:
-    histogram = packed["counts"].new_zeros(packed["num_bins"])
+    if packed["num_bins"] != NUM_BINS:
+        raise ValueError(f"a histogram of {packed['num_bins']} bins; there are {NUM_BINS}")
+    histogram = packed["counts"].new_zeros(NUM_BINS)
     histogram[packed["bins"]] = packed["counts"]
     return {"channel_axis": packed["channel_axis"], "sums": {**packed["sums"], "histogram": histogram}}
 

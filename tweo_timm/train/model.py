@@ -12,6 +12,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
+from tweo_timm.run.checkpoint_file import CheckpointFile, check_finite, load_weights, read
 from tweo_timm.run.model import check_image_size, suggest_model
 from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
@@ -56,6 +57,7 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
 def _create(options: TrainOptions) -> nn.Module:
     file = {"file": options.pretrained_path, "num_classes": -1} if options.pretrained_path else {}
     overlay = {**file, **options.pretrained_cfg_overlay}
+    given = _file_of_weights(options)
     try:
         arguments = resolve_model_input_args(
             options.model,
@@ -68,13 +70,34 @@ def _create(options: TrainOptions) -> nn.Module:
             global_pool=options.gp,
             bn_momentum=options.bn_momentum,
             bn_eps=options.bn_eps,
-            checkpoint_path=options.initial_checkpoint,
             pretrained_cfg_overlay=overlay or None,
             **options.model_kwargs,
         )
-        return create_model(**arguments)  # type: ignore[no-any-return]
-    except Exception as error:  # whatever a damaged file or an odd argument of an architecture leads to
+        model: nn.Module = create_model(**arguments)
+    except Exception as error:  # whatever odd weights or an odd argument of an architecture lead to
         raise ValueError(_why_not(options, error)) from error
+    if given is not None:
+        given.check(given.weights, model.state_dict())
+        check_finite(model, given.path)
+    if options.initial_checkpoint:
+        _load_initial(model, options)
+    return model
+
+
+def _load_initial(model: nn.Module, options: TrainOptions) -> None:
+    try:
+        load_weights(model, Path(options.initial_checkpoint))
+    except RuntimeError as error:
+        raise ValueError(_why_not(options, error)) from error
+
+
+def _file_of_weights(options: TrainOptions) -> CheckpointFile | None:
+    """Look at the file of --pretrained-path, which timm loads, and whether one of the two flags names none."""
+    path = options.initial_checkpoint or options.pretrained_path
+    if path and not Path(path).is_file():
+        flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
+        raise ValueError(f"{flag} {path} does not exist: pass a file of weights{suggest_path(path)}")
+    return read(Path(path), "weights") if path and not options.initial_checkpoint else None
 
 
 def _why_not(options: TrainOptions, error: Exception) -> str:
@@ -83,17 +106,12 @@ def _why_not(options: TrainOptions, error: Exception) -> str:
         near = suggest_model(options.model, error)
         return f"--model {options.model}: timm knows no such model; timm.list_models('*vit*') lists names{near}"
     weights = options.initial_checkpoint or options.pretrained_path
-    if weights and (isinstance(error, FileNotFoundError) or "No checkpoint found" in text):
-        flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
-        return f"{flag} {weights} does not exist: pass a file of weights{suggest_path(weights)}"
     if options.pretrained and isinstance(error, OSError):
         return f"--pretrained: no weights of {options.model} to be had; give --pretrained-path FILE. {text[:400]}"
     if "state_dict" in text or "size mismatch" in text:
         return f"the weights in {weights} do not fit {options.model}: {text[:400]}{_how_to_resize(options, text)}"
     if "Conflicting input" in text:
         return f"{text} To let --img-size and --input-size decide, leave img_size out of --model-kwargs"
-    if weights and Path(weights).is_file() and not isinstance(error, TypeError):
-        return f"{weights} is truncated or no file of weights ({type(error).__name__}: {text[:200]})"
     return f"{options.model} does not accept these options (--model-kwargs {options.model_kwargs}): {text[:400]}"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.loss import load_class_stats, resolve_class_weights
 from timm.task import (
     ClassificationTask,
+    DistillationTeacher,
     FeatureDistillationTask,
     LogitDistillationTask,
     MultiLabelClassificationTask,
@@ -19,7 +20,7 @@ from timm.task import (
 )
 from torch import Tensor, nn
 
-from tweo_timm.run.model import suggest_model
+from tweo_timm.run.model import check_image_size, suggest_model
 from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.options import TrainOptions
@@ -27,17 +28,20 @@ from tweo_timm.train.options import TrainOptions
 _logger = logging.getLogger(__name__)
 
 
-def build_task(options: TrainOptions, model: nn.Module, soft_targets: bool, world: World) -> TrainingTask:
+def build_task(
+    options: TrainOptions, model: nn.Module, data_config: Mapping[str, Any], soft_targets: bool, world: World
+) -> TrainingTask:
     """Build timm's training task.
 
     Args:
         options: the run's options: task, loss and distillation.
         model: the model that is trained.
+        data_config: timm's resolved preprocessing of its images.
         soft_targets: whether Mixup or CutMix makes the targets dense distributions.
         world: its device.
 
     Raises:
-        ValueError: if the loss does not go with the targets, or the teacher cannot be had.
+        ValueError: if the loss does not go with the targets, or the teacher cannot be had or does not fit.
     """
     shared: dict[str, Any] = {
         "criterion_kwargs": criterion_kwargs(options, soft_targets),
@@ -53,31 +57,56 @@ def build_task(options: TrainOptions, model: nn.Module, soft_targets: bool, worl
     if options.task == "multilabel":
         raise ValueError("--kd-model-name distils single-label classifiers only: leave out --task multilabel")
     try:
-        return _distillation(options, model, shared)
+        return _distillation(options, model, data_config, shared)
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
         teacher = options.kd_model_name
         near = suggest_model(teacher, error)
         raise ValueError(f"--kd-model-name {teacher} cannot teach {options.model}: {error}{near}") from error
 
 
-def _distillation(options: TrainOptions, model: nn.Module, shared: dict[str, Any]) -> TrainingTask:
+def _distillation(
+    options: TrainOptions, model: nn.Module, data_config: Mapping[str, Any], shared: dict[str, Any]
+) -> TrainingTask:
+    place: dict[str, Any] = {"device": shared["device"], "dtype": shared["dtype"]}
     shared |= {"distill_loss_weight": options.distill_loss_weight, "task_loss_weight": options.task_loss_weight}
-    teacher = options.kd_model_name
+    teacher = DistillationTeacher(str(options.kd_model_name), model.num_classes, model.in_chans, **place)
+    _check_teacher(options, teacher.model, model, data_config["input_size"])
+    task: TrainingTask
     if options.kd_distill_type == "logit":
-        return LogitDistillationTask(
+        task = LogitDistillationTask(
             model, teacher, loss_type=options.kd_loss_type, temperature=options.kd_temperature, **shared
         )
-    if options.kd_distill_type == "feature":
-        return FeatureDistillationTask(
+    elif options.kd_distill_type == "feature":
+        task = FeatureDistillationTask(
             model,
             teacher,
             student_feature_dim=options.kd_student_feature_dim,
             teacher_feature_dim=options.kd_teacher_feature_dim,
             **shared,
         )
-    return TokenDistillationTask(
-        model, teacher, distill_type=options.kd_token_distill_type, temperature=options.kd_temperature, **shared
-    )
+    else:
+        task = TokenDistillationTask(
+            model, teacher, distill_type=options.kd_token_distill_type, temperature=options.kd_temperature, **shared
+        )
+    for name in ("mean", "std"):  # timm's are those of the student's architecture, whatever the loader does
+        used = torch.tensor(data_config[name], **place).view(1, -1, 1, 1)
+        task.register_buffer(f"student_{name}", used, persistent=False)
+    return task
+
+
+def _check_teacher(options: TrainOptions, teacher: nn.Module, student: nn.Module, input_size: Sequence[int]) -> None:
+    """Refuse a teacher that would see other images than it was trained on, or guess by weights drawn at random."""
+    trained: dict[str, Any] = teacher.pretrained_cfg  # type: ignore[assignment]
+    classes, channels = trained.get("num_classes"), trained.get("input_size", (3,))[0]
+    if options.kd_distill_type != "feature" and classes != student.num_classes:
+        raise ValueError(
+            f"its weights tell {classes} classes apart and the student {student.num_classes}, so that timm would give "
+            "it a new head of random weights; choose a teacher of the same classes, or --kd-distill-type feature"
+        )
+    if channels != input_size[0]:
+        raise ValueError(f"it takes images of {channels} channels and the student {input_size[0]}; choose another")
+    for size in {tuple(input_size[1:]), *((side, side) for side in options.train_img_sizes or ())}:
+        check_image_size("the teacher", teacher, (channels, *size))
 
 
 def criterion_kwargs(options: TrainOptions, soft_targets: bool) -> dict[str, Any]:

@@ -9,8 +9,7 @@ Source: timm's training script, 1.0.29 to 1.0.31. Imports neither torch nor timm
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,18 +79,17 @@ def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **explicit}
 
 
-def changed_settings(before: argparse.Namespace | None, options: TrainOptions) -> str:
+def changed_settings(before: Mapping[str, Any], options: TrainOptions) -> str:
     """Say which settings are not those of an earlier run: 'lr 0.1, now 0.2; ...'; empty if all that both know are.
 
     Args:
-        before: the earlier run's settings, as `as_namespace` gave them; None if they are not known.
+        before: the earlier run's settings; empty if they are not known.
         options: today's. What is written and where, and how the run is continued, are no settings of it.
     """
     now, elsewhere = vars(as_namespace(options)), (Decides.RECORDS, Decides.PROCESS)
     deciding = [name for name, option in option_table(TrainOptions).items() if option.decides not in elsewhere]
-    known = [name for name in deciding if hasattr(before, name)]
-    pairs = [(name, getattr(before, name), now[name]) for name in known]
-    return "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
+    known = [name for name in deciding if name in before]
+    return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in known if before[name] != now[name])
 
 
 def resolved_lr(options: TrainOptions, global_batch: float) -> float:

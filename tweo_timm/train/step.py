@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tweo_timm.fp8.health import Fp8HealthMonitor
 from tweo_timm.fp8.patch import check_fp8_ran
+from tweo_timm.run.checkpoint_file import CheckpointFile
 from tweo_timm.train.build import Session
 from tweo_timm.train.exact import Cursor
 from tweo_timm.train.health import HealthWatch
@@ -56,6 +57,7 @@ class TrainStep:
         watched = session.fp8 is not None and interval > 0 and session.world.primary
         self._fp8_health = Fp8HealthMonitor(session.model) if watched else None
         self._fp8_ran = session.fp8 is None
+        self.restored: CheckpointFile | None = None  # whose optimizer state was not used yet
 
     def __call__(self, images: Tensor, targets: Tensor) -> None:
         """Train on one micro-batch; the last one of its group updates the weights.
@@ -127,7 +129,10 @@ class TrainStep:
         self._check()
         if options.clip_grad is not None:
             dispatch_clip_grad(self._parameters_to_clip(), options.clip_grad, mode=options.clip_mode)
-        session.optimizer.step()
+        # A restored state shows only when it is used whether it holds all that the optimizer needs.
+        with self.restored.giving("optimizer") if self.restored is not None else contextlib.nullcontext():
+            session.optimizer.step()
+        self.restored = None
 
     def _parameters_to_clip(self) -> Iterable[nn.Parameter]:
         parameters: Iterable[nn.Parameter] = self.session.task.get_clip_parameters(

@@ -11,6 +11,7 @@ from timm.task.evaluator import evaluation_sample_limit
 from torch.nn.parallel import DistributedDataParallel
 
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.passes import batches
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
 from tweo_timm.train.signals import Interrupted, SignalWatch
@@ -46,20 +47,13 @@ def evaluate(
     world = session.world
     if isinstance(model, DistributedDataParallel):
         model = model.module  # its collectives would wait for processes with fewer batches
-    left = evaluation_sample_limit(session.data.val)
-    evaluator = session.task.create_evaluator(max_samples=left)
+    evaluator = session.task.create_evaluator(max_samples=evaluation_sample_limit(session.data.val))
     model.eval()
     if recorder is not None:
         recorder.reset()
     recording = recorder.recording() if recorder is not None else contextlib.nullcontext()
     with recording, ProgressLine(label, len(session.data.val), world.primary) as bar:
-        for images, targets in session.data.val:
-            real = len(targets) if left is None else min(left, len(targets))
-            left = None if left is None else left - real
-            # What pads a process's share up to the others' is not recorded. Some runs nevertheless: a sharded model
-            # is run by all processes together.
-            images, targets = images[: max(real, 1)], targets[: max(real, 1)]
-            images, targets = session.place(images, dtype), targets.to(world.device)
+        for images, targets, real in batches(session.data.val, lambda images: session.place(images, dtype)):
             if recorder is not None:
                 recorder.armed = real > 0
             with session.autocast():

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/gpu_report.py: tests, speed, trainings, exactness and deployment, and what they stand on."""

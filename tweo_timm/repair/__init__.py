@@ -1,0 +1,1 @@
+"""tweo-repair: a trained checkpoint in, the same model without outliers in its residual stream out."""
