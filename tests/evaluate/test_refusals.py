@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +217,31 @@ def test_diagnoses_of_a_broken_model_cost_themselves_alone(capsys, common, tmp_p
     assert "Traceback" not in err
     assert result["top1"] is None
     assert not list((tmp_path / "r").glob("*.onnx"))
+
+
+def test_names_that_the_locale_has_not_are_read_and_written_all_the_same(checkpoints, photos, tmp_path):
+    """A folder, a class and a report with an ö, where the system's encoding is ASCII."""
+    shutil.copytree(checkpoints[0].parent, tmp_path / "ök1")
+    shutil.copytree(photos, tmp_path / "däta")
+    (tmp_path / "däta" / "validation" / "ant").rename(tmp_path / "däta" / "validation" / "ö")
+    words = [
+        "--checkpoint",
+        "ök1/last.pth.tar",
+        "--data-dir",
+        "däta",
+        "--device",
+        "cpu",
+        "-j",
+        "0",
+        "-b",
+        "8",
+        "--report",
+        "ö",
+    ]
+    script = Path(__file__).parents[2] / "validate.py"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, script, *words, "--results-file", "ö.csv"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"report.json", "report.md", "report.csv"} <= {path.name for path in (tmp_path / "ö").iterdir()}
+    assert "\\udcc3\\udcb6k1" in (tmp_path / "ö.csv").read_text(encoding="utf-8")

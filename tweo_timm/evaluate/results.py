@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tweo_timm.evaluate.columns import columns_of
 from tweo_timm.evaluate.compare import headline
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.report import csv_text
@@ -75,8 +76,7 @@ def timm_result(record: dict[str, Any], average: str | None = None) -> dict[str,
         "img_size": record["img_size"],
         "crop_pct": record["crop_pct"],
         "interpolation": record["interpolation"],
-        "name": record["name"],
-        "peak_abs": record["peak_abs"],
+        **{column.key: column.value(record) for column in columns_of(record) if column.result},
         **file,
     }
 

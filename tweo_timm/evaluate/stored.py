@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _check_record(record: Fields) -> None:
         _texts(record, "peak_block")
     _check_data(record.fields("data"), record, task)
     _check_measured(record, task)
-    _check_diagnoses(record)
+    _check_probes(record)
 
 
 def _check_data(data: Fields, record: Fields, task: str) -> None:
@@ -109,7 +109,7 @@ def _check_data(data: Fields, record: Fields, task: str) -> None:
 
 
 def _check_measured(record: Fields, task: str) -> None:
-    for block in _optional(record, "blocks"):
+    for block in record.each("blocks"):
         _check_statistics(block)
         if block.has("histogram"):
             _check_histogram(block.fields("histogram"))
@@ -185,21 +185,18 @@ def _check_exported(found: Fields) -> None:
             _numbers(row, _SIZE, "median_ms", "min_ms", "images_per_s", "ratio")
 
 
-def _check_diagnoses(record: Fields) -> None:
-    checks = {"stethoscope": _check_stethoscope, "colinearity": _check_colinearity, "fp8_readiness": _check_readiness}
-    for name, check in checks.items():
-        if record.has(name):
-            found = record.fields(name)
-            if "refused" in found.mapping:
-                found.text("refused")
-            else:
-                check(found)
-    for site in _optional(record, "sites"):
-        _check_statistics(site)
-        _texts(site, "kind")
+def _check_probes(record: Fields) -> None:
+    """What the probes found, or why one found nothing."""
+    for name, check in PROBE_CHECKS.items():
+        found = record.mapping.get(name)
+        if isinstance(found, Mapping) and "refused" in found:
+            record.fields(name).text("refused")
+        elif found is not None:
+            check(record, name)
 
 
-def _check_stethoscope(found: Fields) -> None:
+def _check_stethoscope(record: Fields, name: str) -> None:
+    found = record.fields(name)
     for block in found.each("verdicts"):
         _texts(block, "name", "verdict")
         keys = ("random_pixel_ratio", "random_weight_ratio", "shuffled_ratio", "constant_ratio")
@@ -210,7 +207,8 @@ def _check_stethoscope(found: Fields) -> None:
     found.text("rule")
 
 
-def _check_colinearity(found: Fields) -> None:
+def _check_colinearity(record: Fields, name: str) -> None:
+    found = record.fields(name)
     _texts(found, "block", "mlp")
     _numbers(found, _SIZE, "channel", "token")
     keys = ("mlp_measured", "measured", "sum_of_terms", "with_biases", "with_activation")
@@ -231,11 +229,27 @@ def _check_colinearity(found: Fields) -> None:
     found.text("note")
 
 
-def _check_readiness(found: Fields) -> None:
+def _check_readiness(record: Fields, name: str) -> None:
+    found = record.fields(name)
     found.text("verdict")
     for index, action in enumerate(found.items("actions")):
         if not isinstance(action, str):
             found.refuse(f"actions[{index}]", action, "a string")
+
+
+def _check_sites(record: Fields, name: str) -> None:
+    for site in record.each(name):
+        _check_statistics(site)
+        _texts(site, "kind")
+
+
+PROBE_CHECKS = {
+    "stethoscope": _check_stethoscope,
+    "colinearity": _check_colinearity,
+    "fp8_readiness": _check_readiness,
+    "sites": _check_sites,
+}
+"""For each probe (tweo_timm.evaluate.probe), how the fields are checked that its `describe` and the pictures use."""
 
 
 def _metrics(task: str) -> tuple[str, ...]:
