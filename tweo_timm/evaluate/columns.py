@@ -1,7 +1,7 @@
 """What one row says about a checkpoint: in the table of a comparison, in report.csv and after timm's --result.
 
 One line per column, in the order of the table and of report.csv. What timm's validate.py prints has timm's order
-(command.py); what we add comes after it, from here.
+(results.py); what we add comes after it, from here.
 """
 
 from __future__ import annotations

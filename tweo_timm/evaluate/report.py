@@ -123,9 +123,10 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     field, metric = headline(records[0])
     for entry in report["comparison"]:
         ratio = f", peak x {entry['peak_ratio']:.3g}" if entry["peak_ratio"] is not None else ""
+        difference = formatted(entry[f"{field}_difference"], "{:+.2f} points")
         parts.append(
             f"**{markdown(entry['name'])}** against {markdown(entry['against'])}: "
-            f"{metric} {entry[f'{field}_difference']:+.2f} points{_interval(entry)}{ratio}."
+            f"{metric} {difference}{_interval(entry)}{ratio}."
         )
     parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
     parts += [_details(record) for record in records]
@@ -133,7 +134,7 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
 
 
 def _interval(entry: dict[str, Any]) -> str:
-    if "ci95" not in entry:
+    if entry.get("ci95") is None:
         return ""
     low, high = entry["ci95"]
     return f" (95 % interval {low:+.2f} to {high:+.2f}, McNemar p = {entry['mcnemar_p']:.2g})"
@@ -146,7 +147,7 @@ def _details(record: dict[str, Any]) -> str:
         keys = ("name", "peak_abs", "p9999_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
         parts.append(fields_table(record["blocks"], keys))
     parts += [
-        f"- {markdown(entry['scheme'])}: {metric} {entry[field]:.2f} %, relative error of the logits "
+        f"- {markdown(entry['scheme'])}: {metric} {formatted(entry[field], '{:.2f} %')}, relative error of the logits "
         f"{number(entry['fidelity']['relative_error'])}, same first guess as in float for "
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
@@ -160,9 +161,16 @@ def _details(record: dict[str, Any]) -> str:
 
 
 def failures(record: dict[str, Any]) -> list[str]:
-    """Return why schemes and exported files that were asked for are not in a record."""
-    exports = [entry["not_exported"] for entry in (record, *record.get("quantized", [])) if "not_exported" in entry]
-    return [*record.get("not_quantized", {}).values(), *exports]
+    """Return why metrics, schemes and exported files that were asked for are not in a record."""
+    entries = (record, *record.get("quantized", []))
+    exports = [entry["not_exported"] for entry in entries if "not_exported" in entry]
+    unsound = [_not_finite(record, entry) for entry in entries if entry.get("not_finite")]
+    return [*unsound, *record.get("not_quantized", {}).values(), *exports]
+
+
+def _not_finite(record: dict[str, Any], entry: dict[str, Any]) -> str:
+    which = f"{record['name']} {entry['scheme']}" if "scheme" in entry else record["name"]
+    return f"{which}: the logits of {entry['not_finite']} images are not finite, so that nothing can be scored"
 
 
 def faults(record: dict[str, Any]) -> list[str]:
