@@ -29,7 +29,7 @@ REFUSED = {
 
 
 # Read before there are options: by the parser, and by timm from the environment that torchrun sets.
-OF_THE_PARSER = {"config", "config_unknown", "data", "local_rank"}
+OF_THE_PARSER = {"config", "config_unknown", "data", "local_rank", "list_recipes", "device_modules"}
 
 
 class Listening(dict):
