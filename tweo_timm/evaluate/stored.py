@@ -65,9 +65,7 @@ def _read(path: str) -> list[dict[str, Any]]:
     schema = report.integer("schema")
     if schema != SCHEMA:
         raise ValueError(f"{where} has schema {schema}, this version reads {SCHEMA}")
-    records = report.each("checkpoints")
-    if not records:
-        report.refuse("checkpoints", [], "a list of at least one record")
+    records = _some(report, "checkpoints")
     for record in records:
         _check_record(record)
     return [dict(record.mapping) for record in records]
@@ -111,7 +109,7 @@ def _check_data(data: Fields, record: Fields, task: str) -> None:
 def _check_measured(record: Fields, task: str) -> None:
     for block in record.each("blocks"):
         _check_statistics(block)
-        if block.has("histogram"):
+        if "histogram" in block.mapping:
             _check_histogram(block.fields("histogram"))
     for point in _optional(record, "training"):
         point.integer("epoch", AT_LEAST_0)
@@ -125,7 +123,7 @@ def _check_measured(record: Fields, task: str) -> None:
         fidelity.integer("num_images", AT_LEAST_1)
         _check_exported(entry)
     _check_exported(record)
-    if record.has("not_quantized"):
+    if "not_quantized" in record.mapping:
         reasons = record.fields("not_quantized")
         _texts(reasons, *reasons.mapping)
 
@@ -163,11 +161,11 @@ def _check_exported(found: Fields) -> None:
     if not found.has("exported"):
         return
     export = found.fields("exported")
-    if export.has("scheme"):
+    if export.has("scheme") or "scheme" not in export.mapping:  # null for a float model
         _texts(export, "scheme")
     _numbers(export, _PERCENT, "top1")
     _numbers_if_there(export, "self_error_ratio")
-    for file in export.each("files"):
+    for file in _some(export, "files"):
         _texts(file, "path", "target")
         _numbers(file, _SIZE, "size_mb", "top1", "top1_agreement")
         _numbers_or_null(file, _SIZE, "error_ratio")
@@ -180,7 +178,7 @@ def _check_exported(found: Fields) -> None:
     for batch in _optional(export, "latency"):
         _texts(batch, "cpu", "onnxruntime")
         _numbers(batch, _SIZE, "batch", "rounds", "threads")
-        for row in batch.each("rows"):
+        for row in _some(batch, "rows"):
             _texts(row, "file")
             _numbers(row, _SIZE, "median_ms", "min_ms", "images_per_s", "ratio")
 
@@ -191,13 +189,13 @@ def _check_probes(record: Fields) -> None:
         found = record.mapping.get(name)
         if isinstance(found, Mapping) and "refused" in found:
             record.fields(name).text("refused")
-        elif found is not None:
+        elif name in record.mapping:
             check(record, name)
 
 
 def _check_stethoscope(record: Fields, name: str) -> None:
     found = record.fields(name)
-    for block in found.each("verdicts"):
+    for block in _some(found, "verdicts"):
         _texts(block, "name", "verdict")
         keys = ("random_pixel_ratio", "random_weight_ratio", "shuffled_ratio", "constant_ratio")
         _numbers_if_there(block, *keys)
@@ -213,10 +211,7 @@ def _check_colinearity(record: Fields, name: str) -> None:
     _numbers(found, _SIZE, "channel", "token")
     keys = ("mlp_measured", "measured", "sum_of_terms", "with_biases", "with_activation")
     _numbers_or_null(found, _REAL, *keys)
-    terms = found.each("terms")
-    if not terms:
-        found.refuse("terms", [], "a list of at least one term")
-    for term in terms:
+    for term in _some(found, "terms"):
         term.integer("index", AT_LEAST_0)
         _numbers_or_null(term, _REAL, "singular_value", "w_dot_u", "v_dot_x", "value")
     length = len(found.items("singular_values"))
@@ -290,6 +285,11 @@ def _flag(fields: Fields, name: str) -> None:
     value = fields.mapping.get(name)
     if not isinstance(value, bool):
         fields.refuse(name, value, "true or false")
+
+
+def _some(fields: Fields, name: str) -> list[Fields]:
+    """The entries of a list of mappings that holds one at least."""
+    return fields.each(name) or fields.refuse(name, [], "a list of one entry at least")
 
 
 def _optional(fields: Fields, name: str) -> Iterable[Fields]:

@@ -7,12 +7,11 @@ a word. Labels are checked as they are read, in pictures.py.
 from __future__ import annotations
 
 import numbers
+import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from timm.data.readers.class_map import load_class_map
+from typing import Any, NoReturn
 
 from tweo_timm.suggestion import suggest_path
 
@@ -42,11 +41,24 @@ def read_class_map(path: str, folders: Iterable[Path | None]) -> dict[Any, int]:
     if found.suffix.lower() not in (".txt", ".pkl"):
         raise ValueError(f"--class-map {path} must be a .txt file (a name per line) or a .pkl file ({{name: index}})")
     try:
-        mapping = _numbered(found) if found.suffix.lower() == ".txt" else load_class_map(str(found))
+        mapping = _numbered(found) if found.suffix.lower() == ".txt" else _unpickled(found)
         _check_indices(mapping)
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"--class-map {path}: {error}; give a name per line, or a dict of name to index") from error
     return dict(mapping)
+
+
+class _Plain(pickle.Unpickler):
+    """Reads dictionaries of names and numbers, which need no code; timm's own reader runs what a file asks for."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        """Refuse."""
+        raise ValueError(f"it holds {module}.{name}, which is not loaded because it can run code")
+
+
+def _unpickled(path: Path) -> Any:
+    with open(path, "rb") as file:
+        return _Plain(file).load()
 
 
 def _numbered(path: Path) -> dict[str, int]:
