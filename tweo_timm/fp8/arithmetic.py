@@ -64,14 +64,17 @@ class EmulatedArithmetic:
 
     def absolute_maximum(self, x: Tensor) -> Tensor:
         """Return ``max|x|`` as a float32 scalar, ignoring NaN."""
-        return absolute_maximum(x)
+        return _absolute_maximum_op(x) if torch.compiler.is_compiling() else absolute_maximum(x)
 
     def record(self, amax: Tensor, x: Tensor) -> None:
         """Raise ``amax`` (float32, one element) to ``max|x|`` in place."""
-        _record(amax, x)
+        record = _record_op if torch.compiler.is_compiling() else _record
+        record(amax, x)
 
     def quantize(self, x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:
         """Scale, saturate and round ``x`` to ``fmt``; the result is bfloat16, its zeros without sign."""
+        if torch.compiler.is_compiling():
+            return cast(Tensor, _round_op(x, scale, fmt.name))
         return round_to_fp8(x, scale, fmt, signed_zeros=False)
 
     def product(
@@ -85,38 +88,8 @@ class EmulatedArithmetic:
         fast: bool,
     ) -> Tensor:
         """Return ``a @ b / (scale_a * scale_b) + bias`` in ``dtype``; accumulation is always float32."""
-        return _emulated_product(a_MK, b_KN, scale_a, scale_b, bias_N, dtype)
-
-
-class CompiledEmulation:
-    """The emulation as operators that a compiler leaves whole: the same bits."""
-
-    name = "emulated, compiled"
-
-    def absolute_maximum(self, x: Tensor) -> Tensor:
-        """Return ``max|x|`` as a float32 scalar, ignoring NaN."""
-        return _absolute_maximum_op(x)
-
-    def record(self, amax: Tensor, x: Tensor) -> None:
-        """Raise ``amax`` (float32, one element) to ``max|x|`` in place."""
-        _record_op(amax, x)
-
-    def quantize(self, x: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:
-        """Scale, saturate and round ``x`` to ``fmt``; the result is bfloat16, its zeros without sign."""
-        return cast(Tensor, _round_op(x, scale, fmt.name))
-
-    def product(
-        self,
-        a_MK: Tensor,
-        b_KN: Tensor,
-        scale_a: Tensor,
-        scale_b: Tensor,
-        bias_N: Tensor | None,
-        dtype: torch.dtype,
-        fast: bool,
-    ) -> Tensor:
-        """Return ``a @ b / (scale_a * scale_b) + bias`` in ``dtype``; accumulation is always float32."""
-        return cast(Tensor, _product_op(a_MK, b_KN, scale_a, scale_b, bias_N, dtype))
+        multiply = _product_op if torch.compiler.is_compiling() else _emulated_product
+        return multiply(a_MK, b_KN, scale_a, scale_b, bias_N, dtype)
 
 
 class NativeArithmetic:
@@ -155,7 +128,7 @@ class NativeArithmetic:
         return out if bias_N is None else out + bias_N.to(dtype)
 
 
-ARITHMETICS: dict[str, Arithmetic] = {one.name: one for one in (EmulatedArithmetic(), CompiledEmulation(), NativeArithmetic())}
+ARITHMETICS: dict[str, Arithmetic] = {one.name: one for one in (EmulatedArithmetic(), NativeArithmetic())}
 
 
 def _record(amax: Tensor, x: Tensor) -> None:

@@ -59,7 +59,7 @@ class Fp8Linear(nn.Linear):
         x_TI = input.reshape(-1, self.in_features)
         region = self._fp8_site.region
         scales = self._fp8_site.scales(x_TI, self.weight, self.training)
-        operands = (x_TI, self.weight, self.bias, *scales, region.kernel_now(), activation_dtype(input))
+        operands = (x_TI, self.weight, self.bias, *scales, region.kernel, activation_dtype(input))
         y_TO: Tensor
         if region.observer is not None:
             y_TO = _observed_product(*operands, self._fp8_site.observe)

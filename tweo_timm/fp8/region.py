@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from tweo_timm.fp8.arithmetic import ARITHMETICS, CompiledEmulation, EmulatedArithmetic
+from tweo_timm.fp8.arithmetic import ARITHMETICS
 from tweo_timm.fp8.cast import E4M3, E5M2, Fp8Format
 from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.scaling import NOT_SEEN, DelayedScales, current_scale
@@ -88,15 +88,6 @@ class Fp8Region:
     def _create(self, device: torch.device) -> None:
         self.forward = DelayedScales.create(2 * len(self.names), self.recipe, device)
         self.backward = DelayedScales.create(len(self.names), self.recipe, device)
-
-    def kernel_now(self) -> Kernel:
-        """Return the kernel of a call: that of the compiled emulation while Dynamo traces the layer.
-
-        Asked before the products, because torch before 2.14 has forgotten inside them that it compiles.
-        """
-        if not torch.compiler.is_compiling() or self.kernel.arithmetic != EmulatedArithmetic.name:
-            return self.kernel
-        return Kernel(CompiledEmulation.name, *self.kernel[1:])
 
     @property
     def is_delayed(self) -> bool:
@@ -283,7 +274,7 @@ class LayerSite:
                     "scales are never updated: call the model itself, patch the module that is called, or use "
                     "Fp8Recipe(scaling='current')"
                 )
-        arithmetic = ARITHMETICS[region.kernel_now().arithmetic]
+        arithmetic = ARITHMETICS[region.kernel.arithmetic]
         if region.is_open:
             arithmetic.record(region.forward.amax[first], x)
             arithmetic.record(region.forward.amax[last], weight)
