@@ -208,7 +208,7 @@ class TimmPlugin:
             if self.handle is None and epoch > 0:
                 raise RuntimeError(
                     "TWEO did nothing in this epoch: the script built none of timm's training tasks, to which it "
-                    "attaches. It takes a train.py of timm 1.0.29 or later, or this project's own"
+                    "attaches. It takes the train.py of timm 1.0.31 or later, or this project's own"
                 )
             self._end_epoch(epoch - 1)
             if scheduler.t_in_epochs and self.config.schedule != "constant":
