@@ -141,3 +141,10 @@ def test_valid_labels_that_cannot_be_are_refused(lines, complaint, capsys, check
     status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--valid-labels", tmp_path / "labels.txt")
     assert status == 1
     assert complaint in err
+
+
+def test_real_labels_need_five_classes(capsys, checkpoints, common, tmp_path):
+    (tmp_path / "real.json").write_text("[]")
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--real-labels", tmp_path / "real.json")
+    assert status == 1
+    assert "--real-labels counts the five best of a model's classes, and here are 3" in err
