@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.run.limits import two_seconds
 from tweo_timm.evaluate.cli import main
-from tweo_timm.evaluate.stored import read_reports
+from tweo_timm.evaluate.probe import PROBES
+from tweo_timm.evaluate.stored import PROBE_CHECKS, read_reports
 
 EXPORTED = {
     "scheme": "w8a8-tt",
@@ -141,7 +142,9 @@ def test_any_value_in_place_of_any_field_at_length(data, report, tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", [DELETED, None, "x", -1, [], {}, True, 1e300], ids=repr)
+@pytest.mark.parametrize(
+    "value", [DELETED, None, "x", -1, [], {}, 1e300], ids=["deleted", "null", "text", "-1", "list", "mapping", "1e300"]
+)
 def test_every_field_with_each_of_some_values(value, report, tmp_path, capsys):
     for place in places(report):
         check(report, place, value, tmp_path, capsys)
@@ -150,6 +153,18 @@ def test_every_field_with_each_of_some_values(value, report, tmp_path, capsys):
 def test_the_whole_report_is_compared_with_pictures(report, tmp_path, capsys):
     assert check(report, ("command",), "validate.py", tmp_path, capsys, pictures=True) == (0, "")
     assert len(list((tmp_path / "out").glob("*.png"))) == 5
+
+
+def test_what_every_probe_found_is_checked_when_it_is_read_back():
+    assert PROBE_CHECKS.keys() == PROBES.keys()
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_that_was_refused_is_read_back(name, report, tmp_path, capsys):
+    place = ("checkpoints", 0, name)
+    assert check(report, place, {"refused": "no | blocks"}, tmp_path, capsys) == (0, "")
+    assert f"No {name.replace('_', ' ')}: no \\| blocks" in (tmp_path / "out" / "report.md").read_text()
+    assert check(report, place, {"refused": None}, tmp_path, capsys)[0] == 1
 
 
 RECORD = ("checkpoints", 0)

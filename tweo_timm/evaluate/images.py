@@ -65,7 +65,7 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
         )
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
     real_labels = _real_labels(options, _names(dataset), classes) if options.real_labels else None
-    fingerprint = hashlib.sha256(_identity(options, dataset).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(_identity(options, dataset).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return Images(loader, dataset, fingerprint, valid_labels, real_labels)
 
 

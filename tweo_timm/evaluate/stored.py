@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,11 @@ def _check_record(record: Fields) -> None:
         task = _name(record, "task")
         if task not in HEADLINES:
             record.refuse("task", task, f"one of {', '.join(HEADLINES)}")
-    _numbers(record, _PERCENT, *_metrics(task))
+    _check_metrics(record, _metrics(task))
+    if record.has("class_names"):
+        names = record.items("class_names")
+        if not all(isinstance(name, str | None) for name in names):
+            record.refuse("class_names", names, "a list of strings and nulls")
     averaged = itertools.product(("micro", "macro", "weighted"), ("precision", "recall", "f1_score"))
     _numbers_if_there(record, "loss", "training_peak_abs", *map("_".join, averaged))
     if "precision" in record.mapping:
@@ -91,13 +95,13 @@ def _check_record(record: Fields) -> None:
         _texts(record, "peak_block")
     _check_data(record.fields("data"), record, task)
     _check_measured(record, task)
-    _check_diagnoses(record)
+    _check_probes(record)
 
 
 def _check_data(data: Fields, record: Fields, task: str) -> None:
     _texts(data, "fingerprint", "split")
     images = data.integer("images", Bounds(1, 2**40))
-    if task != "classification":
+    if task != "classification" or record.has("not_finite"):
         return
     correct, digits = record.text("correct"), 2 * -(-images // 8)
     if len(correct) != digits or not set(correct) <= set("0123456789abcdefABCDEF"):
@@ -105,7 +109,7 @@ def _check_data(data: Fields, record: Fields, task: str) -> None:
 
 
 def _check_measured(record: Fields, task: str) -> None:
-    for block in _optional(record, "blocks"):
+    for block in record.each("blocks"):
         _check_statistics(block)
         if block.has("histogram"):
             _check_histogram(block.fields("histogram"))
@@ -114,7 +118,7 @@ def _check_measured(record: Fields, task: str) -> None:
         _numbers_or_null(point, _SIZE, "peak_abs")
     for entry in _optional(record, "quantized"):
         _texts(entry, "scheme")
-        _numbers(entry, _PERCENT, *_metrics(task)[:1])
+        _check_metrics(entry, _metrics(task)[:1])
         fidelity = entry.fields("fidelity")
         _numbers_or_null(fidelity, _SIZE, "relative_error")
         fidelity.number("top1_agreement", Bounds(0, 1))
@@ -124,6 +128,17 @@ def _check_measured(record: Fields, task: str) -> None:
     if record.has("not_quantized"):
         reasons = record.fields("not_quantized")
         _texts(reasons, *reasons.mapping)
+
+
+def _check_metrics(entry: Fields, names: Sequence[str]) -> None:
+    """Percentages; null, and so is `correct`, where logits were not finite."""
+    if not entry.has("not_finite"):
+        _numbers(entry, _PERCENT, *names)
+        return
+    entry.integer("not_finite", AT_LEAST_1)
+    for name in (*names, "correct"):
+        if entry.has(name):
+            entry.refuse(name, entry.mapping[name], "null, since not_finite is there")
 
 
 def _check_statistics(place: Fields) -> None:
@@ -170,21 +185,18 @@ def _check_exported(found: Fields) -> None:
             _numbers(row, _SIZE, "median_ms", "min_ms", "images_per_s", "ratio")
 
 
-def _check_diagnoses(record: Fields) -> None:
-    checks = {"stethoscope": _check_stethoscope, "colinearity": _check_colinearity, "fp8_readiness": _check_readiness}
-    for name, check in checks.items():
-        if record.has(name):
-            found = record.fields(name)
-            if "refused" in found.mapping:
-                found.text("refused")
-            else:
-                check(found)
-    for site in _optional(record, "sites"):
-        _check_statistics(site)
-        _texts(site, "kind")
+def _check_probes(record: Fields) -> None:
+    """What the probes found, or why one found nothing."""
+    for name, check in PROBE_CHECKS.items():
+        found = record.mapping.get(name)
+        if isinstance(found, Mapping) and "refused" in found:
+            record.fields(name).text("refused")
+        elif found is not None:
+            check(record, name)
 
 
-def _check_stethoscope(found: Fields) -> None:
+def _check_stethoscope(record: Fields, name: str) -> None:
+    found = record.fields(name)
     for block in found.each("verdicts"):
         _texts(block, "name", "verdict")
         keys = ("random_pixel_ratio", "random_weight_ratio", "shuffled_ratio", "constant_ratio")
@@ -195,7 +207,8 @@ def _check_stethoscope(found: Fields) -> None:
     found.text("rule")
 
 
-def _check_colinearity(found: Fields) -> None:
+def _check_colinearity(record: Fields, name: str) -> None:
+    found = record.fields(name)
     _texts(found, "block", "mlp")
     _numbers(found, _SIZE, "channel", "token")
     keys = ("mlp_measured", "measured", "sum_of_terms", "with_biases", "with_activation")
@@ -216,11 +229,27 @@ def _check_colinearity(found: Fields) -> None:
     found.text("note")
 
 
-def _check_readiness(found: Fields) -> None:
+def _check_readiness(record: Fields, name: str) -> None:
+    found = record.fields(name)
     found.text("verdict")
     for index, action in enumerate(found.items("actions")):
         if not isinstance(action, str):
             found.refuse(f"actions[{index}]", action, "a string")
+
+
+def _check_sites(record: Fields, name: str) -> None:
+    for site in record.each(name):
+        _check_statistics(site)
+        _texts(site, "kind")
+
+
+PROBE_CHECKS = {
+    "stethoscope": _check_stethoscope,
+    "colinearity": _check_colinearity,
+    "fp8_readiness": _check_readiness,
+    "sites": _check_sites,
+}
+"""For each probe (tweo_timm.evaluate.probe), how the fields are checked that its `describe` and the pictures use."""
 
 
 def _metrics(task: str) -> tuple[str, ...]:

@@ -59,12 +59,20 @@ def read(path: Path, want: Want = "training") -> CheckpointFile:
         return CheckpointFile(path, {}, want)
     if want != "metadata":
         _check_sums(path)
-    content = _load(path, mapped=want != "training" and zipfile.is_zipfile(path))
+    content = _load(path, mapped=want != "training" and zipfile.is_zipfile(path) and _is_utf8(path))
     if want == "training" and not (isinstance(content, Mapping) and any(key in content for key in _PLAIN)):
         raise ValueError(f"checkpoint {path} holds no training state: weights alone go to --initial-checkpoint")
     if isinstance(content, Mapping):
         return CheckpointFile(path, content, want)
     raise ValueError(f"checkpoint {path} holds an object {shown(content)}; it must be a dictionary of tensors")
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether torch can map a file of this name: it takes names as UTF-8, which the locale C has not for an ö."""
+    try:
+        return bool(str(path).encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_sums(path: Path) -> None:
