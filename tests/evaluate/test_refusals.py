@@ -166,6 +166,13 @@ def test_valid_labels_that_cannot_be_are_refused(lines, complaint, capsys, check
     assert complaint in err
 
 
+def test_real_labels_need_five_classes(capsys, checkpoints, common, tmp_path):
+    (tmp_path / "real.json").write_text("[]")
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--real-labels", tmp_path / "real.json")
+    assert status == 1
+    assert "--real-labels counts the five best of a model's classes, and here are 3" in err
+
+
 def test_logits_that_are_not_finite_are_not_scored(capsys, common, tmp_path, checkpoints):
     # timm's validate.py counts the place of the first NaN as a guess, and exits with 0.
     model = make_model(3)
