@@ -78,7 +78,7 @@ def test_results_do_not_depend_on_batch_size_or_workers(capsys, checkpoints, pho
 
 
 def test_interrupt_keeps_what_is_finished(capsys, checkpoints, common, tmp_path, monkeypatch):
-    from tweo_timm.evaluate import measure as module
+    from tweo_timm.evaluate import command as module
 
     measure, calls = module.measure, []
 
