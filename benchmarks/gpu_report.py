@@ -31,7 +31,7 @@ from benchmarks.gpu.environment import describe
 from benchmarks.gpu.ledger import FAILED, Ledger, Part
 from benchmarks.gpu.plan import Plan, gpu_plan, tiny_plan
 from benchmarks.gpu.table import PARTS, markdown
-from tweo_timm.records import write_atomically
+from tweo_timm.outputs import Outputs
 
 LETTERS = [part.LETTER for part in PARTS]
 
@@ -82,8 +82,8 @@ def write_report(ledger: Ledger, folder: Path) -> None:
     """Write report.md and report.json from what is known so far."""
     rows = ledger.rows()
     text = markdown(rows)
-    write_atomically(folder / "report.md", text)
-    write_atomically(folder / "report.json", json.dumps(rows, indent=1))
+    Outputs(folder).write("report.md", text)
+    Outputs(folder).write("report.json", json.dumps(rows, indent=1))
     print(f"\n{text}\nWritten: {folder}/report.md, report.json", flush=True)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.rewrite.families import FAMILIES, make_images, make_model
 from tweo_timm import Fp8Recipe, describe_stream, patch_fp8
-from tweo_timm.quant.flow import projections_called
+from tweo_timm.layers import projections_called
 from tweo_timm.quant.smooth import _Readers
 
 _SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -18,7 +18,7 @@ from benchmarks.gpu.ledger import DONE, FAILED, NOT_RUN, Ledger, MeasurementErro
 from benchmarks.gpu.plan import gpu_plan, tiny_plan
 from benchmarks.gpu.table import markdown
 from benchmarks.gpu.worker import Worker
-from tweo_timm.fp8 import backend
+from tweo_timm.fp8 import pytorch
 from tweo_timm.fp8.arithmetic import ARITHMETICS
 from tweo_timm.train.options import parse_train_options
 
@@ -38,7 +38,7 @@ def part(tmp_path):
 @pytest.fixture
 def a_unit_on_this_cpu(monkeypatch):
     """Let PyTorch's CPU reference of the scaled product stand in for a GPU's unit."""
-    monkeypatch.setattr(backend, "_hardware_obstacle", lambda device: None)
+    monkeypatch.setattr(pytorch, "hardware_obstacle", lambda device: None)
 
 
 def raising(error):
@@ -69,7 +69,9 @@ def test_a_killed_process_costs_its_last_line_alone(part):
     part.attempt("one", lambda: {"ms": 1})
     with open(part.ledger.path, "a") as file:
         file.write('{"part": "b", "na')
-    assert [row["name"] for row in part.ledger.rows()] == ["one"]
+    part.ledger.claim({"card": "H100"})
+    part.attempt("two", lambda: {"ms": 2})
+    assert [row["name"] for row in part.ledger.rows()] == ["one", "environment", "two"]
 
 
 def test_a_part_without_time_begins_nothing_and_says_so(part):

@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tweo_timm.settings import ABOVE_0, AT_LEAST_0, FRACTION, Bounds, SettingError, check_settings, flag, setting
+from tweo_timm.settings import (
+    ABOVE_0,
+    AT_LEAST_0,
+    FRACTION,
+    Bounds,
+    Decides,
+    SettingError,
+    check_settings,
+    flag,
+    setting,
+)
 
 SCHEDULES = ("constant", "cosine", "linear")
 REDUCTIONS = ("block", "element")
@@ -86,6 +96,8 @@ class TweoConfig:
 class TweoOptions:
     """TWEO: the penalty on extreme activations."""
 
+    DECIDES = Decides.TRAINING
+
     tweo_weight: float = flag(0.0, "Weight of the penalty; 0: off, the paper: 0.01.")
     tweo_tau: float = flag(TweoConfig.tau, "Magnitude above which activations cost.")
     tweo_power: float = flag(TweoConfig.power, "Power of the cost; above 1.")
@@ -96,8 +108,12 @@ class TweoOptions:
     )
     tweo_start: float = flag(TweoConfig.start, "Fraction of the run at which the schedule begins.")
     tweo_end: float = flag(TweoConfig.end, "Fraction of the run at which the schedule ends.")
-    tweo_blocks: str | None = flag(None, "Names the transformer blocks where they are not found.", metavar="REGEX")
-    outlier_interval: int = flag(50, "Batches between outlier statistics in training; 0: none.", bounds=AT_LEAST_0)
+    tweo_blocks: str | None = flag(
+        None, "Names the transformer blocks where they are not found.", metavar="REGEX", decides=Decides.MODEL
+    )
+    outlier_interval: int = flag(
+        50, "Batches between outlier statistics in training; 0: none.", bounds=AT_LEAST_0, decides=Decides.RECORDS
+    )
     stop_on_peak: float | None = flag(None, "Stop the run when an activation exceeds this magnitude.", bounds=ABOVE_0)
 
     def tweo_config(self) -> TweoConfig:

@@ -11,8 +11,9 @@ Imports neither torch nor argparse: ``-h`` must be quick.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 from tweo_timm.suggestion import suggest
@@ -119,6 +120,22 @@ def _check_type(owner: str, name: str, value: object, default: object) -> None:
         raise TypeError(f"{owner}.{name} is {words}, not {value!r}")
 
 
+class Decides(Enum):
+    """What a flag decides, and so who has to know it later.
+
+    validate.py takes MODEL, INPUT and LABELS from the training of a checkpoint: its weights mean nothing without them.
+    A resumed run says where anything but RECORDS and PROCESS has changed.
+    """
+
+    MODEL = "which function the weights are part of"
+    INPUT = "how an image becomes the model's input"
+    LABELS = "which class an index is"
+    DATA = "which images there are, in which order and how many at a time"
+    TRAINING = "how the weights move, to the last bit: device and precision are part of it"
+    RECORDS = "what is measured, written and kept, and where"
+    PROCESS = "what one command reads first and goes on with"
+
+
 @dataclass(frozen=True)
 class Flag:
     """What a field's annotation and default do not say about its flag.
@@ -132,6 +149,7 @@ class Flag:
         metavar: what stands for the value in ``-h``.
         const: the value of a '?' flag that is given bare.
         recorded: whether args.yaml holds it; False for what belongs to one invocation, not to the run.
+        decides: what it decides, if not what `DECIDES` of its group says.
     """
 
     help: str
@@ -142,6 +160,7 @@ class Flag:
     metavar: str | None = None
     const: Any = None
     recorded: bool = True
+    decides: Decides | None = None
 
 
 def flag(default: Any, help: str, *names: str, recorded: bool = True, **details: Any) -> Any:
@@ -150,3 +169,8 @@ def flag(default: Any, help: str, *names: str, recorded: bool = True, **details:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata, compare=recorded)
     return field(default=default, metadata=metadata, compare=recorded)
+
+
+def flag_fields(options: Any) -> Iterator[Field[Any]]:
+    """The fields of an options dataclass, or of one of its objects, that are flags."""
+    return (item for item in fields(options) if "flag" in item.metadata)

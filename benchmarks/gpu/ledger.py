@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tweo_timm.records import append_rows
+from tweo_timm.outputs import Outputs
+from tweo_timm.records import append_rows, read_rows
 
 DONE, FAILED, NOT_RUN = "done", "failed", "not run"
 Row = dict[str, Any]
@@ -40,14 +41,7 @@ class Ledger:
 
     def rows(self) -> list[Row]:
         """Return the newest row of each name, in the order in which the names first appeared."""
-        newest: dict[tuple[str, str], Row] = {}
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:  # what a killed process left of its last line
-                continue
-            newest[row["part"], row["name"]] = row
-        return list(newest.values())
+        return list({(row["part"], row["name"]): row for row in read_rows(self.path)}.values())
 
     def find(self, part: str, name: str) -> Row | None:
         """Return the newest row of a name, or None."""
@@ -70,6 +64,7 @@ class Ledger:
         Raises:
             ValueError: the file holds rows of another machine, or made with other versions.
         """
+        self._mend()
         before = self.find("environment", "environment")
         fixed = {key: value for key, value in environment.items() if key != "revision"}
         changed = [key for key, value in fixed.items() if before is not None and before.get(key) != value]
@@ -80,6 +75,12 @@ class Ledger:
                 "or delete it"
             )
         self.keep("environment", "environment", DONE, fixed)
+
+    def _mend(self) -> None:
+        """Take out what a killed process left of its last line: the next row would be written behind it."""
+        if self.path.exists() and not self.path.read_text().endswith("\n"):
+            whole = "".join(f"{json.dumps(row)}\n" for row in read_rows(self.path))
+            Outputs(self.path.parent).write(self.path.name, whole)
 
 
 @dataclass

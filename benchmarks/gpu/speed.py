@@ -26,7 +26,7 @@ from benchmarks.gpu.ledger import DONE, NotRunError, Part, Row
 from benchmarks.gpu.plan import Plan, Workload
 from benchmarks.gpu.worker import Worker
 from tweo_timm import Fp8Recipe, TweoConfig, attach_tweo, patch_fp8
-from tweo_timm.fp8.backend import choose_backend
+from tweo_timm.fp8.backend import backend_named
 
 LETTER, TITLE = "b", "Speed and memory of a training step"
 PROFILE = "profile of the slowest ratio"
@@ -171,10 +171,9 @@ def build_step(cell: Cell, plan: Plan) -> Callable[[], None]:
 
 def require(recipe: Fp8Recipe, device: torch.device) -> None:
     """Raise NotRunError, with the reason, where a recipe cannot run on a device."""
-    try:
-        choose_backend(recipe, device)
-    except RuntimeError as error:
-        raise NotRunError(str(error).split(". Use backend=")[0]) from error
+    obstacle = backend_named(recipe.backend).obstacle(recipe, device)
+    if obstacle is not None:
+        raise NotRunError(f"FP8 backend {recipe.backend} cannot run: {obstacle}")
 
 
 def _clear(device: str) -> None:

@@ -7,7 +7,6 @@ steps in bfloat16. What is said of a training is what it wrote itself: summary.c
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from benchmarks.gpu.ledger import DONE, MeasurementError, Part
 from benchmarks.gpu.photographs import count, crops
 from benchmarks.gpu.plan import Plan, Workload
 from benchmarks.gpu.worker import Worker
-from tweo_timm.fp8.health import summarize
+from tweo_timm.records import read_rows
 
 LETTER, TITLE = "c", "Trainings on photograph crops, and native against emulated FP8"
 RECIPE = Path(__file__).with_name("photographs.yaml")
@@ -111,11 +110,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     Returns:
         train_loss, eval_loss and top1 of the last epoch; train_peak_abs, the largest activation of the whole training,
         with its block; eval_peak_abs; sqnr_db, sqnr_without_peak_db (median over layers and operands of the last
-        report, None without FP8) and summarize's worst values.
+        report, None without FP8), and worst_sqnr_db of them with its place, if there is one.
     """
     with open(folder / "summary.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    blocks = [row for row in _json_lines(folder / "outliers.jsonl") if row.get("train_peak_abs") is not None]
+    blocks = [row for row in read_rows(folder / "outliers.jsonl") if row.get("train_peak_abs") is not None]
     highest = max(blocks, key=lambda row: row["train_peak_abs"], default={})
     numbers = {key: float(last[key]) for key in ("train_loss", "eval_loss", "eval_peak_abs") if last.get(key)}
     return {
@@ -123,7 +122,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "top1": float(last["eval_top1"]),
         "train_peak_abs": highest.get("train_peak_abs"),
         "train_peak_block": highest.get("block"),
-        **_health(_json_lines(folder / "fp8_health.jsonl")),
+        **_health(read_rows(folder / "fp8_health.jsonl")),
     }
 
 
@@ -133,8 +132,12 @@ def _health(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for key in ("sqnr_db", "sqnr_without_peak_db"):
         known = [row[key] for row in latest if row[key] is not None]
         medians[key] = statistics.median(known) if known else None
-    return medians | (summarize(latest) if latest else {})
+    return medians | _worst(latest)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the lowest SQNR and where it was; nothing without rows."""
+    row = min((row for row in rows if row["sqnr_db"] is not None), key=lambda row: row["sqnr_db"], default=None)
+    if row is None:
+        return {}
+    return {"worst_sqnr_db": row["sqnr_db"], "worst_sqnr_db_at": f"{row['layer']}.{row['tensor']}"}

@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks.gpu.ledger import MeasurementError, NotRunError, first_line
 
-
 PATIENCE_S = 10
 
 
@@ -48,7 +47,7 @@ class Worker:
             raise MeasurementError(f"no result within {limit_s:.0f} s")
         try:
             outcome, value = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             status = self._process.exitcode
             self.close()
@@ -69,7 +68,7 @@ class Worker:
         self._process = self._connection = None
 
     def _connected(self) -> Any:
-        if self._connection is None:
+        if self._process is None or not self._process.is_alive():
             context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs,))

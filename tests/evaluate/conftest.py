@@ -32,7 +32,7 @@ def run(capsys, *words):
     """Run the command and return its status, its --result and what it said on stderr."""
     status = main([str(word) for word in words])
     out, err = capsys.readouterr()
-    result = json.loads(out.split("--result\n")[1]) if "--result\n" in out else None
+    result = json.loads(out.split("--result\n")[-1]) if "--result\n" in out else None
     return status, result, err
 
 

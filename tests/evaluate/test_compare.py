@@ -74,6 +74,12 @@ def test_different_data_is_refused_by_name():
         compare([record("a", [True]), record("b", [True], fingerprint="y")])
 
 
+def test_a_split_by_two_names_is_one():
+    a, b = record("a", [True]), record("b", [True])
+    a["data"]["split"], b["data"]["split"] = "val", "validation"
+    assert compare([a, b])[0]["top1_difference"] == 0
+
+
 def write(path, records, schema=1):
     path.write_text(json.dumps({"schema": schema, "checkpoints": records}))
     return str(path)

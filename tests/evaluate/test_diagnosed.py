@@ -169,6 +169,16 @@ def test_diagnoses_and_quantization_take_a_model_in_half_precision(capsys, check
     assert record["quantized"]
 
 
+def test_a_model_in_half_precision_is_exported_from_batches_that_timm_leaves_in_float32(
+    capsys, checkpoints, common, tmp_path
+):
+    pytest.importorskip("onnxruntime")
+    words = ["--model-dtype", "bfloat16", "--no-prefetcher", "--export", "onnx", "--report", tmp_path / "r"]
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words)
+    assert status == 0, err
+    assert list((tmp_path / "r").glob("*.onnx"))
+
+
 def test_named_blocks_are_those_of_every_diagnosis(capsys, checkpoints, common, tmp_path):
     words = ["--tweo-blocks", r"blocks\.1", "--stethoscope", "--report", tmp_path / "r"]
     status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, *words)

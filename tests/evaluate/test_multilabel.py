@@ -127,10 +127,13 @@ def test_two_processes_measure_what_one_does(checkpoints, photos, tmp_path):
     assert (two["correct"], two["peak_abs"]) == (one["correct"], one["peak_abs"])
 
 
-def test_a_task_that_was_forgotten_is_named(runs, shards, capsys):
-    words = [word for word in MODEL if word not in ("--task", "multilabel")]
-    assert main(["--checkpoint", checkpoint(runs[0]), *words, *shards]) == 1
-    assert "trained with --task multilabel" in capsys.readouterr().err
+def test_task_and_label_field_are_those_of_the_training_unless_given(runs, shards, capsys):
+    words = ["--checkpoint", checkpoint(runs[0]), "--device", "cpu", "-j", "0", "-b", "4", *shards[:4]]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out.split("--result\n")[1])
+    assert result["map"] == pytest.approx(float(summary(runs[0])["eval_map"]), abs=1e-4)
+    assert main([*words, "--task", "classification"]) == 1
+    assert "give --task multilabel" in capsys.readouterr().err
 
 
 def test_reports_of_different_tasks_are_not_compared(runs, shards, checkpoints, photos, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """What validate.py cannot do, it says in one line that names the cause."""
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +20,16 @@ def test_checkpoint_of_another_architecture_is_refused_by_name(capsys, checkpoin
     assert ARCH in err
     assert "leave out --model" in err
     assert "Traceback" not in err
+
+
+def test_another_name_whose_weights_fit_is_validated_as_timm_does_with_a_word(capsys, checkpoints, common, caplog):
+    top1 = run(capsys, "--checkpoint", checkpoints[0], *common)[1]["top1"]
+    for name in (f"{ARCH}.augreg_in21k", "deit_tiny_patch16_224"):
+        words = ["--mean", 0.5, "--std", 0.5, "--model", name]  # DeiT is of another mean
+        status, result, err = run(capsys, "--checkpoint", checkpoints[0], *words, *common)
+        assert status == 0, err
+        assert (result["model"], result["top1"]) == (name, top1)
+        assert f"trained as a {ARCH}, validated as the {name}" in caplog.text
 
 
 def test_weights_that_do_not_fit_are_refused(capsys, common, tmp_path):
@@ -40,7 +52,9 @@ def test_damaged_and_missing_checkpoints_are_named(capsys, checkpoints, common, 
     assert "Traceback" not in err
 
 
-def test_ema_weights_are_used_when_asked_for_and_missing_ones_are_an_error(capsys, common, tmp_path, checkpoints):
+def test_ema_weights_are_used_where_there_are_any_and_else_the_plain_ones_with_a_word(
+    capsys, common, tmp_path, checkpoints, caplog
+):
     ema = make_model(5)
     path = save_checkpoint(tmp_path / "ema" / "last.pth.tar", make_model(0), state_dict_ema=ema.state_dict())
     plain = save_checkpoint(tmp_path / "plain" / "last.pth.tar", ema)
@@ -48,9 +62,12 @@ def test_ema_weights_are_used_when_asked_for_and_missing_ones_are_an_error(capsy
         run(capsys, "--checkpoint", path, "--use-ema", *common)[1]["peak_abs"]
         == (run(capsys, "--checkpoint", plain, *common)[1]["peak_abs"])
     )
-    status, _, err = run(capsys, "--checkpoint", checkpoints[0], "--use-ema", *common)
-    assert status == 1
-    assert "no EMA weights" in err
+    # timm's --use-ema is "use ema version of weights if present"
+    _, mixed, _ = run(capsys, "--checkpoint", path, checkpoints[0], "--use-ema", *common)
+    alone = run(capsys, "--checkpoint", checkpoints[0], *common)[1]
+    assert mixed[1]["peak_abs"] == alone["peak_abs"]
+    assert "no EMA weights" in caplog.text
+    assert str(path) not in caplog.text
 
 
 def test_class_count_mismatch_says_both_numbers(capsys, common, tmp_path, photos, checkpoints):
@@ -105,6 +122,8 @@ BAD = {
     "--gp=": "--gp ''",
     "--mean 0.5 0.5": "--mean has 2 values",
     "--interpolation bicubik": "did you mean 'bicubic'",
+    "--crop-mode boarder": "did you mean 'border'",
+    "--pretrained-cfg-overlay crop_mode=boarder": "did you mean 'border'",
     "--crop-pct nan": "--crop-pct is nan",
     "--task multilabel --export onnx": "--export is about one label an image",
     "--target-format multihot": "--target-format multihot needs --task multilabel",
@@ -147,12 +166,78 @@ def test_valid_labels_that_cannot_be_are_refused(lines, complaint, capsys, check
     assert complaint in err
 
 
+def test_logits_that_are_not_finite_are_not_scored(capsys, common, tmp_path, checkpoints):
+    # timm's validate.py counts the place of the first NaN as a guess, and exits with 0.
+    model = make_model(3)
+    with torch.no_grad():
+        model.norm.bias.fill_(1)
+        model.head.weight.fill_(1e38)  # finite, and the logits overflow
+    path = save_checkpoint(tmp_path / "broken" / "last.pth.tar", model)
+    words = [*common, "--quantize", "w8a8-tt", "--calibration-images", 8, "--report", tmp_path / "r", "--metrics-avg"]
+    status, results, err = run(capsys, "--checkpoint", checkpoints[0], path, *words, "macro")
+    assert status == 1
+    assert "broken: the logits of 21 images are not finite" in err
+    assert "broken w8a8-tt: the logits of 21 images are not finite" in err
+    sound, broken = results
+    assert sound["top1"] is not None
+    assert [broken[name] for name in ("top1", "top1_err", "top5", "macro_f1_score")] == [None] * 4
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    record = report["checkpoints"][1]
+    assert record["not_finite"] == record["quantized"][0]["not_finite"] == 21
+    assert (record["loss"], record["correct"], record["quantized"][0]["top1"]) == (None, None, None)
+    assert report["comparison"][0]["top1_difference"] is None
+    assert "| broken | - | - |" in (tmp_path / "r" / "report.md").read_text()
+    again = ["--compare-reports", tmp_path / "r" / "report.json", "--results-file", tmp_path / "r.csv"]
+    assert run(capsys, *again)[1][1]["top1"] is None
+
+
+def test_several_labels_are_not_scored_from_logits_that_are_not_finite(capsys, common, tmp_path):
+    model = make_model(3)
+    with torch.no_grad():
+        model.norm.bias.fill_(1)
+        model.head.weight[0] = 1e38
+    path = save_checkpoint(tmp_path / "broken" / "last.pth.tar", model)
+    status, result, err = run(capsys, "--checkpoint", path, "--task", "multilabel", *common)
+    assert status == 1
+    assert "not finite" in err
+    assert result["map"] is None
+
+
+def test_diagnoses_of_a_broken_model_cost_themselves_alone(capsys, common, tmp_path):
+    model = make_model(3)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.bias[3] = 1e38  # finite, and its square is not
+        model.norm.bias.fill_(1)
+        model.head.weight.fill_(1e38)
+    path = save_checkpoint(tmp_path / "broken" / "last.pth.tar", model)
+    words = [*common, "--stethoscope", "--colinearity", "--fp8-readiness", "--sites", "all"]
+    words += ["--export", "onnx"] if importlib.util.find_spec("onnxruntime") else []
+    status, result, err = run(capsys, "--checkpoint", path, *words, "--report", tmp_path / "r")
+    assert status == 1
+    assert "Traceback" not in err
+    assert result["top1"] is None
+    assert not list((tmp_path / "r").glob("*.onnx"))
+
+
 def test_names_that_the_locale_has_not_are_read_and_written_all_the_same(checkpoints, photos, tmp_path):
     """A folder, a class and a report with an ö, where the system's encoding is ASCII."""
     shutil.copytree(checkpoints[0].parent, tmp_path / "ök1")
     shutil.copytree(photos, tmp_path / "däta")
     (tmp_path / "däta" / "validation" / "ant").rename(tmp_path / "däta" / "validation" / "ö")
-    words = "--checkpoint ök1/last.pth.tar --data-dir däta --device cpu -j 0 -b 8 --report ö".split()
+    words = [
+        "--checkpoint",
+        "ök1/last.pth.tar",
+        "--data-dir",
+        "däta",
+        "--device",
+        "cpu",
+        "-j",
+        "0",
+        "-b",
+        "8",
+        "--report",
+        "ö",
+    ]
     script = Path(__file__).parents[2] / "validate.py"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     command = [sys.executable, script, *words, "--results-file", "ö.csv"]

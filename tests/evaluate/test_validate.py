@@ -1,7 +1,9 @@
 """validate.py against timm's own parts, and against itself under other conditions."""
 
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,7 +78,7 @@ def test_results_do_not_depend_on_batch_size_or_workers(capsys, checkpoints, pho
 
 
 def test_interrupt_keeps_what_is_finished(capsys, checkpoints, common, tmp_path, monkeypatch):
-    from tweo_timm.evaluate import measure as module
+    from tweo_timm.evaluate import command as module
 
     measure, calls = module.measure, []
 
@@ -93,11 +95,28 @@ def test_interrupt_keeps_what_is_finished(capsys, checkpoints, common, tmp_path,
     assert len(json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"]) == 1
 
 
+def test_results_of_a_folder_are_a_list_as_timm_writes_it(capsys, checkpoints, common, tmp_path):
+    # The best first, with the file, a list even of one; safetensors are taken besides.
+    folder = tmp_path / "some"
+    folder.mkdir()
+    shutil.copy(checkpoints[0], folder / "a.pth.tar")
+    assert isinstance(run(capsys, "--checkpoint", folder, *common)[1], list)
+    for seed in (1, 2, 3):
+        save_checkpoint(folder / f"b{seed}.pth.tar", make_model(seed))
+    _, results, _ = run(capsys, "--checkpoint", folder, *common, "--results-file", tmp_path / "r.csv")
+    assert len({row["top1"] for row in results}) > 1
+    assert [row["top1"] for row in results] == sorted((row["top1"] for row in results), reverse=True)
+    with open(tmp_path / "r.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["checkpoint"] for row in rows] == [row["checkpoint"] for row in results]
+    assert {Path(row["checkpoint"]).name for row in rows} == {"a.pth.tar", "b1.pth.tar", "b2.pth.tar", "b3.pth.tar"}
+
+
 def test_folder_of_checkpoints_stands_for_all_in_it_under_unique_names(capsys, checkpoints, common, tmp_path):
     for name in ("one", "two"):
         shutil.copy(checkpoints[0], tmp_path / f"{name}.pth.tar")
     _, result, _ = run(capsys, "--checkpoint", tmp_path, *common)
-    assert [entry["name"] for entry in result] == [f"{tmp_path.name}/one", f"{tmp_path.name}/two"]
+    assert sorted(entry["name"] for entry in result) == [f"{tmp_path.name}/one", f"{tmp_path.name}/two"]
 
 
 def test_results_file_is_timms(capsys, checkpoints, common, tmp_path):
@@ -114,7 +133,7 @@ def test_results_file_is_timms(capsys, checkpoints, common, tmp_path):
         "--results-format",
         "json",
     )
-    assert json.loads((tmp_path / "r.json").read_text())[0]["model"] == ARCH
+    assert json.loads((tmp_path / "r.json").read_text())["model"] == ARCH
 
 
 def test_model_without_blocks_is_scored_all_the_same(capsys, common, tmp_path):
@@ -183,7 +202,8 @@ def test_options_in_a_checkpoint_may_be_a_dict_or_missing(capsys, common, tmp_pa
 
 def test_averaged_metrics_are_printed_under_timms_names(capsys, checkpoints, common):
     _, result, _ = run(capsys, "--checkpoint", checkpoints[0], *common, "--metrics-avg", "macro")
-    assert {"macro_precision", "macro_recall", "macro_f1_score"} <= result.keys()
+    timms = ["model", "top1", "top1_err", "top5", "top5_err", "macro_precision", "macro_recall", "macro_f1_score"]
+    assert list(result)[:12] == [*timms, "param_count", "img_size", "crop_pct", "interpolation"]
 
 
 def test_test_time_pooling_crops_only_where_it_pools(capsys, checkpoints, common):

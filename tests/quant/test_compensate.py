@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.quant.families import make_images, make_model
-from tweo_timm.quant.compensate import COMPENSATIONS, compensate, fold_compensation
+from tweo_timm.quant.compensate import compensate, fold_compensation
 from tweo_timm.quant.compensation import Fit
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.quant.scheme import SUFFIXES, Suffix
 from tweo_timm.quant.static import quantization_scales, quantize_static
 from tweo_timm.quant.stream import StreamQuantizer
 from tweo_timm.tables import Entry, register
@@ -208,9 +209,11 @@ class Factor(torch.nn.Module):
 
 def test_a_compensation_is_one_class_and_one_line_of_a_table(tmp_path):
     model, images = make_model("vit"), make_images("vit", 8)
-    quantized = quantize_static(model, [images], "w4a4-tt")
-    with register(COMPENSATIONS, "factor", Entry(f"{__name__}:Factor")):
-        rows = compensate(model, quantized, [images], "factor")
+    with register(SUFFIXES, "factor", Suffix("compensation", "factor", Entry(f"{__name__}:Factor"))):
+        quantized = quantize_static(model, [images], "w4a4-tt+factor")
+        with pytest.raises(ValueError, match=r"\[\+qwt\|\+qwtblock\|\+qwtlinear\|\+factor\]: bits"):
+            quantize_static(model, [images], "w4a4-tt+factor+qwt")
+    rows = quantized.quantization["compensation"]
     layer = quantized.patch_embed.proj
     toy, layer.compensation = layer.compensation, None
     y, q = (outputs_of(m, "patch_embed.proj", images)[1].reshape(-1).numpy() for m in (model, quantized))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 from tweo_timm.evaluate.compare import headline
 from tweo_timm.evaluate.measure import measure
 from tweo_timm.evaluate.options import ValidateOptions
-from tweo_timm.evaluate.report import csv_text, failures, faults, print_table, write_report
+from tweo_timm.evaluate.report import failures, faults, print_table, write_report
+from tweo_timm.evaluate.results import Results
 from tweo_timm.evaluate.stored import read_reports
 from tweo_timm.evaluate.subject import Subject, find_sources, load_subject
 from tweo_timm.outputs import Outputs
-from tweo_timm.records import plain
 from tweo_timm.run.command import Call, printing
 from tweo_timm.run.failure import Failure
 from tweo_timm.run.precision import resolve_precision
@@ -102,7 +100,8 @@ def _measure_all(options: ValidateOptions, world: World, records: list[dict[str,
             status = call.fail(reason)
         peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
         field, metric = headline(record)
-        _logger.info("%s: %s %.2f%s", subject.name, metric, record[field], peak)
+        value = "-" if record[field] is None else f"{record[field]:.2f}"
+        _logger.info("%s: %s %s%s", subject.name, metric, value, peak)
     return status
 
 
@@ -121,45 +120,14 @@ def _with_retry(subject: Subject, world: World) -> dict[str, Any]:
 
 def _report(records: list[dict[str, Any]], options: ValidateOptions, call: Call) -> None:
     """Write the files, then print: neither a full disk nor a closed pipe takes what the other would have kept."""
-    results = [plain(_timm_result(record, options.metrics_avg)) for record in records]
+    results = Results(records, options)
     try:
         if options.results_file:
-            _write_results(Path(options.results_file), options.results_format, results)
+            results.write(Path(options.results_file), options.results_format)
         if options.report:
             write_report(records, Path(options.report), str(call))
             _logger.info("Report: %s", Path(options.report) / "report.md")
     finally:
         with printing():
             print_table(records)
-            print(f"--result\n{json.dumps(results if len(results) > 1 else results[0], indent=4)}")
-
-
-def _timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
-    """The fields that timm's validate.py prints, then the peak."""
-    averaged = [f"{average}_{name}" for name in ("precision", "recall", "f1_score")] if average else []
-    return {
-        "model": record["arch"],
-        **_timm_metrics(record),
-        "param_count": record["param_count_m"],
-        "img_size": record["img_size"],
-        "crop_pct": record["crop_pct"],
-        "interpolation": record["interpolation"],
-        **{name: round(record[name], 4) for name in averaged if name in record},
-        "name": record["name"],
-        "peak_abs": record["peak_abs"],
-    }
-
-
-def _timm_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """Accuracy and error for one label an image, mAP and F1 for several; percent."""
-    if headline(record)[0] == "map":
-        return {name: round(record[name], 4) for name in ("map", "micro_f1", "macro_f1", "sample_f1")}
-    values = {}
-    for name in ("top1", "top5"):
-        values[name] = round(record[name], 4)
-        values[f"{name}_err"] = round(100 - values[name], 4)
-    return values
-
-
-def _write_results(path: Path, form: str, results: Sequence[dict[str, Any]]) -> None:
-    Outputs(path.parent).write(path.name, json.dumps(results, indent=4) if form == "json" else csv_text(results))
+            print(f"--result\n{results}")

@@ -43,8 +43,8 @@ def headline(record: dict[str, Any]) -> tuple[str, str]:
     return HEADLINES[record.get("task", "classification")]
 
 
-def accuracy_by_scheme(record: dict[str, Any]) -> dict[str, float]:
-    """Return scheme -> headline metric in percent of one record."""
+def accuracy_by_scheme(record: dict[str, Any]) -> dict[str, float | None]:
+    """Return scheme -> headline metric in percent of one record, None where its logits are not finite."""
     field, _ = headline(record)
     return {entry["scheme"]: entry[field] for entry in record.get("quantized", [])}
 
@@ -71,11 +71,16 @@ def check_same_data(records: Sequence[dict[str, Any]]) -> None:
     check_same_task(records)
     first = records[0]
     for record in records[1:]:
-        if record["data"] != first["data"]:
+        if _identity(record) != _identity(first):
             raise ValueError(
                 f"{first['name']} and {record['name']} were validated on different data ({first['data']} and "
                 f"{record['data']}): validate both on the same split"
             )
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """What the data of a record is; a split has several names, val and validation say."""
+    return {key: value for key, value in record["data"].items() if key != "split"}
 
 
 def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,7 +92,7 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         One dict for each record after the first: name, against, top1_difference (points), ci95 (low, high), mcnemar_p
         and peak_ratio (its peak over the first's; None without blocks). With several labels an image map_difference in
-        place of the three: mAP is no mean over images.
+        place of the three: mAP is no mean over images. All are None where one of the two has no finite logits.
 
     Raises:
         ValueError: if the records are of different data.
@@ -98,19 +103,23 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    peaks = (first.get("peak_abs"), other.get("peak_abs"))
+    before, after = (record.get("peak_abs") or math.nan for record in (first, other))
+    finite = math.isfinite(before) and math.isfinite(after)
     return {
         "name": other["name"],
         "against": first["name"],
         **_accuracy_difference(first, other),
-        "peak_ratio": peaks[1] / peaks[0] if peaks[0] and peaks[1] else None,
+        "peak_ratio": after / before if finite else None,
     }
 
 
 def _accuracy_difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     field, _ = headline(first)
     if field != "top1":
-        return {f"{field}_difference": other[field] - first[field]}
+        pair = (first[field], other[field])
+        return {f"{field}_difference": None if None in pair else pair[1] - pair[0]}
+    if first["correct"] is None or other["correct"] is None:
+        return {"top1_difference": None, "ci95": None, "mcnemar_p": None}
     count = first["data"]["images"]
     a, b = (unpacked(record["correct"], count) for record in (first, other))
     difference, low, high, p = paired_difference(a, b)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tweo_timm.evaluate.case import Case, Samples, num_classes_of
-from tweo_timm.evaluate.compare import packed
 from tweo_timm.evaluate.images import Images, open_images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.probe import Asked
@@ -24,6 +24,9 @@ from tweo_timm.quant.export import FLOAT, require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
+from tweo_timm.run.class_names import check_same_names, names_by_index
+from tweo_timm.run.classes import class_names
+from tweo_timm.run.dataset import place
 from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World
 
@@ -46,6 +49,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     options = subject.options
     _check_wishes(options, world)
     images = open_images(options, subject.data_config, num_classes_of(subject), world)
+    names = _class_names(subject, images)
     samples = Samples(subject, world)
     asked = Asked(Case(subject, images, samples, world))
     record: dict[str, Any] = {
@@ -59,10 +63,11 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         "interpolation": subject.data_config["interpolation"],
         "precision": precision_of(options),
         "data": {"fingerprint": images.fingerprint, "split": options.split},
+        "class_names": names,
     }
     with asked.watching():
         whole, outliers = _score_with_outliers(subject, images, world)
-    record |= {**whole.metrics, "correct": packed(whole.correct)}
+    record |= whole.record()
     record["data"]["images"] = whole.count
     if options.task == "multilabel":
         record["data"]["threshold"] = options.multilabel_threshold
@@ -70,7 +75,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     record["training_peak_abs"] = subject.training_peak_abs
     record["training"] = _training_peaks(subject)
     if options.export:
-        record |= _exported(subject, None, images, FLOAT)
+        record |= _exported(subject, None, images, whole, FLOAT)
     float_file = _onnx_path(subject, FLOAT) if "exported" in record else None
     record["quantized"], record["not_quantized"] = [], {}
     for scheme in options.quantize:
@@ -96,6 +101,21 @@ def _check_wishes(options: ValidateOptions, world: World) -> None:
             require_export_extra()
         except RuntimeError as error:
             raise ValueError(f"--export onnx: {error}") from error
+
+
+def _class_names(subject: Subject, images: Images) -> list[str | None] | None:
+    """Names of the model's classes by index: the checkpoint's, with which the data's must agree, or else the data's."""
+    if images.valid_labels is not None:
+        return subject.class_names
+    found = names_by_index(class_names(images.dataset))
+    check_same_names(
+        subject.class_names,
+        found,
+        f"checkpoint {subject.path}",
+        "give the --class-map of its training, name the folders as they were, or say by --valid-labels FILE which of "
+        "the model's classes those of the data are",
+    )
+    return subject.class_names or found
 
 
 def _score_with_outliers(subject: Subject, images: Images, world: World) -> tuple[Score, dict[str, Any]]:
@@ -162,11 +182,10 @@ def _quantized(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
-    exported = _exported(subject, model, images, scheme, float_file) if options.export else {}
+    exported = _exported(subject, model, images, result, scheme, float_file) if options.export else {}
     return exported | {
         "scheme": scheme,
-        **result.metrics,
-        "correct": packed(result.correct),
+        **result.record(),
         "calibration": {
             "split": options.calibration_split,
             "images": sum(len(batch) for batch in batches),
@@ -177,7 +196,12 @@ def _quantized(
 
 
 def _exported(
-    subject: Subject, quantized: nn.Module | None, images: Images, scheme: str, float_file: Path | None = None
+    subject: Subject,
+    quantized: nn.Module | None,
+    images: Images,
+    scored: Score,
+    scheme: str,
+    float_file: Path | None = None,
 ) -> dict[str, Any]:
     """Write ONNX files of the model and run them over the split; those of the float model come first.
 
@@ -185,13 +209,21 @@ def _exported(
         As `exported` what was found, or as `not_exported` why there is no such file: what is measured already is not
         lost over it.
     """
+    if scored.not_finite:
+        return {"not_exported": f"--export onnx, {subject.name} {scheme}: its logits are not finite"}
     path = _onnx_path(subject, scheme)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = export_record(subject.model, quantized, images.loader, path, float_file=float_file)
+        found = export_record(subject.model, quantized, _placed(subject, images), path, float_file=float_file)
     except (RuntimeError, ValueError, OSError) as error:
         return {"not_exported": f"--export onnx, {subject.name} {scheme}: {error}"}
     return {"exported": found}
+
+
+def _placed(subject: Subject, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """The split's batches in the model's dtype, which timm's loader gives them only if it prefetches."""
+    device = next(subject.model.parameters()).device
+    return ((place(batch, subject.options, device), targets.to(device)) for batch, targets in images.loader)
 
 
 def _onnx_path(subject: Subject, scheme: str) -> Path:

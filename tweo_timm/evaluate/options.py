@@ -9,7 +9,7 @@ Source: timm's validation script, 1.0.29 to 1.0.31. Imports neither torch nor ti
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tweo_timm.run import options as shared
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze
@@ -25,7 +25,7 @@ from tweo_timm.run.rules import (
     scripting,
     target_format,
 )
-from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, flag
+from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 
@@ -39,22 +39,28 @@ _DESCRIPTION = (
 class DatasetOptions(shared.DatasetOptions):
     """Dataset."""
 
+    DECIDES = Decides.DATA
+
     split: str = flag("validation", "Split to validate on.")
     num_samples: int | None = flag(
         None, "Number of samples, for iterable datasets that do not know.", bounds=AT_LEAST_1
     )
-    real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE")
-    valid_labels: str = flag("", "Text file: line i is the model's class of the data's class i.", metavar="FILE")
+    real_labels: str = flag("", "JSON file of ImageNet ReaL labels.", metavar="FILE", decides=Decides.LABELS)
+    valid_labels: str = flag(
+        "", "Text file: line i is the model's class of the data's class i.", metavar="FILE", decides=Decides.LABELS
+    )
 
 
 @dataclass(frozen=True)
 class ModelOptions(shared.ModelOptions):
     """Model."""
 
+    DECIDES = Decides.MODEL
+
     model: str = flag(
         "dpn92", "Architecture, as timm names it; a checkpoint's own if it says.", "--model", "-m", metavar="NAME"
     )
-    pretrained: bool = flag(False, "timm's pretrained weights; implied without --checkpoint.")
+    pretrained: bool = flag(False, "timm's pretrained weights; implied without --checkpoint.", decides=Decides.TRAINING)
     checkpoint: list[str] = flag(
         [], "Checkpoints to validate and compare; a folder stands for all in it.", metavar="FILE"
     )
@@ -67,6 +73,8 @@ class ModelOptions(shared.ModelOptions):
 class InputOptions(shared.ImageOptions):
     """Images."""
 
+    DECIDES = Decides.INPUT
+
     use_train_size: bool = flag(False, "The training size even where the architecture has another for testing.")
     crop_mode: str | None = flag(None, "Crop: center, squash or border; unset: the architecture's.")
     crop_border_pixels: int | None = flag(None, "Pixels cut from each border.", bounds=AT_LEAST_0)
@@ -77,9 +85,11 @@ class InputOptions(shared.ImageOptions):
 class DeviceOptions(shared.PrecisionOptions):
     """Device and precision."""
 
+    DECIDES = Decides.TRAINING
+
     num_gpu: int = flag(1, "Refused above 1: threads of DataParallel would mix up the statistics.", bounds=ANY)
     aot_autograd: bool = flag(False, "Refused: use --torchcompile aot_eager.")
-    batch_size: int = flag(256, "Batch size.", "-b", "--batch-size", bounds=AT_LEAST_1)
+    batch_size: int = flag(256, "Batch size.", "-b", "--batch-size", bounds=AT_LEAST_1, decides=Decides.DATA)
     workers: int = flag(4, "Loader processes.", "-j", "--workers", bounds=Bounds(0, 1024))
     retry: bool = flag(False, "After running out of memory try again with a smaller batch.")
     seed: int = flag(42, "Random seed, of calibration and random inputs too.", bounds=Bounds(0, 2**32 - 1))
@@ -90,6 +100,8 @@ class DeviceOptions(shared.PrecisionOptions):
 @dataclass(frozen=True)
 class OutputOptions:
     """Results."""
+
+    DECIDES = Decides.RECORDS
 
     log_freq: int = flag(10, "Batches between log lines.", bounds=AT_LEAST_1)
     results_file: str = flag("", "File for the results of all models.", metavar="FILE")
@@ -106,10 +118,14 @@ class OutputOptions:
 class MeasurementOptions:
     """Outliers, quantization, diagnosis."""
 
+    DECIDES = Decides.RECORDS
+
     sites: str = flag(
         "blocks", "Where outliers are measured: block outputs, or every layer.", choices=("blocks", "all")
     )
-    tweo_blocks: str | None = flag(None, "Names the transformer blocks where they are not found.", metavar="REGEX")
+    tweo_blocks: str | None = flag(
+        None, "Names the transformer blocks where they are not found.", metavar="REGEX", decides=Decides.MODEL
+    )
     quantize: list[str] = flag(
         [], "Top-1 after static quantization, e.g. w8a8-tt, w7a8-tt, w6a6-tt, w8a8-tt+res.", metavar="SCHEME"
     )
@@ -130,21 +146,28 @@ class ValidateOptions(
     DatasetOptions,
     shared.TargetOptions,
     ModelOptions,
+    shared.NormOptions,
     InputOptions,
     DeviceOptions,
 ):
     """The settings of one validation, one field per flag.
 
+    Attributes:
+        given: names of the settings that command line or recipe gave, defaults too: no checkpoint changes them.
+
     Raises:
         ValueError: a setting is out of range, contradicts another, or cannot be honoured.
     """
+
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # `data` is the old positional form of data_dir: one field below this line.
         if self.data:
             object.__setattr__(self, "data_dir", self.data_dir or self.data)
         object.__setattr__(self, "data", None)
-        object.__setattr__(self, "model_kwargs", freeze(self.model_kwargs))
+        for name in ("model_kwargs", "pretrained_cfg_overlay"):
+            object.__setattr__(self, name, freeze(getattr(self, name)))
         for complaint in _complaints(self):
             raise ValueError(complaint)
 
@@ -163,7 +186,7 @@ def parse_validate_options(argv: Sequence[str] | None = None, prog: str = "valid
     given = CommandLine(ValidateOptions, prog, _DESCRIPTION).parse(argv)
     values, recipe = resolve(ValidateOptions, given)
     with naming(recipe, given):
-        return ValidateOptions(**values)
+        return ValidateOptions(**values, given=frozenset(values))
 
 
 def _complaints(options: ValidateOptions) -> Iterator[str]:

@@ -113,7 +113,8 @@ def _quantized(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
     for position, (index, record) in enumerate(shown):
         found = accuracy_by_scheme(record)
         whole = record[headline(record)[0]]
-        values = {0: whole} | {i: found[scheme] for i, scheme in enumerate(schemes, 1) if scheme in found}
+        bars = {0: whole} | {i: found[scheme] for i, scheme in enumerate(schemes, 1) if scheme in found}
+        values = {place: value for place, value in bars.items() if value is not None}
         places = [place + position * width for place in values]
         axes.bar(places, list(values.values()), width, color=_colour(index), label=picture(record["name"]))
     centre = width * (len(shown) - 1) / 2

@@ -12,7 +12,7 @@ from tweo_timm.diagnose.readiness import fp8_readiness
 from tweo_timm.diagnose.sites import SiteRecorder, record_sites
 from tweo_timm.diagnose.stethoscope import stethoscope
 from tweo_timm.evaluate.case import Case
-from tweo_timm.evaluate.markdown import columns_of, number
+from tweo_timm.evaluate.markdown import fields_table, number
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.media import code, markdown
 
@@ -47,7 +47,7 @@ class Stethoscope:
         return [
             "### Stethoscope: do outliers come from the data?",
             f"{degenerate if found['degenerate'] else ''}{counts}. {markdown(found['rule'])}",
-            columns_of(found["verdicts"], keys),
+            fields_table(found["verdicts"], keys),
         ]
 
 
@@ -137,4 +137,4 @@ class Sites:
         """The ten largest."""
         keys = ("name", "kind", "peak_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
         largest = sorted(found, key=lambda site: -(site["peak_abs"] or 0))[:10]
-        return ["### The ten sites with the largest activations", columns_of(largest, keys)]
+        return ["### The ten sites with the largest activations", fields_table(largest, keys)]

@@ -21,24 +21,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tweo_timm import machine
+from tweo_timm.evaluate.columns import columns_of, formatted
 from tweo_timm.evaluate.compare import SCHEMA, accuracy_by_scheme, compare, headline, schemes_of
-from tweo_timm.evaluate.markdown import columns_of, markdown_table, number
+from tweo_timm.evaluate.markdown import fields_table, markdown_table, number
 from tweo_timm.evaluate.plots import draw_all
 from tweo_timm.evaluate.probe import described
 from tweo_timm.media import cell, code, markdown, one_line, terminal
 from tweo_timm.outputs import Outputs
 from tweo_timm.records import plain
 from tweo_timm.version import __version__
-
-_METRICS = {
-    "top1": (("top1", "Top-1 %", "{:.2f}"), ("top5", "Top-5 %", "{:.2f}")),
-    "map": (("map", "mAP %", "{:.2f}"), ("macro_f1", "macro F1 %", "{:.2f}")),
-}
-_PEAKS = (
-    ("training_peak_abs", "training peak", "{:.4g}"),
-    ("peak_abs", "peak", "{:.4g}"),
-    ("peak_block", "in block", "{}"),
-)
 
 
 def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) -> None:
@@ -86,10 +77,9 @@ def table_of(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     schemes = schemes_of(records)
     rows = []
     for record in records:
-        columns = (("name", "model", "{}"), *_METRICS[headline(record)[0]], *_PEAKS)
-        row = {title: _cell(record.get(key), form) for key, title, form in columns}
+        row = {column.title: column.cell(record) for column in columns_of(record) if column.title}
         found = accuracy_by_scheme(record)
-        rows.append(row | {scheme: _cell(found.get(scheme), "{:.2f}") for scheme in schemes})
+        rows.append(row | {scheme: formatted(found.get(scheme), "{:.2f}") for scheme in schemes})
     return rows
 
 
@@ -116,10 +106,6 @@ def _print_rows(rows: Sequence[dict[str, str]]) -> None:
     console.print(table)
 
 
-def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     records = report["checkpoints"]
     data = records[0]["data"]
@@ -137,9 +123,10 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     field, metric = headline(records[0])
     for entry in report["comparison"]:
         ratio = f", peak x {entry['peak_ratio']:.3g}" if entry["peak_ratio"] is not None else ""
+        difference = formatted(entry[f"{field}_difference"], "{:+.2f} points")
         parts.append(
             f"**{markdown(entry['name'])}** against {markdown(entry['against'])}: "
-            f"{metric} {entry[f'{field}_difference']:+.2f} points{_interval(entry)}{ratio}."
+            f"{metric} {difference}{_interval(entry)}{ratio}."
         )
     parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
     parts += [_details(record) for record in records]
@@ -147,7 +134,7 @@ def _markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
 
 
 def _interval(entry: dict[str, Any]) -> str:
-    if "ci95" not in entry:
+    if entry.get("ci95") is None:
         return ""
     low, high = entry["ci95"]
     return f" (95 % interval {low:+.2f} to {high:+.2f}, McNemar p = {entry['mcnemar_p']:.2g})"
@@ -158,9 +145,9 @@ def _details(record: dict[str, Any]) -> str:
     parts = [f"## {markdown(record['name'])}"]
     if record["blocks"]:
         keys = ("name", "peak_abs", "p9999_abs", "mean_abs", "kurtosis", "max_to_median", "peak_token", "peak_channel")
-        parts.append(columns_of(record["blocks"], keys))
+        parts.append(fields_table(record["blocks"], keys))
     parts += [
-        f"- {markdown(entry['scheme'])}: {metric} {entry[field]:.2f} %, relative error of the logits "
+        f"- {markdown(entry['scheme'])}: {metric} {formatted(entry[field], '{:.2f} %')}, relative error of the logits "
         f"{number(entry['fidelity']['relative_error'])}, same first guess as in float for "
         f"{100 * entry['fidelity']['top1_agreement']:.1f} % of {entry['fidelity']['num_images']} images"
         for entry in record.get("quantized", [])
@@ -174,9 +161,16 @@ def _details(record: dict[str, Any]) -> str:
 
 
 def failures(record: dict[str, Any]) -> list[str]:
-    """Return why schemes and exported files that were asked for are not in a record."""
-    exports = [entry["not_exported"] for entry in (record, *record.get("quantized", [])) if "not_exported" in entry]
-    return [*record.get("not_quantized", {}).values(), *exports]
+    """Return why metrics, schemes and exported files that were asked for are not in a record."""
+    entries = (record, *record.get("quantized", []))
+    exports = [entry["not_exported"] for entry in entries if "not_exported" in entry]
+    unsound = [_not_finite(record, entry) for entry in entries if entry.get("not_finite")]
+    return [*unsound, *record.get("not_quantized", {}).values(), *exports]
+
+
+def _not_finite(record: dict[str, Any], entry: dict[str, Any]) -> str:
+    which = f"{record['name']} {entry['scheme']}" if "scheme" in entry else record["name"]
+    return f"{which}: the logits of {entry['not_finite']} images are not finite, so that nothing can be scored"
 
 
 def faults(record: dict[str, Any]) -> list[str]:
@@ -257,14 +251,11 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _csv_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a checkpoint, at full precision."""
+    """One row per checkpoint, at full precision."""
     schemes = schemes_of(records)
     rows = []
     for record in records:
-        metric = headline(record)[0]
-        names = ("top1", "top5") if metric == "top1" else ("map", "micro_f1", "macro_f1", "sample_f1")
-        row = {key: record.get(key) for key in ("name", "arch", *names, "loss", "training_peak_abs")}
-        row |= {key: record.get(key) for key in ("peak_abs", "peak_block", "param_count_m", "img_size")}
+        row = {column.key: column.value(record) for column in columns_of(record) if column.csv}
         found = accuracy_by_scheme(record)
-        rows.append(row | {f"{metric}_{scheme}": found.get(scheme) for scheme in schemes})
+        rows.append(row | {f"{headline(record)[0]}_{scheme}": found.get(scheme) for scheme in schemes})
     return rows

@@ -12,6 +12,7 @@ import torch
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import Tensor
 
+from tweo_timm.evaluate.compare import packed
 from tweo_timm.evaluate.images import Images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.run.dataset import place
@@ -27,20 +28,28 @@ class Score:
     """The outcome of one pass.
 
     Attributes:
-        metrics: loss, top1 and top5, percent; with --metrics-avg macro, say, macro_precision,
-            macro_recall and macro_f1_score. With --task multilabel loss,
-            map, micro_f1, macro_f1 and sample_f1.
+        metrics: loss, top1 and top5, percent; with --metrics-avg macro, say, macro_precision, macro_recall and
+            macro_f1_score. With --task multilabel loss, map, micro_f1, macro_f1 and sample_f1. All None where logits
+            are not finite: the largest of what is no number is no guess, and timm's validate.py counts it as one.
         correct: whether each image's first guess was right, in the dataset's order, bool (N,); with ReaL labels, of
             the images that have any; with several labels, whether all of them were right.
+        not_finite: how many images have logits that are not finite.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     correct: Tensor
+    not_finite: int = 0
 
     @property
     def count(self) -> int:
         """How many images were scored."""
         return int(self.correct.numel())
+
+    def record(self) -> dict[str, Any]:
+        """What a report holds of it: the metrics, and one bit per image; or how many images have no finite logits."""
+        if self.not_finite:
+            return {**self.metrics, "correct": None, "not_finite": self.not_finite}
+        return {**self.metrics, "correct": packed(self.correct)}
 
 
 @torch.inference_mode()
@@ -64,6 +73,7 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     real_labels = images.real_labels() if images.real_labels is not None else None
     guesses: list[Tensor] = []
     truths: list[Tensor] = []
+    finite: list[Tensor] = []
     with ProgressLine(label, len(images.loader), world.primary) as bar:
         share = batches(images.loader, lambda batch: place(batch, options, world.device))
         for number, (batch, targets, real) in enumerate(share, start=1):
@@ -75,6 +85,7 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
             logits = logits.float() if keep is None else logits.float()[:, keep]
             if real_labels is not None:
                 real_labels.add_result(logits)
+            finite.append(logits.isfinite().all(-1))
             evaluator.update(logits, targets)
             guesses.append(logits.sigmoid() >= options.multilabel_threshold if several else logits.argmax(-1))
             truths.append(targets >= 0.5 if several else targets)
@@ -82,14 +93,16 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
             if number % options.log_freq == 0:
                 running = "  ".join(f"{name} {value:.4g}" for name, value in evaluator.summary().items())
                 _logger.info("%s: [%4d/%d]  %s", label, number, len(images.loader), running)
-    metrics = dict(evaluator.compute(distributed=world.distributed))
-    guess, truth = (_in_order(torch.cat(parts), world) for parts in (guesses, truths))
+    metrics: dict[str, float | None] = dict(evaluator.compute(distributed=world.distributed))
+    guess, truth, sound = (_in_order(torch.cat(parts), world) for parts in (guesses, truths, finite))
     correct = (guess == truth).view(len(guess), -1).all(-1)
     if real_labels is not None:
         metrics |= {f"top{k}": real_labels.get_accuracy(k=k) for k in (1, 5)}
         correct = torch.tensor(real_labels.is_correct[1])
     if options.metrics_avg:
         metrics |= _averaged(guess, truth, options.metrics_avg)
+    if not sound.all():
+        return Score(dict.fromkeys(metrics), correct, int((~sound).sum()))
     return Score(metrics, correct)
 
 
@@ -111,7 +124,7 @@ def _in_order(values: Tensor, world: World) -> Tensor:
     return whole
 
 
-def _averaged(guess: Tensor, truth: Tensor, average: str) -> dict[str, float]:
+def _averaged(guess: Tensor, truth: Tensor, average: str) -> dict[str, float | None]:
     try:
         from sklearn.metrics import precision_recall_fscore_support
     except ImportError as error:

@@ -79,7 +79,11 @@ def _check_record(record: Fields) -> None:
         task = _name(record, "task")
         if task not in HEADLINES:
             record.refuse("task", task, f"one of {', '.join(HEADLINES)}")
-    _numbers(record, _PERCENT, *_metrics(task))
+    _check_metrics(record, _metrics(task))
+    if record.has("class_names"):
+        names = record.items("class_names")
+        if not all(isinstance(name, str | None) for name in names):
+            record.refuse("class_names", names, "a list of strings and nulls")
     averaged = itertools.product(("micro", "macro", "weighted"), ("precision", "recall", "f1_score"))
     _numbers_if_there(record, "loss", "training_peak_abs", *map("_".join, averaged))
     if "precision" in record.mapping:
@@ -95,7 +99,7 @@ def _check_record(record: Fields) -> None:
 def _check_data(data: Fields, record: Fields, task: str) -> None:
     _texts(data, "fingerprint", "split")
     images = data.integer("images", Bounds(1, 2**40))
-    if task != "classification":
+    if task != "classification" or record.has("not_finite"):
         return
     correct, digits = record.text("correct"), 2 * -(-images // 8)
     if len(correct) != digits or not set(correct) <= set("0123456789abcdefABCDEF"):
@@ -112,7 +116,7 @@ def _check_measured(record: Fields, task: str) -> None:
         _numbers_or_null(point, _SIZE, "peak_abs")
     for entry in _optional(record, "quantized"):
         _texts(entry, "scheme")
-        _numbers(entry, _PERCENT, *_metrics(task)[:1])
+        _check_metrics(entry, _metrics(task)[:1])
         fidelity = entry.fields("fidelity")
         _numbers_or_null(fidelity, _SIZE, "relative_error")
         fidelity.number("top1_agreement", Bounds(0, 1))
@@ -122,6 +126,17 @@ def _check_measured(record: Fields, task: str) -> None:
     if "not_quantized" in record.mapping:
         reasons = record.fields("not_quantized")
         _texts(reasons, *reasons.mapping)
+
+
+def _check_metrics(entry: Fields, names: Sequence[str]) -> None:
+    """Percentages; null, and so is `correct`, where logits were not finite."""
+    if not entry.has("not_finite"):
+        _numbers(entry, _PERCENT, *names)
+        return
+    entry.integer("not_finite", AT_LEAST_1)
+    for name in (*names, "correct"):
+        if entry.has(name):
+            entry.refuse(name, entry.mapping[name], "null, since not_finite is there")
 
 
 def _check_statistics(place: Fields) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from timm.models import create_model, list_models, resolve_model_input_args
 from timm.utils import reparameterize_model
 from torch import nn
 
+from tweo_timm.evaluate.inheritance import inherit, recorded_settings
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
 from tweo_timm.records import read_rows
 from tweo_timm.run.checkpoint_file import load_weights, read
+from tweo_timm.run.class_names import find_class_map, recorded_names
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
 from tweo_timm.suggestion import suggest_path
@@ -29,15 +31,6 @@ _logger = logging.getLogger(__name__)
 # What timm leaves out of --model all: pretrained weights named after other classes than ImageNet's 1000, or none.
 _NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
 _CHECKPOINTS = ("*.pth.tar", "*.pth", "*.safetensors")
-# What a checkpoint's own training options say about the model and its images, where the command line says nothing.
-_INHERITED = (
-    "num_classes",
-    "gp",
-    "mean",
-    "std",
-    "crop_pct",
-    "interpolation",
-)
 
 
 @dataclass
@@ -52,6 +45,7 @@ class Subject:
         options: the options with what the checkpoint says about itself filled in.
         path: its file; None for timm's pretrained weights.
         training: rows of the run's outliers.jsonl; empty where there is none beside the checkpoint.
+        class_names: by index, as the checkpoint has them; None if it does not say.
     """
 
     name: str
@@ -61,6 +55,7 @@ class Subject:
     options: ValidateOptions
     path: Path | None
     training: list[dict[str, Any]]
+    class_names: list[str | None] | None
 
     @property
     def training_peak_abs(self) -> float | None:
@@ -104,6 +99,13 @@ def find_sources(options: ValidateOptions) -> list[Source]:
     return [Source(name, None, name) for name in models]
 
 
+def stands_for_several(options: ValidateOptions) -> bool:
+    """Whether the options name a folder of checkpoints, or a pattern or a file of models, as timm has them."""
+    if options.checkpoint:
+        return any(Path(given).is_dir() for given in options.checkpoint)
+    return options.model == "all" or any(sign in options.model for sign in "*?[") or Path(options.model).is_file()
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -129,15 +131,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def load_subject(source: Source, options: ValidateOptions, device: torch.device) -> Subject:
-    """Build a model from its checkpoint's own architecture and options, and load the weights strictly.
+    """Build a model as its checkpoint's training did, and load the weights strictly.
 
     Args:
         source: what to load.
-        options: win over what the checkpoint says.
+        options: win over what the checkpoint says, where they were given or are not the defaults.
         device: where the model goes.
 
     Raises:
-        ValueError: if the file cannot be read, is of another architecture than `--model`, or has no EMA weights.
+        ValueError: if the file cannot be read, its weights do not fit, or its training had what cannot be had here.
     """
     content = _metadata(source.path) if source.path is not None else {}
     arch, loadable = _describe(content, source, options)
@@ -148,9 +150,16 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
     if source.path is None:
         model = _create(arch, options, pretrained=True)
     else:
-        model = _with_weights(arch, loadable, content, source.path)
+        try:
+            model = _with_weights(arch, loadable, content, source.path)
+        except ValueError as error:
+            own = content.get("arch", arch)
+            remedy = f". The checkpoint holds a {own}: leave out --model" if own != arch else ""
+            raise ValueError(f"{error}{remedy}") from error
         resize(model, arch, options)
     data_config = preprocessing(as_namespace(options), model, use_test_size=not options.use_train_size)
+    if source.path is not None:
+        _say_test_size(source.path, data_config, preprocessing(as_namespace(options), model, use_test_size=False))
     if options.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)
         data_config |= {"crop_pct": 1.0} if pooled else {}
@@ -162,38 +171,60 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         model.to(memory_format=torch.channels_last)
     check_image_size(arch, model, data_config["input_size"])
     training = _training_rows(source.path.parent / "outliers.jsonl") if source.path is not None else []
-    return Subject(source.name, arch, model, data_config, options, source.path, training)
+    return Subject(source.name, arch, model, data_config, options, source.path, training, recorded_names(content))
+
+
+def _say_test_size(path: Path, now: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Say where an architecture prepares images for testing in another way than its training validated them."""
+    pairs = [(name, now[name], trained[name]) for name in now]
+    differing = [f"{name} {mine}, where the training had {theirs}" for name, mine, theirs in pairs if mine != theirs]
+    if differing:
+        _logger.warning("%s: %s: --use-train-size takes that", path, "; ".join(differing))
 
 
 def _describe(content: dict[str, Any], source: Source, options: ValidateOptions) -> tuple[str, list[ValidateOptions]]:
-    """Fill in what the checkpoint says about its architecture, model and images, where the command line is silent.
+    """Fill in what the checkpoint says about its model, images and labels, where the command line is silent.
 
     Returns:
         The architecture, and the options under which the weights may fit, those to validate under first: with images
         as large as now asked for, which is what timm does and what models without a size of their own need; as in the
         training; and as the architecture has them, for weights that do not say.
     """
-    default = {field.name: field for field in fields(ValidateOptions)}["model"].default
-    own = content.get("arch")
-    if own and source.model not in (default, own):
-        raise ValueError(
-            f"checkpoint {source.path} holds a {own}, not a {source.model}: leave out --model, or name it so"
-        )
-    if source.path is not None and not own and source.model == default:
-        raise ValueError(f"checkpoint {source.path} does not say its architecture: pass --model NAME")
-    args = content.get("args")
-    recorded = dict(args) if isinstance(args, Mapping) else dict(getattr(args, "__dict__", {}))
-    if recorded.get("task") == "multilabel" and options.task != "multilabel":
-        raise ValueError(f"checkpoint {source.path} was trained with --task multilabel: give it here too")
-    inherited = {
-        name: recorded[name] for name in _INHERITED if recorded.get(name) is not None and not getattr(options, name)
-    }
-    inherited["in_chans"] = channels_of(vars(options)) or channels_of(recorded)
-    inherited["model_kwargs"] = {**(recorded.get("model_kwargs") or {}), **options.model_kwargs}
-    unsized = at_size(replace(options, **inherited), {})
+    arch = _architecture(content, source, options)
+    recorded = recorded_settings(content.get("args"), source.path)
+    changes = inherit(recorded, options, source.path)
+    if "class_map" in changes and find_class_map(changes["class_map"], options.data_dir, options.split) is None:
+        _check_lost_map(content, source, changes.pop("class_map"))
+    changes["in_chans"] = channels_of(vars(options)) or channels_of(recorded)
+    try:
+        unsized = at_size(replace(options, **changes), {})
+    except ValueError as error:
+        raise ValueError(f"checkpoint {source.path}, with the options of its training: {error}") from error
     trained, asked = size_of(recorded), size_of(vars(options))
     sizes = [asked or trained, trained, {}]
-    return own or source.model, [at_size(unsized, size) for i, size in enumerate(sizes) if size not in sizes[:i]]
+    return arch, [at_size(unsized, size) for i, size in enumerate(sizes) if size not in sizes[:i]]
+
+
+def _architecture(content: dict[str, Any], source: Source, options: ValidateOptions) -> str:
+    """The name that the command line gives, as timm has it, or else the checkpoint's own."""
+    own = content.get("arch")
+    default = {field.name: field for field in fields(ValidateOptions)}["model"].default
+    if source.path is None or "model" in options.given or source.model != default:
+        if own and own != source.model:
+            _logger.warning("%s: trained as a %s, validated as the %s of --model", source.path, own, source.model)
+        return source.model
+    if not isinstance(own, str):
+        raise ValueError(f"checkpoint {source.path} does not say its architecture: pass --model NAME")
+    return own
+
+
+def _check_lost_map(content: dict[str, Any], source: Source, class_map: str) -> None:
+    """Refuse to go on without the class map of a training, unless class names will tell whether it is needed."""
+    if recorded_names(content) is None:
+        raise ValueError(
+            f"checkpoint {source.path} was trained with --class-map {class_map}, which is not here: give --class-map "
+            "FILE, or --class-map '' if the data numbers its classes in the same way"
+        )
 
 
 def _with_weights(arch: str, loadable: list[ValidateOptions], content: dict[str, Any], path: Path) -> nn.Module:
@@ -221,6 +252,8 @@ def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
             pretrained=pretrained or options.pretrained,
             num_classes=options.num_classes,
             global_pool=options.gp,
+            bn_eps=options.bn_eps,
+            pretrained_cfg_overlay=options.pretrained_cfg_overlay or None,
             **options.model_kwargs,
         )
         return create_model(**arguments)  # type: ignore[no-any-return]
@@ -237,11 +270,16 @@ def _metadata(path: Path) -> dict[str, Any]:
 def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_ema: bool) -> None:
     """Load weights strictly, when they are whole and finite."""
     if use_ema and content.get("state_dict_ema") is None and content.get("model_ema") is None:
-        raise ValueError(f"checkpoint {path} has no EMA weights: leave out --use-ema")
+        _logger.warning("checkpoint %s has no EMA weights: --use-ema takes its plain ones, as timm does", path)
     try:
-        load_weights(model, path, use_ema)
+        load_weights(model, path, use_ema, _without_split_statistics)
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit {arch}: {str(error)[:400]}") from error
+
+
+def _without_split_statistics(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The weights but for the batch norms that --split-bn has of further augmentation splits: of no use outside."""
+    return {name: value for name, value in weights.items() if ".aux_bn." not in name}
 
 
 def _training_rows(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tweo_timm.settings import AT_LEAST_0, Bounds, SettingError, check_settings, flag, setting
+from tweo_timm.settings import AT_LEAST_0, Bounds, Decides, SettingError, check_settings, flag, setting
 from tweo_timm.tables import Entry, Names
 
 FORMATS = ("hybrid", "e4m3")
@@ -87,6 +87,8 @@ def _checked_patterns(field: str, value: object) -> tuple[str, ...]:
 class Fp8Options:
     """FP8 training."""
 
+    DECIDES = Decides.TRAINING
+
     fp8: str = flag(
         "off",
         "What computes in FP8; auto: te, else native, else emulated, and it says which.",
@@ -97,7 +99,7 @@ class Fp8Options:
     fp8_scaling: str = flag(Fp8Recipe.scaling, "Where scales come from.", choices=SCALINGS)
     fp8_exclude: list[str] = flag([], "Layers left out, as patterns of their names.", metavar="REGEX")
     fp8_health_interval: int = flag(
-        0, "Updates between reports on saturation and underflow; 0: none.", bounds=AT_LEAST_0
+        0, "Updates between reports on saturation and underflow; 0: none.", bounds=AT_LEAST_0, decides=Decides.RECORDS
     )
 
     def fp8_recipe(self) -> Fp8Recipe:

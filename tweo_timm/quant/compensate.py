@@ -18,19 +18,12 @@ from torch import Tensor, nn
 
 from tweo_timm.quant.compensation import Compensation, Pair
 from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.quant.scheme import suffixes_of
 from tweo_timm.quant.stream import StreamQuantizer
 from tweo_timm.stream import stream_of, with_stream
-from tweo_timm.tables import Entry
 
 _HELD_OUT = 4
 """Every fourth image decides whether a fit is kept, and takes no part in it."""
-
-COMPENSATIONS = {
-    "qwt": Entry("tweo_timm.quant.compensation:ChannelAffine"),
-    "qwtblock": Entry("tweo_timm.quant.compensation:BlockAffine"),
-    "qwtlinear": Entry("tweo_timm.quant.compensation:LinearCompensation"),
-}
-"""The `Compensation` classes by name."""
 
 
 def compensate(
@@ -42,7 +35,7 @@ def compensate(
         reference: the float model in evaluation mode, with every layer called as a module.
         quantized: its quantized copy; for the block kinds, one whose blocks have StreamQuantizers.
         batches: calibration images; at least two images, a few hundred are usual.
-        kind: a name of `COMPENSATIONS`.
+        kind: a suffix that names one, "qwt" say.
 
     Returns:
         One dict a layer or block, in the order of execution: name, explained (the share of the squared error on
@@ -51,9 +44,7 @@ def compensate(
     Raises:
         ValueError: for another kind, or with fewer than two images.
     """
-    if kind not in COMPENSATIONS:
-        raise ValueError(f"compensation {kind!r} is not known; accepted are {', '.join(COMPENSATIONS)}")
-    compensation: type[Compensation] = COMPENSATIONS[kind].load()
+    compensation = compensation_named(kind)
     device = next(reference.parameters()).device
     images = torch.cat([batch.to(device) for batch in batches])
     if len(images) < 2:
@@ -91,6 +82,19 @@ def compensate(
         for handle in handles:
             handle.remove()
     return [{"name": name, **row} for name, row in rows.items()]
+
+
+def compensation_named(kind: str) -> type[Compensation]:
+    """Return the class behind a suffix.
+
+    Raises:
+        ValueError: the suffix is none of a compensation.
+    """
+    known = suffixes_of("compensation")
+    if kind not in known:
+        raise ValueError(f"compensation {kind!r} is not known; accepted are {', '.join(known)}")
+    found: type[Compensation] = known[kind].by.load()
+    return found
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

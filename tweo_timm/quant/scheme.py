@@ -15,19 +15,42 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
+
+from tweo_timm.tables import Entry
 
 WEIGHT_BITS = (8, 7, 6, 4)
 """7: int8 of half the range, whose products with uint8 cannot saturate on a processor that adds two in 16 bits."""
 ACTIVATION_BITS = (8, 6, 4)
-GRAMMAR = (
-    "w{8,7,6,4}a{8,6,4}-{t,c}{t,k}[+res][+attn][+zero][+rot|+rotr][+smooth][+qwt|+qwtblock|+qwtlinear]: bits of "
-    "weights and activations; weights per tensor (t) or channel (c); activations per tensor, static (t) or per token, "
-    "dynamic (k)"
-)
-_FLAGS = ("res", "attn", "zero")
-_ROTATIONS = {"rot": "learned", "rotr": "random"}
-_COMPENSATIONS = ("qwt", "qwtblock", "qwtlinear")
-_SUFFIXES = (*_FLAGS, *_ROTATIONS, "smooth", *_COMPENSATIONS)
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What one suffix of a scheme says; two that say something of the same field exclude each other.
+
+    Attributes:
+        field: the field of `Scheme` that it sets.
+        value: to what.
+        by: what carries it out: the method of a rotation, the `Compensation` class of a compensation.
+    """
+
+    field: str
+    value: Any = True
+    by: Any = None
+
+
+SUFFIXES = {
+    "res": Suffix("residual"),
+    "attn": Suffix("attention"),
+    "zero": Suffix("zero_point"),
+    "rot": Suffix("rotation", "rot", "learned"),
+    "rotr": Suffix("rotation", "rotr", "random"),
+    "smooth": Suffix("smooth"),
+    "qwt": Suffix("compensation", "qwt", Entry("tweo_timm.quant.compensation:ChannelAffine")),
+    "qwtblock": Suffix("compensation", "qwtblock", Entry("tweo_timm.quant.compensation:BlockAffine")),
+    "qwtlinear": Suffix("compensation", "qwtlinear", Entry("tweo_timm.quant.compensation:LinearCompensation")),
+}
+"""Every suffix, in the order in which a scheme is written."""
 _BODY = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)-(?P<weights>[a-z])(?P<activations>[a-z])")
 
 
@@ -70,19 +93,20 @@ class Scheme:
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
         ):
             if bits not in accepted:
-                known = ", ".join(map(str, accepted))
-                raise ValueError(f"{name} is {bits!r}; accepted are {known} (a scheme is {GRAMMAR})")
-        if self.compensation not in ("", *_COMPENSATIONS):
-            raise ValueError(f"compensation is {self.compensation!r}; accepted are '', {', '.join(_COMPENSATIONS)}")
-        if self.rotation not in ("", *_ROTATIONS):
-            raise ValueError(f"rotation is {self.rotation!r}; accepted are '', {', '.join(_ROTATIONS)}")
+                words = ", ".join(map(str, accepted))
+                raise ValueError(f"{name} is {bits!r}; accepted are {words} (a scheme is {grammar()})")
+        for field in ("compensation", "rotation"):
+            known, value = suffixes_of(field), getattr(self, field)
+            if value not in ("", *known):
+                raise ValueError(f"{field} is {value!r}; accepted are '', {', '.join(known)}")
         if self.zero_point and self.per_token:
             raise ValueError("+zero needs static activation scales: use a scheme such as w8a8-tt+zero")
 
     @property
     def rotation_method(self) -> str:
         """How the rotation is found, as `rotate` calls it: "learned" or "random"."""
-        return _ROTATIONS[self.rotation]
+        method: str = SUFFIXES[self.rotation].by
+        return method
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
@@ -103,36 +127,43 @@ class Scheme:
         for key, letters in (("weights", "tc"), ("activations", "tk")):
             if match[key] not in letters:
                 raise _error(text, f"{key} {match[key]}")
-        for index, suffix in enumerate(suffixes):
-            if suffix not in _SUFFIXES or suffix in suffixes[:index]:
+        said: dict[str, list[str]] = {}
+        for suffix in suffixes:
+            if suffix not in SUFFIXES or suffixes.count(suffix) > 1:
                 raise _error(text, "+" + suffix)
-        rotations, compensations = ([s for s in suffixes if s in kind] for kind in (_ROTATIONS, _COMPENSATIONS))
-        for exclusive in (rotations, compensations):
-            if len(exclusive) > 1:
-                raise _error(text, "+" + "+".join(exclusive))
+            said.setdefault(SUFFIXES[suffix].field, []).append(suffix)
+        for names in said.values():
+            if len(names) > 1:
+                raise _error(text, "+" + "+".join(names))
         return cls(
             weight_bits=int(match["w"]),
             activation_bits=int(match["a"]),
             per_channel=match["weights"] == "c",
             per_token=match["activations"] == "k",
-            residual="res" in suffixes,
-            attention="attn" in suffixes,
-            smooth="smooth" in suffixes,
-            compensation="".join(compensations),
-            rotation="".join(rotations),
-            zero_point="zero" in suffixes,
+            **{field: SUFFIXES[name].value for field, (name,) in said.items()},
         )
 
     def __str__(self) -> str:
-        suffixes = [
-            *(name for name, on in zip(_FLAGS, (self.residual, self.attention, self.zero_point), strict=True) if on),
-            *([self.rotation] if self.rotation else []),
-            *(["smooth"] if self.smooth else []),
-            *([self.compensation] if self.compensation else []),
-        ]
+        suffixes = [name for name, suffix in SUFFIXES.items() if getattr(self, suffix.field) == suffix.value]
         letters = ("c" if self.per_channel else "t") + ("k" if self.per_token else "t")
         return "+".join([f"w{self.weight_bits}a{self.activation_bits}-{letters}", *suffixes])
 
 
+def suffixes_of(field: str) -> dict[str, Suffix]:
+    """Return the suffixes that set a field of `Scheme`, by name."""
+    return {name: suffix for name, suffix in SUFFIXES.items() if suffix.field == field}
+
+
+def grammar() -> str:
+    """Say in a line how a scheme is written."""
+    fields = dict.fromkeys(suffix.field for suffix in SUFFIXES.values())
+    choices = "".join(f"[{'|'.join(f'+{name}' for name in suffixes_of(field))}]" for field in fields)
+    weights, activations = (",".join(map(str, bits)) for bits in (WEIGHT_BITS, ACTIVATION_BITS))
+    return (
+        f"w{{{weights}}}a{{{activations}}}-{{t,c}}{{t,k}}{choices}: bits of weights and activations; weights per "
+        "tensor (t) or channel (c); activations per tensor, static (t) or per token, dynamic (k)"
+    )
+
+
 def _error(text: str, part: str) -> ValueError:
-    return ValueError(f"quantization scheme {text!r}: {part!r} is not understood; a scheme is {GRAMMAR}")
+    return ValueError(f"quantization scheme {text!r}: {part!r} is not understood; a scheme is {grammar()}")

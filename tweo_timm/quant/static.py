@@ -27,7 +27,7 @@ from tweo_timm.blocks import find_blocks
 from tweo_timm.flow import name_of
 from tweo_timm.fp8.patch import is_patched
 from tweo_timm.layers import call_projections
-from tweo_timm.quant.compensate import compensate
+from tweo_timm.quant.compensate import compensate, compensation_named
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.smooth import smooth
@@ -314,7 +314,8 @@ def _quantize_streams(
     model: nn.Module, blocks: Mapping[str, nn.Module], observation: Observation, scheme: Scheme
 ) -> None:
     """Give every block that ran a StreamQuantizer with the sites that the scheme asks for."""
-    if not (scheme.residual or scheme.attention or scheme.compensation in ("qwtblock", "qwtlinear")):
+    beside_blocks = scheme.compensation and compensation_named(scheme.compensation).place == "block"
+    if not (scheme.residual or scheme.attention or beside_blocks):
         return
     if isinstance(model, nn.Sequential):
         raise TypeError("the model is a torch.nn.Sequential, which would run its own quantizers: wrap it in a module")

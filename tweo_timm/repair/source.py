@@ -14,11 +14,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import create_model, get_pretrained_cfg, load_state_dict, resolve_model_input_args
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm.models import create_model, get_pretrained_cfg, resolve_model_input_args
 from torch import Tensor, nn
 
 from tweo_timm.repair.options import RepairOptions
+from tweo_timm.run.checkpoint_file import CheckpointFile, read
 from tweo_timm.run.model import suggest_model
 from tweo_timm.suggestion import suggest_path
 
@@ -76,8 +76,7 @@ def read_source(options: RepairOptions) -> Source:
     if not own and not options.model:
         raise ValueError(f"--checkpoint {path} does not say its architecture: pass --model NAME")
     arch = options.model or own
-    args = content.get("args") or {}
-    settings = dict(args) if isinstance(args, Mapping) else dict(vars(args))
+    settings = content["args"]
     arguments = _arguments(arch, options, settings, weights)
     taken = next((key for key in (*_EMA, *_RAW) if content.get(key) is not None), "")
     found = {"another set of weights": [*_EMA, *_RAW], "the optimizer's state": ["optimizer"]}
@@ -89,23 +88,20 @@ def read_source(options: RepairOptions) -> Source:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what a file says of itself, and its weights as timm's loader chooses and cleans them."""
-    try:
-        content: Any = {} if path.suffix == ".safetensors" else load_checkpoint_metadata(str(path))
-        weights = load_state_dict(str(path), use_ema=True)
-    except Exception as error:  # torch raises whatever the damage looks like
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"--checkpoint {path} is truncated or no checkpoint ({reason})") from error
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    """Read what a file says of itself, as far as it can be believed, and its weights as timm's loader chooses them."""
+    file = read(path, "weights")
+    weights = file.ema or file.weights
+    if not weights:
         raise ValueError(f"--checkpoint {path} holds no state dict of tensors")
-    return content if isinstance(content, dict) else {}, weights
+    return {**file.fields.mapping, "arch": file.arch, "args": file.args}, weights
 
 
 def _arguments(
     arch: str, options: RepairOptions, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The arguments of `create_model`: the options, then the training's, then what the weights show."""
-    kwargs = {**(settings.get("model_kwargs") or {}), **options.model_kwargs}
+    recorded = settings.get("model_kwargs")
+    kwargs = {**(recorded if isinstance(recorded, Mapping) else {}), **options.model_kwargs}
     given = {name: getattr(options, name) or settings.get(name) for name in ("img_size", "in_chans")}
     given["input_size"] = None if options.img_size else settings.get("input_size")
     pool = options.gp or settings.get("gp")
@@ -136,6 +132,7 @@ def _load(arch: str, arguments: dict[str, Any], weights: dict[str, Tensor], path
         raise ValueError(f"cannot create {arch}: {str(error)[:400]}{suggest_model(arch, error)}") from error
     dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
     model.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
+    CheckpointFile(path, {}, "weights").check(weights, model.state_dict())
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:

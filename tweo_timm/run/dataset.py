@@ -24,6 +24,7 @@ _logger = logging.getLogger(__name__)
 # Datasets of torchvision that timm opens as training or test images, nothing else.
 _TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "qmnist", "kmnist", "fashion_mnist")
 _LENGTHS = "train.py: --train-num-samples and --val-num-samples; validate.py: --num-samples"
+CROPS = ("center", "squash", "border")  # anything else is center to timm
 RESAMPLINGS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -50,6 +51,7 @@ def open_dataset(
             as the options and `data_config` say.
     """
     require_known("--interpolation", data_config["interpolation"], RESAMPLINGS)
+    require_known("--crop-mode", data_config["crop_mode"], CROPS)
     root = options.data or options.data_dir
     folder = _folder(options, root, split)
     class_map = options.class_map

@@ -20,10 +20,10 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tweo_timm.settings import Flag
+from tweo_timm.settings import Decides, Flag, flag_fields
 from tweo_timm.suggestion import suggest
 
 # PyYAML follows YAML 1.1, which wants a dot in a float: it reads 5e-4 as a string.
@@ -44,6 +44,7 @@ class Option:
     is_mapping: bool
     optional: bool
     default: Any
+    decides: Decides | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,27 +80,29 @@ class Option:
         return words + (" or null" if self.optional else "")
 
 
-def _resolve(dest: str, group: str, annotation: Any, entry: Flag, default: Any) -> Option:
+def _resolve(dest: str, group: type, annotation: Any, entry: Flag, default: Any) -> Option:
     arguments = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
     optional = type(None) in arguments
     inner = next((kind for kind in arguments if kind is not type(None)), annotation)
     is_list, is_mapping = typing.get_origin(inner) is list, typing.get_origin(inner) is dict
     scalar = typing.get_args(inner)[0] if is_list or is_mapping else inner
     if scalar not in _SINGULAR:
-        raise TypeError(f"{group}.{dest}: {annotation} is no type of a flag; use bool, int, float, str, list or dict")
-    return Option(dest, group, entry, scalar, is_list, is_mapping, optional, default)
+        where = f"{group.__name__}.{dest}"
+        raise TypeError(f"{where}: {annotation} is no type of a flag; use bool, int, float, str, list or dict")
+    decides = entry.decides or vars(group).get("DECIDES")
+    return Option(dest, _title(group), entry, scalar, is_list, is_mapping, optional, default, decides)
 
 
 def option_table(options: type) -> dict[str, Option]:
     """Every flag of an options dataclass by field name, in the order of its groups: its base classes, theirs first."""
     hints = typing.get_type_hints(options)
-    declared = {item.name: item for item in fields(options)}
+    declared = {item.name: item for item in flag_fields(options)}
     table = {}
     for group in _groups(options):
-        for name in inspect.get_annotations(group):
+        for name in filter(declared.__contains__, inspect.get_annotations(group)):
             item = declared[name]
             default = item.default_factory() if callable(item.default_factory) else item.default
-            table[name] = _resolve(name, _title(group), hints[name], item.metadata["flag"], default)
+            table[name] = _resolve(name, group, hints[name], item.metadata["flag"], default)
     return table
 
 
@@ -247,7 +250,8 @@ def as_namespace(options: Any) -> argparse.Namespace:
         A namespace of plain values, independent of ``options``: timm writes into what it is given
         (``init_distributed_device`` sets device, rank and world_size).
     """
-    return argparse.Namespace(**{item.name: copy.deepcopy(getattr(options, item.name)) for item in fields(options)})
+    names = [item.name for item in flag_fields(options)]
+    return argparse.Namespace(**{name: copy.deepcopy(getattr(options, name)) for name in names})
 
 
 # --- YAML values -----------------------------------------------------------------------------------------------------

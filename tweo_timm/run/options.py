@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_1, Bounds, flag
+from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_1, Bounds, Decides, flag
 
 
 @dataclass(frozen=True)
 class ConfigOptions:
     """Configuration."""
+
+    DECIDES = Decides.PROCESS
 
     config: str = flag(
         "",
@@ -33,6 +35,8 @@ class ConfigOptions:
 class DatasetOptions:
     """Dataset."""
 
+    DECIDES = Decides.DATA
+
     data: str | None = flag(
         None, "Dataset folder; the old positional form of --data-dir.", "data", nargs="?", metavar="DIR"
     )
@@ -41,13 +45,22 @@ class DatasetOptions:
         "", "Dataset as TYPE/NAME, e.g. wds/imagenet, hfds/NAME, torch/NAME; empty: image folder or tar."
     )
     dataset_download: bool = flag(False, "Let torch/ and tfds/ datasets download themselves.")
-    class_map: str = flag("", "Text file that maps class names to indices.", metavar="FILE")
-    input_key: str | None = flag(None, "Dataset field that holds the image.")
-    input_img_mode: str | None = flag(None, "PIL mode that images are converted to, e.g. RGB or L.")
-    exif: bool = flag(False, "Turn images upright as their EXIF orientation says; timm passes over it.")
-    target_key: str | None = flag(None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.")
+    class_map: str = flag("", "Text file that maps class names to indices.", metavar="FILE", decides=Decides.LABELS)
+    input_key: str | None = flag(None, "Dataset field that holds the image.", decides=Decides.INPUT)
+    input_img_mode: str | None = flag(
+        None, "PIL mode that images are converted to, e.g. RGB or L.", decides=Decides.INPUT
+    )
+    exif: bool = flag(
+        False, "Turn images upright as their EXIF orientation says; timm passes over it.", decides=Decides.INPUT
+    )
+    target_key: str | None = flag(
+        None, "Dataset field that holds the label; for multi-label also a,b,c or a/b.", decides=Decides.LABELS
+    )
     target_format: str | None = flag(
-        None, "How a multi-label target is stored: class indices or a 0/1 vector.", choices=("indices", "multihot")
+        None,
+        "How a multi-label target is stored: class indices or a 0/1 vector.",
+        choices=("indices", "multihot"),
+        decides=Decides.LABELS,
     )
     dataset_trust_remote_code: bool = flag(False, "Let a Hugging Face dataset run code of its own repository.")
 
@@ -55,6 +68,8 @@ class DatasetOptions:
 @dataclass(frozen=True)
 class TargetOptions:
     """Task."""
+
+    DECIDES = Decides.LABELS
 
     task: str = flag("classification", "What the labels are.", choices=("classification", "multilabel"))
     multilabel_threshold: float = flag(
@@ -66,15 +81,29 @@ class TargetOptions:
 class ModelOptions:
     """Model."""
 
+    DECIDES = Decides.MODEL
+
     num_classes: int | None = flag(None, "Number of classes; unset: the architecture's.", bounds=AT_LEAST_1)
     gp: str | None = flag(None, "Global pooling: avg, max, avgmax, token, map; unset: the architecture's.")
     in_chans: int | None = flag(None, "Number of image channels.", bounds=AT_LEAST_1)
     model_kwargs: dict[str, Any] = flag({}, "Further arguments of the architecture.")
+    pretrained_cfg_overlay: dict[str, Any] = flag({}, "Entries of the pretrained configuration to replace.")
+
+
+@dataclass(frozen=True)
+class NormOptions:
+    """Batch normalization."""
+
+    DECIDES = Decides.MODEL
+
+    bn_eps: float | None = flag(None, "Epsilon of batch normalization.", bounds=ABOVE_0)
 
 
 @dataclass(frozen=True)
 class ImageOptions:
     """Images."""
+
+    DECIDES = Decides.INPUT
 
     img_size: int | None = flag(None, "Image size; unset: the architecture's.", bounds=AT_LEAST_1)
     input_size: list[int] | None = flag(None, "Channels, height and width.", nargs=3, bounds=AT_LEAST_1)
@@ -91,6 +120,8 @@ class ImageOptions:
 @dataclass(frozen=True)
 class PrecisionOptions:
     """Device and precision."""
+
+    DECIDES = Decides.TRAINING
 
     device: str = flag("cuda", "Device: cuda, cpu, mps, cuda:1.")
     amp: bool = flag(False, "Mixed precision through autocast.")

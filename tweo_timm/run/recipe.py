@@ -15,7 +15,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tweo_timm.run import strict_yaml
 from tweo_timm.run.flags import Option, convert, option_table
 from tweo_timm.run.legacy import Modernized, modernize
 from tweo_timm.run.shipped import find_recipe
+from tweo_timm.settings import Decides
 from tweo_timm.suggestion import suggest, suggest_path
 
 _logger = logging.getLogger(__name__)
@@ -34,8 +35,6 @@ _BLOCKS: dict[str, dict[str, str]] = {"tweo": {}, "fp8": {"backend": "fp8"}}
 # The flag without which everything else in a block would do nothing.
 _SWITCHES = {"tweo": ("tweo_weight", "weight: 0.01"), "fp8": ("fp8", "backend: auto")}
 _MAX_EXTENDS = 16
-# Settings that name one particular earlier run.
-_CONTINUATIONS = ("resume", "start_epoch", "wandb_resume_id")
 
 
 class RecipeError(ValueError):
@@ -69,10 +68,17 @@ def resolve(options: type, given: dict[str, Any]) -> tuple[dict[str, Any], Recip
     except ValueError as error:
         raise RecipeError(str(error)) from error
     recipe = load_recipe(path, options, given.get("config_unknown", "error")) if path else Recipe("")
-    values = {**recipe.values, **given}
-    if given.get("data") and "data_dir" not in given:
-        values["data_dir"] = given["data"]
-    return values, recipe
+    given = _one_folder(given, "the command line")
+    return {**recipe.values, **given}, recipe
+
+
+def _one_folder(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values with `data`, the old positional form, as `data_dir`. In timm the positional form wins, in silence."""
+    data, folder = values.get("data"), values.get("data_dir")
+    if data and folder and data != folder:
+        raise ValueError(f"{where} names two folders, {data} and --data-dir {folder}: give one, as --data-dir")
+    others = {name: value for name, value in values.items() if name != "data"}
+    return {**others, "data_dir": data} if data else others
 
 
 def require_switches(recipe: Recipe, values: dict[str, Any]) -> None:
@@ -139,7 +145,7 @@ def _load(path: Path, options: type, unknown: str, children: tuple[Path, ...]) -
     flat, blocks = _flatten(path, raw, table)
     modern = modernize(flat, table)
     own = _convert_known(path, modern.values, table, unknown)
-    _report(path, modern, own)
+    _report(path, modern, own, table)
     return Recipe(str(path), {**base.values, **own}, base.blocks | blocks)
 
 
@@ -198,12 +204,10 @@ def _convert_known(path: Path, values: dict[str, Any], table: dict[str, Option],
             own[key] = convert(table[key], values[key])
         except ValueError as error:
             raise RecipeError(f"{path}: {key} = {values[key]!r}: {error}") from None
-    if own.get("data") and not own.get("data_dir"):
-        own["data_dir"] = own["data"]
-    return own
+    return _one_folder(own, str(path))
 
 
-def _report(path: Path, modern: Modernized, own: dict[str, Any]) -> None:
+def _report(path: Path, modern: Modernized, own: dict[str, Any], table: dict[str, Option]) -> None:
     parts = []
     if modern.renamed:
         parts.append(f"old names: {', '.join(modern.renamed)}")
@@ -211,7 +215,8 @@ def _report(path: Path, modern: Modernized, own: dict[str, Any]) -> None:
         parts.append(f"ignored (retired, or of the process that wrote the file): {', '.join(modern.ignored)}")
     if parts:
         _logger.info("%s: %s", path, "; ".join(parts))
-    continued = [f"{key}={own[key]}" for key in _CONTINUATIONS if own.get(key) not in (None, "", "auto")]
+    going_on = [name for name, option in table.items() if option.decides is Decides.PROCESS]
+    continued = [f"{name}={own[name]}" for name in going_on if own.get(name) not in (None, "", False, "auto")]
     if continued:
         _logger.warning("%s continues an earlier run: %s, unless the command line says otherwise", path, continued)
 
@@ -226,7 +231,7 @@ def dump_options(options: Any) -> str:
         YAML that both timm and ``load_recipe`` read; the latter gives back equal settings.
     """
     table = option_table(type(options))
-    values = {item.name: getattr(options, item.name) for item in fields(options) if table[item.name].flag.recorded}
+    values = {name: getattr(options, name) for name, option in table.items() if option.flag.recorded}
     return yaml.safe_dump(_plain(values), default_flow_style=False, allow_unicode=True)
 
 

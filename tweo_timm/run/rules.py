@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
+
+from tweo_timm.settings import flag_fields
 
 # What float32 holds, and any count of images or updates; beyond it, arithmetic ends in infinities or tracebacks.
 _LARGEST = 1e30
@@ -25,7 +26,7 @@ def option_name(dest: str) -> str:
 
 def out_of_bounds(options: Any) -> Iterator[str]:
     """A complaint for each number that is not finite, too large for any use, or outside the bounds of its flag."""
-    for item in fields(options):
+    for item in flag_fields(options):
         value, bounds = getattr(options, item.name), item.metadata["flag"].bounds
         if isinstance(value, dict) and not all(-_LARGEST <= number <= _LARGEST for number in _numbers(value)):
             yield f"{option_name(item.name)} holds a number that is not finite, or not below {_LARGEST:g}"

@@ -30,8 +30,18 @@ def check_shards(reader: Any, counted: bool) -> None:
             continue  # a URL or a command
         if not path.is_file():
             raise ValueError(f"the shard {path} is missing: restore it, or leave it out of _info.json or of the split")
+        if path.suffix == ".tar" and not _is_ended(path):
+            raise ValueError(f"the shard {path} is cut off: nothing ends the archive; restore it")
         if counted and name in lengths and (held := _samples(path)) != lengths[name]:
             raise ValueError(f"the shard {path} holds {held} samples and _info.json says {lengths[name]}: restore it")
+
+
+def _is_ended(path: Path) -> bool:
+    """Whether an archive ends as it must, in blocks of zeros: one that is cut off between two files reads well."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 512))
+        return size % 512 == 0 and not any(file.read())
 
 
 def _samples(path: Path) -> int:

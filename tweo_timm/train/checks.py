@@ -87,8 +87,6 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
     yield from dataset_rules(options, ("train_split", "val_split"), ("train_num_samples", "val_num_samples"))
     yield from repetition_rules(options)
-    if options.pretrained_cfg_overlay and not options.pretrained:
-        yield "--pretrained-cfg-overlay is about pretrained weights; give --pretrained too, or leave it out"
     stats = ("neg_pos", "inv_freq", "effective_num")
     if options.class_stats is None and (
         options.loss == "db" or {*stats} & {options.loss_pos_weight, options.loss_class_weight}

@@ -111,7 +111,7 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         val=val,
         mixup=Mixup(**mixup_kwargs) if mixup_kwargs and options.no_prefetcher else None,
         soft_targets=bool(mixup_kwargs),
-        class_names=class_names(train_set),
+        class_names=class_names(getattr(train_set, "dataset", train_set)),
         batch_size=batch_size,
         alterations=getattr(train_set, "dataset", train_set).alterations,  # AugMixDataset holds one inside
         loss_scale=_loss_scale(options, batch_size),

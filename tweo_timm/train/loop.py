@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tweo_timm.records import append_rows
 from tweo_timm.run.checkpoint_file import CheckpointFile
+from tweo_timm.run.class_names import KEY, check_same_names, names_by_index, recorded_names
 from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, exact_state, restore, training_state
@@ -67,6 +68,13 @@ class Trainer:
             ValueError: if it is of another model or run, or holds what no run writes.
         """
         session, options, before = self.session, self.session.options, file.args
+        check_same_names(
+            recorded_names(file.fields.mapping),
+            names_by_index(session.data.class_names),
+            f"checkpoint {file.path}",
+            "name the folders as they were, or give the same --class-map; --initial-checkpoint begins anew from its "
+            "weights",
+        )
         optimizer = None if options.no_resume_opt else session.optimizer
         opt = before.get("opt", options.opt)
         if optimizer is not None and str(opt).lower() != options.opt.lower():
@@ -130,7 +138,8 @@ class Trainer:
         """What a checkpoint holds at this point. A collective."""
         session = self.session
         exact = capture_exact(session, self.cursor, self.meters, position)
-        return {**training_state(session.task, session.optimizer, session.scaler), EXACT_KEY: exact}
+        names = names_by_index(session.data.class_names)
+        return {**training_state(session.task, session.optimizer, session.scaler), EXACT_KEY: exact, KEY: names}
 
     def _save_recovery(self, epoch: int, position: Position | None = None) -> None:
         """Write a checkpoint that the ranking knows nothing of."""

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.run.flags import CommandLine, as_namespace, freeze
+from tweo_timm.run.flags import CommandLine, as_namespace, freeze, option_table
 from tweo_timm.run.recipe import naming, require_switches, resolve
+from tweo_timm.settings import Decides
 from tweo_timm.train.checks import check_train_options
 from tweo_timm.train.groups import TrainSettings
 
@@ -83,10 +84,11 @@ def changed_settings(before: Mapping[str, Any], options: TrainOptions) -> str:
 
     Args:
         before: the earlier run's settings; empty if they are not known.
-        options: today's. Where the run lies, and how it is continued, are no settings of it.
+        options: today's. What is written and where, and how the run is continued, are no settings of it.
     """
-    now, elsewhere = vars(as_namespace(options)), ("resume", "output", "experiment", "config")
-    known = [name for name in now if name not in elsewhere and name in before]
+    now, elsewhere = vars(as_namespace(options)), (Decides.RECORDS, Decides.PROCESS)
+    deciding = [name for name, option in option_table(TrainOptions).items() if option.decides not in elsewhere]
+    known = [name for name in deciding if name in before]
     return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in known if before[name] != now[name])
 
 

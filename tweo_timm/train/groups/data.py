@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tweo_timm.run import options as shared
-from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds, flag
+from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds, Decides, flag
 
 
 @dataclass(frozen=True)
 class DatasetOptions(shared.DatasetOptions):
     """Dataset."""
+
+    DECIDES = Decides.DATA
 
     train_split: str = flag("train", "Training split.")
     val_split: str = flag("validation", "Validation split; empty: none, and the training loss decides.")
@@ -29,6 +31,8 @@ class DatasetOptions(shared.DatasetOptions):
 @dataclass(frozen=True)
 class AugmentOptions:
     """Augmentation and regularization."""
+
+    DECIDES = Decides.TRAINING
 
     no_aug: bool = flag(False, "Resized and centred crops alone: no flips, colours, erasing. Mixup and CutMix stay.")
     train_crop_mode: str | None = flag(None, "Training crop: rrc (random resized crop), rkrc or rkrr.")
@@ -78,6 +82,8 @@ class AugmentOptions:
 class ImageSizeOptions:
     """Scheduled training resolution."""
 
+    DECIDES = Decides.DATA
+
     train_img_sizes: list[int] | None = flag(
         None, "Image sizes, one of which each batch is made at.", bounds=AT_LEAST_1
     )
@@ -109,6 +115,8 @@ class ImageSizeOptions:
 @dataclass(frozen=True)
 class NaflexOptions:
     """Native-resolution models (NaFlex)."""
+
+    DECIDES = Decides.DATA
 
     naflex_loader: bool = flag(False, "Load batches of variable sequence length; needs a NaFlex model.")
     naflex_train_seq_lens: list[int] = flag(

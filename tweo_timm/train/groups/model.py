@@ -7,26 +7,31 @@ Refuses nothing by itself; combinations are checked where the groups meet.  Sour
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tweo_timm.run import options as shared
-from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_1, FRACTION, Bounds, flag
+from tweo_timm.settings import ANY, AT_LEAST_1, FRACTION, Bounds, Decides, flag
 
 
 @dataclass(frozen=True)
 class ModelOptions(shared.ModelOptions, shared.ImageOptions):
     """Model."""
 
-    model: str = flag("resnet50", "Architecture, as timm names it.")
+    DECIDES = Decides.TRAINING
+
+    model: str = flag("resnet50", "Architecture, as timm names it.", decides=Decides.MODEL)
     pretrained: bool = flag(False, "Start from timm's pretrained weights.")
     pretrained_path: str | None = flag(None, "Load this file as if it held the pretrained weights, adapting them.")
-    pretrained_cfg_overlay: dict[str, Any] = flag({}, "Entries of the pretrained configuration to replace.")
     initial_checkpoint: str = flag("", "Load this checkpoint into the model, unadapted.", metavar="FILE")
     resume: str = flag(
-        "", "Checkpoint to continue from, or 'auto': the experiment's own last one.", metavar="FILE|auto"
+        "",
+        "Checkpoint to continue from, or 'auto': the experiment's own last one.",
+        metavar="FILE|auto",
+        decides=Decides.PROCESS,
     )
-    no_resume_opt: bool = flag(False, "Leave the optimizer's state out when resuming.")
-    batch_size: int = flag(128, "Batch size per process.", "-b", "--batch-size", bounds=AT_LEAST_1)
+    no_resume_opt: bool = flag(False, "Leave the optimizer's state out when resuming.", decides=Decides.PROCESS)
+    batch_size: int = flag(
+        128, "Batch size per process.", "-b", "--batch-size", bounds=AT_LEAST_1, decides=Decides.DATA
+    )
     validation_batch_size: int | None = flag(
         None,
         "Validation batch size per process; unset: --batch-size.",
@@ -34,7 +39,7 @@ class ModelOptions(shared.ModelOptions, shared.ImageOptions):
         "--validation-batch-size",
         bounds=AT_LEAST_1,
     )
-    grad_accum_steps: int = flag(1, "Batches accumulated into one update.", bounds=AT_LEAST_1)
+    grad_accum_steps: int = flag(1, "Batches accumulated into one update.", bounds=AT_LEAST_1, decides=Decides.DATA)
     grad_checkpointing: bool = flag(False, "Recompute activations in the backward pass.")
     head_init_scale: float | None = flag(None, "Scale of the classifier's initial weights.", bounds=ANY)
     head_init_bias: float | None = flag(None, "Initial bias of the classifier.", bounds=ANY)
@@ -44,21 +49,30 @@ class ModelOptions(shared.ModelOptions, shared.ImageOptions):
 class DeviceOptions(shared.PrecisionOptions):
     """Device and precision."""
 
+    DECIDES = Decides.TRAINING
+
     no_ddp_bb: bool = flag(False, "No broadcast of buffers in DDP.")
     synchronize_step: bool = flag(False, "Synchronize the device after each step.")
     local_rank: int = flag(
-        0, "Rank on this machine; torchrun sets it.", "--local_rank", "--local-rank", recorded=False, bounds=Bounds(-1)
+        0,
+        "Rank on this machine; torchrun sets it.",
+        "--local_rank",
+        "--local-rank",
+        recorded=False,
+        bounds=Bounds(-1),
+        decides=Decides.PROCESS,
     )
     device_modules: list[str] | None = flag(None, "Python modules to import first, e.g. device backends.")
     fsdp: bool = flag(False, "Shard parameters, gradients and optimizer state over the processes (FSDP2).")
 
 
 @dataclass(frozen=True)
-class NormOptions:
+class NormOptions(shared.NormOptions):
     """Batch normalization."""
 
+    DECIDES = Decides.TRAINING
+
     bn_momentum: float | None = flag(None, "Momentum of batch normalization.", bounds=FRACTION)
-    bn_eps: float | None = flag(None, "Epsilon of batch normalization.", bounds=ABOVE_0)
     sync_bn: bool = flag(False, "Synchronize batch normalization over processes.")
     dist_bn: str = flag(
         "reduce",
@@ -66,12 +80,14 @@ class NormOptions:
         choices=("reduce", "broadcast", ""),
         metavar="{reduce,broadcast,''}",
     )
-    split_bn: bool = flag(False, "Separate batch normalization per augmentation split.")
+    split_bn: bool = flag(False, "Separate batch normalization per augmentation split.", decides=Decides.MODEL)
 
 
 @dataclass(frozen=True)
 class EmaOptions:
     """Moving average of the weights."""
+
+    DECIDES = Decides.TRAINING
 
     model_ema: bool = flag(False, "Keep a moving average of the weights, and evaluate it.")
     model_ema_force_cpu: bool = flag(False, "Keep it on the CPU, on the first process only, unevaluated.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tweo_timm.run import options as shared
-from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds, flag
+from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds, Decides, flag
 
 RATE = Bounds(0, 1e6)
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "plateau", "wsd", "rsqrt", "constant", "none")
@@ -21,6 +21,8 @@ LOSSES = ("ce", "bce", "asl", "poly", "jsd", "twoway", "zlpr", "db")
 @dataclass(frozen=True)
 class OptimizerOptions:
     """Optimizer."""
+
+    DECIDES = Decides.TRAINING
 
     opt: str = flag("sgd", "Optimizer, as timm names it.")
     opt_eps: float | None = flag(None, "Epsilon; unset: the optimizer's.", bounds=FRACTION)
@@ -42,6 +44,8 @@ class OptimizerOptions:
 @dataclass(frozen=True)
 class ScheduleOptions:
     """Learning rate and schedule."""
+
+    DECIDES = Decides.TRAINING
 
     sched: str = flag("cosine", "Schedule of the learning rate.", choices=SCHEDULES)
     sched_on_updates: bool = flag(False, "Step the schedule at each update rather than each epoch.")
@@ -75,8 +79,12 @@ class ScheduleOptions:
     stop_epoch: int | None = flag(
         None, "Stop after this many epochs, leaving the schedule as it is.", bounds=AT_LEAST_1
     )
-    epoch_repeats: float = flag(0.0, "Passes over the dataset in an epoch; 0: one.", bounds=AT_LEAST_0)
-    start_epoch: int | None = flag(None, "First epoch, overriding the checkpoint's.", bounds=AT_LEAST_0)
+    epoch_repeats: float = flag(
+        0.0, "Passes over the dataset in an epoch; 0: one.", bounds=AT_LEAST_0, decides=Decides.DATA
+    )
+    start_epoch: int | None = flag(
+        None, "First epoch, overriding the checkpoint's.", bounds=AT_LEAST_0, decides=Decides.PROCESS
+    )
     decay_milestones: list[int] = flag([90, 180, 270], "Epochs at which multistep decays.", bounds=AT_LEAST_0)
     decay_epochs: float | None = flag(
         90.0,
@@ -93,6 +101,8 @@ class ScheduleOptions:
 @dataclass(frozen=True)
 class LossOptions(shared.TargetOptions):
     """Loss."""
+
+    DECIDES = Decides.TRAINING
 
     loss: str | None = flag(None, "Loss; unset: bce for --task multilabel, else ce.", choices=LOSSES)
     jsd_loss: bool = flag(False, "Jensen-Shannon loss over --aug-splits; the old form of --loss jsd.")
@@ -133,6 +143,8 @@ class LossOptions(shared.TargetOptions):
 @dataclass(frozen=True)
 class DistillationOptions:
     """Knowledge distillation."""
+
+    DECIDES = Decides.TRAINING
 
     kd_model_name: str | None = flag(None, "Teacher, as timm names it; unset: no distillation.")
     kd_distill_type: str = flag("logit", "What the student imitates.", choices=("logit", "feature", "token"))
