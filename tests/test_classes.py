@@ -26,9 +26,9 @@ class Evil:
         ("m.pkl", pickle.dumps({"a": 0, "b": 1.5}), "'b' has the index 1.5"),
         ("m.pkl", pickle.dumps({"a": -1}), "'a' has the index -1"),
         ("m.pkl", pickle.dumps({"a": True}), "'a' has the index True"),
-        ("m.pkl", pickle.dumps(["a"]), "expected a dict"),
+        ("m.pkl", pickle.dumps(["a"]), "it holds a list"),
         ("m.pkl", b"\x80garbage", "m.pkl: "),
-        ("m.pkl", pickle.dumps({"a": Evil()}), "not permitted"),
+        ("m.pkl", pickle.dumps({"a": Evil()}), "is not loaded because it can run code"),
     ],
 )
 def test_a_file_that_numbers_no_classes_is_refused_by_name(name, content, part, tmp_path, monkeypatch):

@@ -119,10 +119,11 @@ def test_diagnosis_that_a_model_does_not_allow_is_reported_and_loses_nothing(cap
 
 
 def collapsed(checkpoints, folder):
-    """A checkpoint like the first one, whose last block has become NaN."""
+    """A checkpoint like the first one, whose last block overflows: its weights are finite, its outputs are not."""
     content = torch.load(checkpoints[0], weights_only=False)
     weights = {name: value.clone() for name, value in content["state_dict"].items()}
-    weights["blocks.1.mlp.fc2.bias"].fill_(float("nan"))
+    weights["blocks.1.mlp.fc1.bias"].fill_(1e20)
+    weights["blocks.1.mlp.fc2.weight"].fill_(1e30)
     folder.mkdir()
     torch.save(content | {"state_dict": weights}, folder / "last.pth.tar")
     return folder / "last.pth.tar"

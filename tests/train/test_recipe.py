@@ -322,7 +322,7 @@ FIXED = ("tweo_blocks", "fp8_exclude", "data")
 
 
 def values_of(option: Option) -> st.SearchStrategy[Any]:
-    scalar = st.sampled_from(option.flag.choices) if option.flag.choices else NUMBERS[option.scalar]
+    scalar = st.sampled_from(tuple(option.flag.choices)) if option.flag.choices else NUMBERS[option.scalar]
     if option.is_mapping:
         return KWARGS
     count = option.flag.nargs if isinstance(option.flag.nargs, int) else None

@@ -5,8 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import BUILDERS, IMG_SIZES, NUM_CLASSES, batch, tiny_task
-from tweo_timm import Fp8Recipe, TweoConfig, attach_tweo, patch_fp8
-from tweo_timm.fp8 import Fp8HealthMonitor
+from tweo_timm import Fp8HealthMonitor, Fp8Recipe, TweoConfig, attach_tweo, patch_fp8
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.meters import EpochMeters

@@ -42,6 +42,8 @@ def read_class_map(path: str, folders: Iterable[Path | None]) -> dict[Any, int]:
         raise ValueError(f"--class-map {path} must be a .txt file (a name per line) or a .pkl file ({{name: index}})")
     try:
         mapping = _numbered(found) if found.suffix.lower() == ".txt" else _unpickled(found)
+        if not isinstance(mapping, dict):
+            raise ValueError(f"it holds a {type(mapping).__name__}")
         _check_indices(mapping)
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"--class-map {path}: {error}; give a name per line, or a dict of name to index") from error
