@@ -40,7 +40,8 @@ def resolve_precision(options: Options, world: World, began: Mapping[str, Any] |
         why = "as this run began"
     else:
         fast, ratio = world.gather(machine.low_precision("bfloat16", str(world.device)) if world.primary else None)[0]
-        amp, dtype, why = fast, "bfloat16" if fast else "float16", f"bfloat16 takes {ratio:.2g} of float32's time here"
+        amp, dtype = fast, "bfloat16" if fast else "float16"
+        why = f"bfloat16 products take {ratio:.2g} times as long as float32 ones here"
     if world.primary:
         _logger.info("--amp-dtype auto: %s (%s)", dtype if amp else "float32, no autocast", why)
     return replace(options, amp=amp, amp_dtype=dtype)
