@@ -153,7 +153,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         try:
             model = _with_weights(arch, loadable, content, source.path)
         except ValueError as error:
-            own = content.get("arch", arch)
+            own = content.get("arch") or arch
             remedy = f". The checkpoint holds a {own}: leave out --model" if own != arch else ""
             raise ValueError(f"{error}{remedy}") from error
         resize(model, arch, options)

@@ -73,6 +73,6 @@ def _checked_device(name: str) -> str:
 
 def _say_what_is_taken(taken: str, dropped: Sequence[str]) -> None:
     if taken:
-        _logger.info("repairing %s of the file, as timm's loader takes it", taken)
+        _logger.info("repairing the weights %s of the file, those that timm's loader takes", taken)
     if dropped:
-        _logger.info("the output is weights alone: dropped are %s", " and ".join(dropped))
+        _logger.info("the output holds weights alone; not taken over: %s", " and ".join(dropped))

@@ -139,14 +139,15 @@ def _card(output: Path, source: Source, report: RotationReport, error: float) ->
     stream = [site for site in report.sites if "norm" not in site.name.rsplit(".", 1)[-1]]
     worst = max(stream, key=lambda site: site.before.peak_abs)
     largest = max(site.after.peak_abs for site in stream)
-    build = "".join(f", {name}={value!r}" for name, value in source.arguments.items())
+    shown = {name: value for name, value in source.arguments.items() if not name.startswith("pretrained_cfg")}
+    build = "".join(f", {name}={value!r}" for name, value in shown.items())
     lines = [
         f"# {output.stem}",
         "",
         f"{source.arch}, made from {source.path.name} (SHA-256 {source.digest[:16]}) by tweo_timm {__version__}:",
         f"residual stream rotated exactly, method {report.method}, seed {report.seed}; no training.",
         f"Outputs differ from the original's by {error:.1e} (relatively, the largest of {report.images} images).",
-        f"Largest value of the stream: {worst.before.peak_abs:.3g} ({worst.name}) before, {largest:.3g} then.",
+        f"Largest value of the stream: {worst.before.peak_abs:.3g} ({worst.name}) before, {largest:.3g} after.",
         f"Not rotated: {', '.join(report.left) or 'nothing'}.",
         f"Load: `timm.create_model({source.arch!r}{build}, checkpoint_path={output.name!r})`.",
         _features_line(output, report),

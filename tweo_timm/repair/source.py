@@ -137,7 +137,7 @@ def _load(arch: str, arguments: dict[str, Any], weights: dict[str, Tensor], path
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
-            f"the weights in {path} do not fit {arch} ({arguments}): {str(error)[:400]}. Say how it was built with "
+            f"the weights in {path} do not fit {arch} ({_shown(arguments)}): {str(error)[:400]}. Say how it was built with "
             "--model-kwargs, --img-size, --num-classes, --gp"
         ) from error
     return model
@@ -162,3 +162,9 @@ def image_settings(source: Source, options: RepairOptions) -> dict[str, Any]:
 def timm_version() -> str:
     """Version of timm, for the record."""
     return str(timm.__version__)
+
+
+def _shown(arguments: Mapping[str, Any]) -> str:
+    """The arguments of a model in a message; its pretrained configuration is long, and decides no shape."""
+    given = {name: value for name, value in arguments.items() if not name.startswith("pretrained_cfg")}
+    return ", ".join(f"{name}={value!r}" for name, value in given.items()) or "as timm builds it"

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +37,7 @@ Want = Literal["metadata", "weights", "training"]
 _PLAIN = ("state_dict", "model")  # what timm, and the code that came before it, call the weights
 _AVERAGED = ("state_dict_ema", "model_ema")
 _FOREIGN = (".npz", ".npy")  # only the architecture's own loader reads them
+_OF_A_RUN = re.compile(r"(checkpoint-\d+|recovery-\d+-\d+|milestone-\d+|last|model_best)\.pth\.tar")
 _DEEPEST = 8  # of settings in a file
 
 
@@ -54,7 +57,7 @@ def read(path: Path, want: Want = "training") -> CheckpointFile:
             f"there is no checkpoint {path}: pass a file that timm or tweo-train saved{suggest_path(path)}"
         )
     if path.suffix == ".safetensors":
-        return CheckpointFile(path, {} if want == "metadata" else _read_safetensors(path), want)
+        return CheckpointFile(path, _record_of(path) if want == "metadata" else _read_safetensors(path), want)
     if path.suffix in _FOREIGN:
         return CheckpointFile(path, {}, want)
     if want != "metadata":
@@ -122,14 +125,34 @@ def _damaged(path: Path, reason: str) -> str:
 
 
 def _before(path: Path) -> str:
-    """Name the checkpoint that was written before this one, if there is one."""
+    """Name the checkpoint of the same run that was written before this one, if there is one."""
+    if not _OF_A_RUN.fullmatch(path.name):
+        return ""
     with contextlib.suppress(OSError):
         written = path.stat().st_mtime_ns
-        files = {other: other.stat().st_mtime_ns for other in path.parent.glob("*.pth.tar") if other != path}
+        others = [other for other in path.parent.glob("*.pth.tar") if other != path and _OF_A_RUN.fullmatch(other.name)]
+        files = {other: other.stat().st_mtime_ns for other in others}
         older = [other for other in files if files[other] <= written]
         if older:
             return f"; the one before it is {max(older, key=lambda other: (files[other], other.name))}"
     return ""
+
+
+def _record_of(path: Path) -> dict[str, Any]:
+    """What tweo-repair wrote into a file of weights about its model, as a training's checkpoint has it."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("tweo_timm", "{}"))
+    except Exception as error:  # its own exceptions, those of the system, and of a damaged record
+        raise ValueError(_damaged(path, str(error)[:200])) from error
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        return {}
+    config, args = record["config"], record.get("args")
+    built = {"num_classes": config.get("num_classes"), "model_kwargs": config.get("model_args")}
+    known = {"args": {**(args if isinstance(args, dict) else {}), **built}, "arch": config.get("architecture")}
+    return known | {"class_names": record.get("class_names")}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
