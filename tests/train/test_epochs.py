@@ -124,3 +124,15 @@ def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tm
     assert len(reached) == 7
     torch.testing.assert_close(weight.detach(), (reached[5] + reached[6]) / 2)
     assert not torch.equal(reached[5], reached[6])
+
+
+def test_a_first_epoch_behind_the_last_one_is_refused(images, tmp_path, capsys):
+    assert main(command(images, tmp_path, "--start-epoch", "2")) == 1
+    assert "--start-epoch 2 leaves nothing to train of 2 epochs" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixup_by_halves_trains_on_half_of_each_batch_as_timm_s_prefetcher_makes_it(images, tmp_path):
+    session = session_of(images, tmp_path, "--mixup", "0.5", "--mixup-mode", "half")
+    session.data.start_epoch(0, 0)
+    assert {len(batch) for batch, _ in session.data.batches()} == {4}

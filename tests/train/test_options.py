@@ -231,6 +231,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
             "--fp8 emulated --kd-model-name vit_tiny_patch16_224 --kd-distill-type feature",
             ["--kd-distill-type feature"],
         ),
+        ("--mixup 0.2 --mixup-mode half --no-prefetcher", ["--mixup-mode half", "--no-prefetcher"]),
         ("--aug-splits 3 --no-prefetcher", ["--aug-splits 3", "--no-prefetcher"]),
         ("--fp8-amax-history 0", ["--fp8-amax-history is 0", "between 1 and"]),
     ],

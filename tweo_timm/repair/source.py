@@ -137,8 +137,8 @@ def _load(arch: str, arguments: dict[str, Any], weights: dict[str, Tensor], path
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
-            f"the weights in {path} do not fit {arch} ({_shown(arguments)}): {str(error)[:400]}. Say how it was built with "
-            "--model-kwargs, --img-size, --num-classes, --gp"
+            f"the weights in {path} do not fit {arch} ({_shown(arguments)}): {str(error)[:400]}. Say how it was built "
+            "with --model-kwargs, --img-size, --num-classes, --gp"
         ) from error
     return model
 

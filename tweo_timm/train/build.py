@@ -170,6 +170,11 @@ def build_session(options: TrainOptions, world: World) -> Session:
     )
     if scheduler is None:
         scale_rates(optimizer)
+    if options.start_epoch is not None and options.start_epoch >= num_epochs:
+        raise ValueError(
+            f"--start-epoch {options.start_epoch} leaves nothing to train of {num_epochs} epochs, which count from 0; "
+            "give a smaller one, or more --epochs"
+        )
     if options.stop_epoch is not None and options.stop_epoch > num_epochs:
         raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
     session = Session(

@@ -154,6 +154,8 @@ def _contradictory(options: TrainSettings) -> Iterator[str]:
     odd = [size for size in options.train_batch_sizes or [options.batch_size] if size % 2]
     if mixes and odd:
         yield f"--mixup and --cutmix pair the images of a batch; give an even --batch-size, not {odd[0]}"
+    if mixes and options.mixup_mode == "half" and options.no_prefetcher:
+        yield "--mixup-mode half is what timm's prefetcher does; leave out --no-prefetcher, or give batch, pair or elem"
     if options.aug_splits and mixes:
         yield "--aug-splits cannot be mixed: leave out --mixup and --cutmix, or --aug-splits"
     if options.mixup_off_epoch and options.use_multi_epochs_loader and options.workers and not options.no_prefetcher:

@@ -62,7 +62,7 @@ class AugmentOptions:
     )
     mixup_prob: float = flag(1.0, "Probability of mixup or CutMix where either is on.", bounds=FRACTION)
     mixup_switch_prob: float = flag(0.5, "Probability of CutMix rather than mixup where both are on.", bounds=FRACTION)
-    mixup_mode: str = flag("batch", "What shares mixing parameters.", choices=("batch", "pair", "elem"))
+    mixup_mode: str = flag("batch", "What shares mixing parameters.", choices=("batch", "pair", "elem", "half"))
     mixup_off_epoch: int = flag(0, "Epoch from which mixup and CutMix are off; 0: never.", bounds=AT_LEAST_0)
     smoothing: float = flag(
         0.1, "Label smoothing; 0 unless given for --task multilabel.", bounds=Bounds(0, 1, open="high")
