@@ -19,3 +19,13 @@ def dynamo():
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
     torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items):
+    """Run the tests that fork processes first, those of training before the others.
+
+    torch refuses a backward pass in a fork of a process whose autograd has started threads, which some tests make it
+    do. The option --no-loadscope-reorder of `make test` keeps this order.
+    """
+    forking = {"processes", "start", "start_together", "killed_after_an_update"}
+    items.sort(key=lambda item: (not forking & vars(item.module).keys(), "train" not in item.path.parts))
