@@ -27,5 +27,5 @@ def pytest_collection_modifyitems(items):
     torch refuses a backward pass in a fork of a process whose autograd has started threads, which some tests make it
     do. The option --no-loadscope-reorder of `make test` keeps this order.
     """
-    forking = {"processes", "run_together", "start", "start_together", "killed_after_an_update"}
+    forking = {"processes", "run_together", "train_together", "start", "start_together", "killed_after_an_update"}
     items.sort(key=lambda item: (not forking & vars(item.module).keys(), "train" not in item.path.parts))
