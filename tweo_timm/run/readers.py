@@ -26,11 +26,6 @@ def reader_of(dataset: str) -> str:
     return dataset.partition("/")[0].lower()
 
 
-def is_stream(dataset: str) -> bool:
-    """Whether images come one after the other, and none by its number."""
-    return reader_of(dataset) in _STREAMS
-
-
 def reads_folders(dataset: str) -> bool:
     """Whether classes are folders: timm's own reader or torchvision's."""
     return not dataset or dataset.lower() in _FOLDERS
