@@ -17,6 +17,7 @@ from tweo_timm.train.folder import find_checkpoint, lies_in, output, run_folder,
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.options import TrainOptions, as_namespace
 from tweo_timm.train.signals import Interrupted, SignalWatch
+from tweo_timm.train.sweep import sweep_attempt
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def train(options: TrainOptions, call: Call) -> int:
         Failure: the training broke, or an image cannot be read.
     """
     try:
-        with joined(options.device) as world, SignalWatch() as signals:
+        with sweep_attempt(options), joined(options.device) as world, SignalWatch() as signals:
             result, folder = _run(options, world, signals)
     except Interrupted as interruption:
         return 128 + interruption.number
