@@ -58,11 +58,11 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
     if resumed is not None:
         trainer.resume(resumed)
     session.wrap()
-    with taken(folder, resumed, world):
-        if world.primary:
+    with taken(folder, resumed, world) as mine:
+        if mine is not None:
             Outputs(folder).write("args.yaml", dump_options(options))
             continued = resumed if resumed is not None and lies_in(resumed, folder) else None
-            trainer.open_folder(folder, as_namespace(options), continued)
+            trainer.open_folder(mine, as_namespace(options), continued)
         resumed = continued = None  # as large as the model and its optimizer
         try:
             return trainer.fit(), folder
