@@ -227,6 +227,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--tweo-blocks *", ["--tweo-blocks '*'", "no regular expression"]),
         ("--naflex-loader", ["--naflex-loader cannot be honoured", "--img-size"]),
         ("--fp8-health-interval 5", ["--fp8-health-interval 5", "--fp8 auto"]),
+        ("--fp8-format e4m3 --fp8-exclude head", ["--fp8-format, --fp8-exclude does nothing", "--fp8 auto"]),
         (
             "--fp8 emulated --kd-model-name vit_tiny_patch16_224 --kd-distill-type feature",
             ["--kd-distill-type feature"],

@@ -49,7 +49,9 @@ def read_class_map(class_map: str, root: str | None = None, split: str = "") -> 
             raise ValueError(f"it holds a {type(mapping).__name__}")
         _check_indices(mapping)
     except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(f"--class-map {class_map}: {error}; give a name per line, or a dict of name to index") from error
+        raise ValueError(
+            f"--class-map {class_map}: {error}; give a name per line, or a dict of name to index"
+        ) from error
     return dict(mapping)
 
 

@@ -54,16 +54,16 @@ def open_dataset(
     require_known("--crop-mode", data_config["crop_mode"], CROPS)
     root = options.data or options.data_dir
     folder = _folder(options, root, split)
-    class_map = read_class_map(options.class_map, root, split) if options.class_map else ""
+    class_map = read_class_map(options.class_map, root, split) if options.class_map else None
     if folder is not None and folder.is_dir():
-        check_files(folder, options.input_key, class_map or None)
+        check_files(folder, options.input_key, class_map)
     mode = _image_mode(options.input_img_mode, data_config["input_size"][0])
     try:
         dataset = create_dataset(
             options.dataset,
             root=root,
             split=split,
-            class_map=class_map,
+            class_map=class_map or "",
             download=options.dataset_download,
             trust_remote_code=options.dataset_trust_remote_code,
             input_img_mode=mode,

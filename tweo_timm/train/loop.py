@@ -206,7 +206,9 @@ class Trainer:
         session = self.session
         last_epoch = min(session.num_epochs, session.options.stop_epoch or session.num_epochs)
         if self.cursor.epoch >= last_epoch:
-            _logger.info("Already finished: %d of %d epochs are done. To go on, give more --epochs", last_epoch, last_epoch)
+            _logger.info(
+                "Already finished: %d of %d epochs are done. To go on, give more --epochs", last_epoch, last_epoch
+            )
         self._set_off()
         rows = []
         for epoch in range(self.cursor.epoch, last_epoch):
@@ -307,9 +309,13 @@ class Trainer:
                 bar.advance()
                 self._after_batch(images, num_batches, pace)
         if cursor.batch < num_batches:
-            unused = cursor.batch % options.grad_accum_steps
-            lost = f"; the last {unused} made no update: give fewer --workers, or exact lengths" if unused else ""
-            _logger.warning("The training data ended after %d of %d batches%s", cursor.batch, num_batches, lost)
+            last = f"; its last update is of {self.step.waiting} instead of {options.grad_accum_steps}"
+            _logger.warning(
+                "The training data ended after %d of %d batches%s: give fewer --workers, or exact lengths",
+                *(cursor.batch, num_batches, last if self.step.waiting else ""),
+            )
+        if options.grad_accum_steps > 1:
+            self.step.finish_group()
         self._synchronise_lookahead()
         self._check_weights()
         self._share_batch_norm()
