@@ -175,7 +175,7 @@ DAMAGE = {
         "checkpoints[0].task is 'x'; it must be one of classification, multilabel",
     ),
     "no schemes": ((*RECORD, "quantized"), None, "checkpoints[0].quantized is None; it must be a list"),
-    "no records": (("checkpoints",), [], "checkpoints is of type list; it must be a list of one entry at least"),
+    "no records": (("checkpoints",), [], "its list of checkpoints is empty, so there is nothing to read from it"),
     "a schema in quotes": (("schema",), "1", "schema is '1'; it must be an integer"),
     "a newer schema": (("schema",), 9, "has schema 9, this version reads 1"),
     "more images than bits": ((*RECORD, "data", "images"), 99, "26 hexadecimal digits"),

@@ -289,7 +289,10 @@ def _flag(fields: Fields, name: str) -> None:
 
 def _some(fields: Fields, name: str) -> list[Fields]:
     """The entries of a list of mappings that holds one at least."""
-    return fields.each(name) or fields.refuse(name, [], "a list of one entry at least")
+    entries = fields.each(name)
+    if not entries:
+        raise ValueError(f"{fields.where}: its list of {name} is empty, so there is nothing to read from it")
+    return entries
 
 
 def _optional(fields: Fields, name: str) -> Iterable[Fields]:
