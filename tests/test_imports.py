@@ -23,7 +23,7 @@ LAYERS = [
     ["measurement"],
     ["outliers"],
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
-    ["layers", "flow", "stream"],
+    ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos", "records"],
