@@ -19,7 +19,7 @@ from tweo_timm.blocks import find_blocks
 from tweo_timm.layers import projections_called
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.stats import decibels
-from tweo_timm.stream import stream_of
+from tweo_timm.stream import answers_of, stream_of
 
 _CHUNK = 8
 """Images compared at a time: the outputs of all layers of both models are alive together."""
@@ -62,7 +62,7 @@ def fidelity(
         try:
             reference.eval()
             for images in (chunk for batch in batches for chunk in torch.split(batch, _CHUNK)):
-                y, y_q = reference(images.to(device)), quantized(images.to(device))
+                y, y_q = (answers_of(m(images.to(device)), len(images)) for m in (reference, quantized))
                 num_images += len(images)
                 agreements += int((y.argmax(-1) == y_q.argmax(-1)).sum())
                 logits += _powers(y, y_q)[:2]
