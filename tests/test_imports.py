@@ -28,7 +28,7 @@ LAYERS = [
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
     ["settings", "photos", "records"],
-    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
