@@ -130,6 +130,6 @@ def _refuse_pyramids(shapes: Mapping[str, tuple[int, ...]], backbone: nn.Module)
         sizes = ", ".join(f"{tokens} tokens of {dim}" for tokens, dim in different)
         raise ValueError(
             f"{type(backbone).__name__} has streams of different shapes ({sizes}), which a side network cannot add up: "
-            "take a backbone of one shape, such as a ViT, or name blocks of one shape by a regular expression, one stage "
+            "take one of one shape, such as a ViT, or name blocks of one shape by a regular expression, one stage "
             r"of a Swin by blocks='layers\.2\.blocks\.\d+' (--tweo-blocks)"
         )
