@@ -26,7 +26,7 @@ LAYERS = [
     ["layers", "flow", "stream"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config"],
-    ["settings", "photos", "records"],
+    ["settings", "photos", "records", "schema"],
     ["suggestion", "version", "machine", "tables", "outputs", "media", "structure"],
 ]
 # On one layer, or above, and yet the first does not know the second.
