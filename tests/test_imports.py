@@ -28,7 +28,7 @@ LAYERS = [
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config"],
-    ["settings", "photos", "records"],
+    ["settings", "photos", "records", "schema"],
     ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes"],
 ]
 # On one layer, or above, and yet the first does not know the second.
