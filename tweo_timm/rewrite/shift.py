@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.batches import image_batches
 from tweo_timm.families import describe_stream
 from tweo_timm.rewrite.change import observed
 from tweo_timm.rewrite.edit import Edit
@@ -33,7 +34,7 @@ def shift_norms(model: nn.Module, calibration_batches: Iterable[Tensor]) -> list
     edit = Edit(model)
     norms = {norm: ports for stage in describe_stream(model).stages for norm, ports in stage.norms.items() if ports}
     movable = {n: ports for n, ports in norms.items() if edit.has(f"{n}.bias") and not shift_stays(edit, n, ports)}
-    for norm, middle in _middles(model, movable, list(calibration_batches)).items():
+    for norm, middle in _middles(model, movable, image_batches(calibration_batches)).items():
         edit.then(f"{norm}.bias", (-middle).add)
         take_constant(edit, movable[norm], middle)
     edit.apply()
