@@ -39,6 +39,7 @@ from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.param_groups import scale_rates
 from tweo_timm.train.shard import check_sharding, shard
+from tweo_timm.train.side import build_side
 
 _logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_compiler(options.torchcompile)
     _set_backends(world)
     random_seed(options.seed, world.rank)
-    model = build_model(options, world)
+    model = build_model(options, world) if options.side == "off" else build_side(options, world)
     namespace = as_namespace(options)
     data_config = preprocessing(namespace, model, verbose=world.primary)
     check_image_sizes(options, model, data_config["input_size"])
@@ -331,6 +332,9 @@ def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
 
 def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
     """The transformer blocks; none is an error only for those who asked for something that acts on them."""
+    if options.side != "off":
+        _logger.info("No outlier statistics: what a frozen backbone computes does not change")
+        return {}
     try:
         return find_blocks(model, options.tweo_blocks)
     except ValueError as error:

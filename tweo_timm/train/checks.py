@@ -21,6 +21,7 @@ from tweo_timm.run.rules import (
     target_format,
 )
 from tweo_timm.train.groups import TrainSettings
+from tweo_timm.train.side_rules import side_rules
 
 
 def check_train_options(options: TrainSettings) -> None:
@@ -29,7 +30,7 @@ def check_train_options(options: TrainSettings) -> None:
     Raises:
         ValueError: the first such setting, with the reason and the remedy.
     """
-    for rule in (_out_of_range, _not_honoured, _incomplete, _contradictory, _tweo_and_fp8):
+    for rule in (_out_of_range, _not_honoured, _incomplete, _contradictory, _tweo_and_fp8, side_rules):
         for complaint in rule(options):
             raise ValueError(complaint)
 

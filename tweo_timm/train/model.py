@@ -12,8 +12,8 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
-from tweo_timm.run.checkpoint_file import CheckpointFile, check_finite, load_weights, read
-from tweo_timm.run.model import check_image_size, suggest_model
+from tweo_timm.run.checkpoint_file import CheckpointFile, WeightsFilter, check_finite, load_weights, read
+from tweo_timm.run.model import check_image_size, suggest_model, without_classifier
 from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.options import TrainOptions, as_namespace
@@ -33,8 +33,8 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
     """
     if options.fast_norm:
         set_fast_norm()
-    model = _create(options)
-    _initialise_head(model, options)
+    model = create(options)
+    initialise_head(model, options)
     if options.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     if options.split_bn:
@@ -54,7 +54,17 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
     return model
 
 
-def _create(options: TrainOptions) -> nn.Module:
+def create(options: TrainOptions, headless: bool = False) -> nn.Module:
+    """Create timm's model with its initial weights.
+
+    Args:
+        options: the run's options.
+        headless: without a classifier and without regularization, for a frozen backbone; a classifier among the
+            weights is left out.
+
+    Raises:
+        ValueError: if timm does not know the model, or it does not accept the options or the weights.
+    """
     file = {"file": options.pretrained_path, "num_classes": -1} if options.pretrained_path else {}
     overlay = {**file, **options.pretrained_cfg_overlay}
     given = _file_of_weights(options)
@@ -63,9 +73,9 @@ def _create(options: TrainOptions) -> nn.Module:
             options.model,
             vars(as_namespace(options)),
             pretrained=options.pretrained,
-            num_classes=options.num_classes,
-            drop_rate=options.drop,
-            drop_path_rate=options.drop_path,
+            num_classes=0 if headless else options.num_classes,
+            drop_rate=0.0 if headless else options.drop,
+            drop_path_rate=None if headless else options.drop_path,
             drop_block_rate=options.drop_block,
             global_pool=options.gp,
             bn_momentum=options.bn_momentum,
@@ -80,13 +90,13 @@ def _create(options: TrainOptions) -> nn.Module:
         given.check(given.weights, model.state_dict())
         check_finite(model, given.path)
     if options.initial_checkpoint:
-        _load_initial(model, options)
+        _load_initial(model, options, without_classifier if headless else None)
     return model
 
 
-def _load_initial(model: nn.Module, options: TrainOptions) -> None:
+def _load_initial(model: nn.Module, options: TrainOptions, filter_fn: WeightsFilter | None) -> None:
     try:
-        load_weights(model, Path(options.initial_checkpoint))
+        load_weights(model, Path(options.initial_checkpoint), filter_fn=filter_fn)
     except RuntimeError as error:
         raise ValueError(_why_not(options, error)) from error
 
@@ -122,7 +132,7 @@ def _how_to_resize(options: TrainOptions, text: str) -> str:
     return f". {instead} would resize them for images of another size"
 
 
-def _initialise_head(model: Any, options: TrainOptions) -> None:
+def initialise_head(model: Any, options: TrainOptions) -> None:
     """Scale the head's weights and set its bias, as --head-init-scale and --head-init-bias say."""
     if options.head_init_scale is None and options.head_init_bias is None:
         return
