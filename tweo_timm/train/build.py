@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tweo_timm.blocks import find_blocks
 from tweo_timm.fp8.patch import patch_fp8
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.class_names import names_by_index
 from tweo_timm.run.dataset import image_dtype, place, preprocessing
 from tweo_timm.run.model import check_compiler
 from tweo_timm.run.world import World
@@ -38,6 +39,7 @@ from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.param_groups import scale_rates
+from tweo_timm.train.pretrained import settle_head
 from tweo_timm.train.shard import check_sharding, shard
 from tweo_timm.train.side import build_side
 
@@ -148,6 +150,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
     data = open_data(options, data_config, num_classes, world)
+    settle_head(options, model, names_by_index(data.class_names))
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
