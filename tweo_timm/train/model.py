@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.layers import DropPath, convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
@@ -34,6 +34,8 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
     if options.fast_norm:
         set_fast_norm()
     model = _create(options)
+    if options.drop_path_rule == "constant":
+        _drop_everywhere(model, float(options.drop_path or 0))
     _initialise_head(model, options)
     if options.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
@@ -82,6 +84,17 @@ def _create(options: TrainOptions) -> nn.Module:
     if options.initial_checkpoint:
         _load_initial(model, options)
     return model
+
+
+def _drop_everywhere(model: nn.Module, rate: float) -> None:
+    """Give every drop path of the model the same rate; timm's grow with the depth, and the first is none at all."""
+    names = ("drop_path", "drop_path1", "drop_path2")
+    places = [(module, name) for module in model.modules() for name in names if hasattr(module, name)]
+    if not places:
+        raise ValueError("--drop-path-rule constant: this model has no drop path; leave it out")
+    for module, name in places:
+        assert isinstance(getattr(module, name), (DropPath, nn.Identity, type(None))), name
+        setattr(module, name, DropPath(rate))
 
 
 def _load_initial(model: nn.Module, options: TrainOptions) -> None:
