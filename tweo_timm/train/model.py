@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.layers import DropPath, convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
@@ -36,6 +36,8 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
     if options.fast_norm:
         set_fast_norm()
     model = create(options)
+    if options.drop_path_rule == "constant":
+        _drop_everywhere(model, float(options.drop_path or 0))
     initialise_head(model, options)
     if options.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
@@ -100,6 +102,17 @@ def _built(options: TrainOptions, headless: bool, file: Mapping[str, Any] | None
     except Exception as error:  # whatever odd weights or an odd argument of an architecture lead to
         raise ValueError(_why_not(options, error)) from error
     return model
+
+
+def _drop_everywhere(model: nn.Module, rate: float) -> None:
+    """Give every drop path of the model the same rate; timm's grow with the depth, and the first is none at all."""
+    names = ("drop_path", "drop_path1", "drop_path2")
+    kinds = (DropPath, nn.Identity)
+    places = [(module, n) for module in model.modules() for n in names if isinstance(getattr(module, n, None), kinds)]
+    if not places:
+        raise ValueError("--drop-path-rule constant: this model has no drop path; leave it out")
+    for module, name in places:
+        setattr(module, name, DropPath(rate))
 
 
 def _load_initial(model: nn.Module, options: TrainOptions, filter_fn: WeightsFilter | None) -> None:
