@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-EXTRAS = ("export", "te", "quickstart")
+EXTRAS = ("export", "te", "quickstart", "lightning", "transformers")
 
 
 def installation(extra: str) -> str:

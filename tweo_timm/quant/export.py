@@ -37,7 +37,7 @@ from tweo_timm.machine import EXACT_INT8
 from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
-from tweo_timm.quant.scheme import Scheme
+from tweo_timm.quant.scheme import Scheme, refuse_not_exportable
 from tweo_timm.quant.stream import StreamQuantizer
 from tweo_timm.version import __version__
 
@@ -81,7 +81,7 @@ def export_onnx(
 
     Raises:
         RuntimeError: without the extra, or if torch.export cannot trace the model, with its reason.
-        ValueError: for another target, or a scheme with steps computed at run time.
+        ValueError: for another target, or a scheme that no file can have (steps computed at run time, half precision).
 
     Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 19; the scheme is arXiv:2511.23225's.
     """
@@ -95,8 +95,9 @@ def export_onnx(
             "target 'qdq' takes no zero points (+zero): TensorRT, one of its readers, multiplies symmetric integers "
             "alone; export for target 'onnxruntime', or quantize without +zero"
         )
+    scheme = getattr(unwrap_model(model), "quantization", {}).get("scheme")
+    refuse_not_exportable(scheme)
     working = _working_copy(model)
-    scheme = getattr(working, "quantization", {}).get("scheme")
     folds = fold_compensation(working) if scheme else {"folded": [], "kept": []}
     if any(isinstance(module, QuantizedLayer) for module in working.modules()):
         stand_in(working, unsigned=target == "onnxruntime")
