@@ -25,7 +25,7 @@ LAYERS = [
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
     ["layers", "flow", "stream"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "config"],
+    ["fp8.cast", "fp8.recipe", "config", "artefact"],
     ["settings", "photos", "records"],
     ["suggestion", "version", "machine", "tables", "outputs", "media", "structure"],
 ]
