@@ -46,7 +46,7 @@ def test_only_this_packages_flags_and_those_of_timm_1_0_31_go_beyond_the_referen
     timm_1_0_31 = {"task", "target_format", "multilabel_threshold", "loss", "stop_epoch", "save_epochs"}
     timm_1_0_31 |= {"lr_decay_fn", "lr_stable_timescale", "loss_class_weight", "loss_pos_weight", "class_stats"}
     timm_1_0_31 |= {"loss_weight_power", "loss_weight_beta", "loss_weight_max", "pretrained_cfg_overlay"}
-    timm_1_0_31 |= {"persistent_workers", "model_ema_force_fp32"}
+    timm_1_0_31 |= {"persistent_workers", "model_ema_force_fp32", "sweep_locks", "sweep_attempt"}
     timm_1_0_31 |= {name for name in extra if name.startswith(("asl_", "poly_", "twoway_", "db_"))}
     assert extra == ours | timm_1_0_31
 
@@ -227,6 +227,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--tweo-blocks *", ["--tweo-blocks '*'", "no regular expression"]),
         ("--naflex-loader", ["--naflex-loader cannot be honoured", "--img-size"]),
         ("--fp8-health-interval 5", ["--fp8-health-interval 5", "--fp8 auto"]),
+        ("--fp8-format e4m3 --fp8-exclude head", ["--fp8-format, --fp8-exclude does nothing", "--fp8 auto"]),
         (
             "--fp8 emulated --kd-model-name vit_tiny_patch16_224 --kd-distill-type feature",
             ["--kd-distill-type feature"],

@@ -23,6 +23,7 @@ from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.quant.deploy import export_record
 from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
+from tweo_timm.quant.float8 import saturation
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.run.class_names import check_same_names, names_by_index
@@ -191,6 +192,7 @@ def _quantized(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
+    saturated = saturation(model)
     images_seen = sum(len(batch) for batch in batches)
     calibration = {"split": options.calibration_split, "images": images_seen, "seed": options.seed}
     artefact = Artefact(scheme, subject.preprocessing, names, calibration, subject.arch)
@@ -198,6 +200,7 @@ def _quantized(
     return exported | {
         "scheme": scheme,
         **result.record(),
+        **({} if saturated is None else {"saturated": saturated}),
         "calibration": calibration,
         "fidelity": fidelity(subject.model, model, samples.diagnosis),
     }

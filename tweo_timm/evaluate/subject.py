@@ -22,7 +22,8 @@ from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
 from tweo_timm.records import read_rows
 from tweo_timm.run.checkpoint_file import load_weights, read
-from tweo_timm.run.class_names import find_class_map, recorded_names
+from tweo_timm.run.class_map import find_class_map
+from tweo_timm.run.class_names import recorded_names
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
 from tweo_timm.run.precision import precision_of

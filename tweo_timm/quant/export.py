@@ -39,7 +39,7 @@ from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.pixels import FromPixels
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
-from tweo_timm.quant.scheme import Scheme
+from tweo_timm.quant.scheme import INTEGERS, Scheme, refuse_not_exportable
 from tweo_timm.quant.stream import StreamQuantizer
 
 OPSET = 20
@@ -92,8 +92,8 @@ def export_onnx(
 
     Raises:
         RuntimeError: without the extra, or if torch.export cannot trace the model, with its reason.
-        ValueError: for another target or input, a scheme with steps computed at run time, or uint8 input without a
-            known preprocessing.
+        ValueError: for another target or input, a scheme that no file can have (steps computed at run time, half
+            precision), or uint8 input without a known preprocessing.
 
     Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 19; the scheme is arXiv:2511.23225's.
     """
@@ -108,9 +108,10 @@ def export_onnx(
             "target 'qdq' takes no zero points (+zero): TensorRT, one of its readers, multiplies symmetric integers "
             "alone; export for target 'onnxruntime', or quantize without +zero"
         )
+    scheme = getattr(unwrap_model(model), "quantization", {}).get("scheme")
+    refuse_not_exportable(scheme)
     said = artefact_of(model, example, artefact)
     working = _working_copy(model)
-    scheme = getattr(working, "quantization", {}).get("scheme")
     folds = fold_compensation(working) if scheme else {"folded": [], "kept": []}
     if any(isinstance(module, QuantizedLayer) for module in working.modules()):
         stand_in(working, unsigned=target == "onnxruntime")
@@ -140,7 +141,8 @@ def artefact_of(model: nn.Module, example: Tensor, artefact: Artefact | None = N
     """
     report: Any = getattr(unwrap_model(model), "quantization", {})
     scheme = report.get("scheme")
-    saturable = scheme is not None and Scheme.parse(scheme).weight_bits == 8
+    parsed = Scheme.parse(scheme) if scheme else None
+    saturable = parsed is not None and parsed.base == INTEGERS and parsed.weight_bits == 8
     said = artefact or Artefact(preprocessing=_of_timm(model, example), arch=_architecture(model))
     if scheme is None:
         return replace(said, scheme=FLOAT, session_options={}, calibration=None)

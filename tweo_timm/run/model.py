@@ -8,6 +8,7 @@ import torch
 from timm.models import list_models
 from torch import nn
 
+from tweo_timm.modes import evaluating
 from tweo_timm.suggestion import suggest
 
 
@@ -39,13 +40,11 @@ def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> 
     Raises:
         ValueError: if the model does not accept it.
     """
-    weight, mode = next(model.parameters()), model.training
-    model.eval()
+    weight = next(model.parameters())
     try:
-        model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
+        with evaluating(model):
+            model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
     except (AssertionError, RuntimeError, ValueError) as error:
         size = "x".join(map(str, input_size[1:]))
         reason = str(error)[:400] or type(error).__name__
         raise ValueError(f"{arch} does not accept images of {size}: {reason}") from error
-    finally:
-        model.train(mode)

@@ -177,6 +177,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         )
     if options.stop_epoch is not None and options.stop_epoch > num_epochs:
         raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
+    _say_endless_warmup(options, options.stop_epoch or num_epochs)
     session = Session(
         options=options,
         world=world,
@@ -199,6 +200,16 @@ def build_session(options: TrainOptions, world: World) -> Session:
     if session.second_order:
         _check_differentiable_twice(session)
     return session
+
+
+def _say_endless_warmup(options: TrainOptions, epochs: int) -> None:
+    """Say that the rate only rises; timm's default warm-up of 5 epochs is longer than many a trial run."""
+    if options.sched != "none" and 0 < epochs <= options.warmup_epochs:
+        _logger.warning(
+            "--warmup-epochs %d: the %d epochs of this run never leave the warm-up, so the learning rate rises "
+            "throughout and is not reached; give fewer, 0 say, or more --epochs",
+            *(options.warmup_epochs, epochs),
+        )
 
 
 def _updates_per_epoch(options: TrainOptions, data: Data) -> int:

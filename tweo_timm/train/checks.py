@@ -83,6 +83,8 @@ def _not_honoured(options: TrainSettings) -> Iterator[str]:
 
 def _incomplete(options: TrainSettings) -> Iterator[str]:
     yield from pooling(options)
+    if bool(options.sweep_locks) != bool(options.sweep_attempt):
+        yield "--sweep-locks and --sweep-attempt belong together, as timm's sweep.py gives them; give both or neither"
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
     yield from dataset_rules(options, ("train_split", "val_split"), ("train_num_samples", "val_num_samples"))
