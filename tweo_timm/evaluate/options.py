@@ -125,6 +125,9 @@ class OutputOptions:
     )
     report: str | None = flag(None, "Folder for report.json, report.md, report.csv and plots.", metavar="DIR")
     compare_reports: list[str] = flag([], "Compare these report.json files; nothing is validated.", metavar="FILE")
+    group: list[str] = flag(
+        [], "Runs that differ by their seed alone, as one: mean, range, intervals between runs.", metavar="NAME=RUN,..."
+    )
     export: str | None = flag(None, "Export the model, quantized if --quantize is given.", choices=("onnx",))
     export_input: str = flag(
         "float32",
