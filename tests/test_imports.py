@@ -27,7 +27,7 @@ LAYERS = [
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "config", "side.config"],
+    ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
     ["settings", "photos", "records", "schema"],
     ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras"],
 ]

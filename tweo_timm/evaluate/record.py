@@ -257,6 +257,9 @@ class Prepared(Declared):
     img_size: float = entry("pixels", SIZE)
     crop_pct: float = entry("share of the image that is cropped", SIZE)
     interpolation: str = entry("how images were resized")
+    preprocessing: dict[str, Any] | None = entry(
+        "how an image becomes the model's input, as exported files say it ([export.md](export.md))", default=None
+    )
     precision: str = entry("what the model computed in", default="float32")
     data: Data = entry("the images")
     class_names: list[str | None] | None = entry(
