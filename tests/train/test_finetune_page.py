@@ -83,7 +83,7 @@ def test_its_four_commands_lead_to_a_result_that_is_better_than_a_training_from_
     assert original["top1"] == mended["top1"]
     assert [one["scheme"] for one in mended["quantized"]] == ["w8a8-tt", "w8a8-tt+res"]
     assert list(Path("result").rglob("*.onnx"))
-    train_anew("scratch")
+    train_anew("scratch", "--lr", "5e-4")  # the recipe's
     with open("output/train/scratch/summary.csv") as file:
         scratch = max(float(row["eval_top1"]) for row in csv.DictReader(file))
-    assert original["top1"] > scratch
+    assert original["top1"] > scratch + 5
