@@ -76,7 +76,7 @@ class TweoHandle(Scheduled):
         acts = config.weight > 0 or config.end_weight > 0
         _logger.info(
             "%s %d blocks, %s to %s%s",
-            "TWEO on" if acts else "No TWEO; peaks are watched on",
+            "TWEO on" if acts else "No penalty: L_TWEO and peaks are measured only, on",
             len(self.block_names),
             self.block_names[0],
             self.block_names[-1],

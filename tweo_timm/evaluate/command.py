@@ -55,7 +55,7 @@ def validate(options: ValidateOptions, call: Call) -> int:
     with joined(options.device) as world:
         status = _measured(options, world, records, call)
     if records and world.primary:
-        _report(records, _groups_of(find_sources(options), options), options, call)
+        _report(records, _groups_of(_sources(options), options), options, call)
     return status
 
 
@@ -88,8 +88,7 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
     Returns:
         The exit status: 1 if a checkpoint or a scheme failed, or an exported file is wrong.
     """
-    find, load = (find_files, load_file) if options.onnx else (find_sources, load_subject)
-    status, sources = 0, find(options)
+    status, sources, load = 0, _sources(options), load_file if options.onnx else load_subject
     _groups_of(sources, options)
     for source in sources:
         random_seed(options.seed, 0)
@@ -110,6 +109,10 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
         value = formatted(record.headline_value, "{:.2f}")
         _logger.info("%s: %s %s%s", subject.name, record.title, value, peak)
     return status
+
+
+def _sources(options: ValidateOptions) -> list[Source]:
+    return find_files(options) if options.onnx else find_sources(options)
 
 
 def _groups_of(sources: Sequence[Source], options: ValidateOptions) -> dict[str, list[str]]:

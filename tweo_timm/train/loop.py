@@ -89,12 +89,14 @@ class Trainer:
             exact = None
         self._remembers = options.sched == "plateau" and exact is not None and exact.has("plateau")
         epoch = restore(file, session.task, optimizer, session.scaler, self._remembers)
-        if exact_state(file) is not None and (changed := changed_settings(before, options)):
+        changed = changed_settings(before, options) if exact_state(file) is not None else ""
+        if changed:
             _logger.warning("%s was written under other settings: %s", file.path, changed)
         self.step.restored = CheckpointFile(file.path, {}) if optimizer is not None else None
         if exact is not None:
             self._entry, self._statistics = restore_exact(file, exact, session, self.cursor, self.meters)
-            _logger.info("Resumed %s exactly: epoch %d, batch %d", file.path, self.cursor.epoch, self.cursor.batch)
+            how = "under other settings" if changed else "exactly"
+            _logger.info("Resumed %s %s: epoch %d, batch %d", file.path, how, self.cursor.epoch, self.cursor.batch)
             return
         self.cursor.epoch = options.start_epoch if options.start_epoch is not None else epoch
         _logger.info("Resumed weights from %s; going on with epoch %d", file.path, self.cursor.epoch)
