@@ -17,6 +17,7 @@ LAYERS = [
     ["train.cli", "evaluate.cli", "repair.cli"],
     ["train", "evaluate", "repair"],
     ["run"],
+    ["survey"],
     ["quant", "diagnose"],
     ["rewrite", "fp8.patch", "fp8.health", "fp8"],
     ["task", "penalty", "upstream"],
