@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
-from tweo_timm.evaluate.compare import headline
+from tweo_timm.evaluate.columns import formatted
 from tweo_timm.evaluate.measure import measure
 from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.evaluate.record import Record
 from tweo_timm.evaluate.report import failures, faults, print_table, write_report
 from tweo_timm.evaluate.results import Results
 from tweo_timm.evaluate.stored import read_reports
@@ -45,7 +45,7 @@ def validate(options: ValidateOptions, call: Call) -> int:
         _check_outputs(options)
         _report(read_reports(options.compare_reports), options, call)
         return 0
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     with joined(options.device) as world:
         status = _measured(options, world, records, call)
     if records and world.primary:
@@ -53,7 +53,7 @@ def validate(options: ValidateOptions, call: Call) -> int:
     return status
 
 
-def _measured(options: ValidateOptions, world: World, records: list[dict[str, Any]], call: Call) -> int:
+def _measured(options: ValidateOptions, world: World, records: list[Record], call: Call) -> int:
     """Append the record of each checkpoint, until all are done or an error ends it; the exit status."""
     try:
         world.refuse(_check_outputs, options)
@@ -76,7 +76,7 @@ def _check_outputs(options: ValidateOptions) -> None:
         Outputs(options.report).check("--report")
 
 
-def _measure_all(options: ValidateOptions, world: World, records: list[dict[str, Any]], call: Call) -> int:
+def _measure_all(options: ValidateOptions, world: World, records: list[Record], call: Call) -> int:
     """Append the record of each checkpoint as it is finished; one that fails does not stop the others.
 
     Returns:
@@ -98,14 +98,13 @@ def _measure_all(options: ValidateOptions, world: World, records: list[dict[str,
         records.append(record)
         for reason in [*failures(record), *faults(record)]:
             status = call.fail(reason)
-        peak = f"  peak {record['peak_abs']:.4g} in {record['peak_block']}" if record["peak_abs"] is not None else ""
-        field, metric = headline(record)
-        value = "-" if record[field] is None else f"{record[field]:.2f}"
-        _logger.info("%s: %s %s%s", subject.name, metric, value, peak)
+        peak = f"  peak {record.peak_abs:.4g} in {record.peak_block}" if record.peak_abs is not None else ""
+        value = formatted(record.headline_value, "{:.2f}")
+        _logger.info("%s: %s %s%s", subject.name, record.title, value, peak)
     return status
 
 
-def _with_retry(subject: Subject, world: World) -> dict[str, Any]:
+def _with_retry(subject: Subject, world: World) -> Record:
     """Measure with ever smaller batches until one fits into memory, in timm's steps."""
     while True:
         try:
@@ -118,7 +117,7 @@ def _with_retry(subject: Subject, world: World) -> dict[str, Any]:
             subject.options = replace(subject.options, batch_size=smaller)
 
 
-def _report(records: list[dict[str, Any]], options: ValidateOptions, call: Call) -> None:
+def _report(records: list[Record], options: ValidateOptions, call: Call) -> None:
     """Write the files, then print: neither a full disk nor a closed pipe takes what the other would have kept."""
     results = Results(records, options)
     try:

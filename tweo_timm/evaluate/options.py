@@ -64,6 +64,9 @@ class ModelOptions(shared.ModelOptions):
     checkpoint: list[str] = flag(
         [], "Checkpoints to validate and compare; a folder stands for all in it.", metavar="FILE"
     )
+    side_backbone: str = flag(
+        "", "Weights of the frozen backbone, for checkpoints of side networks.", metavar="FILE|pretrained"
+    )
     use_ema: bool = flag(False, "The moving average of the weights, where the checkpoint holds one.")
     test_pool: bool = flag(False, "Test-time pooling, for models that support it.")
     reparam: bool = flag(False, "Merge the training branches of models that have them.")

@@ -18,10 +18,12 @@ from torch import nn
 
 from tweo_timm.evaluate.inheritance import inherit, recorded_settings
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
+from tweo_timm.evaluate.side import build_side
 from tweo_timm.evaluate.size import at_size, channels_of, resize, size_of
-from tweo_timm.records import read_rows
+from tweo_timm.records import Fields, read_rows
 from tweo_timm.run.checkpoint_file import load_weights, read
-from tweo_timm.run.class_names import find_class_map, recorded_names
+from tweo_timm.run.class_map import find_class_map
+from tweo_timm.run.class_names import recorded_names
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
 from tweo_timm.suggestion import suggest_path
@@ -151,7 +153,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         model = _create(arch, options, pretrained=True)
     else:
         try:
-            model = _with_weights(arch, loadable, content, source.path)
+            model = _with_weights(arch, loadable, content, source.path, device)
         except ValueError as error:
             own = content.get("arch") or arch
             remedy = f". The checkpoint holds a {own}: leave out --model" if own != arch else ""
@@ -227,12 +229,14 @@ def _check_lost_map(content: dict[str, Any], source: Source, class_map: str) -> 
         )
 
 
-def _with_weights(arch: str, loadable: list[ValidateOptions], content: dict[str, Any], path: Path) -> nn.Module:
+def _with_weights(
+    arch: str, loadable: list[ValidateOptions], content: dict[str, Any], path: Path, device: torch.device
+) -> nn.Module:
     """Build the model under the first options that its weights fit."""
     mismatch: ValueError | None = None
     for options in loadable:
-        model = _create(arch, options, pretrained=False)
         try:
+            model = _bare(arch, options, content, path, device)
             _load(model, content, path, arch, options.use_ema)
         except ValueError as error:
             if "size mismatch" not in str(error):
@@ -244,13 +248,20 @@ def _with_weights(arch: str, loadable: list[ValidateOptions], content: dict[str,
     raise mismatch
 
 
-def _create(arch: str, options: ValidateOptions, pretrained: bool) -> nn.Module:
+def _bare(arch: str, options: ValidateOptions, content: dict[str, Any], path: Path, device: torch.device) -> nn.Module:
+    """The model of a checkpoint before its weights are loaded: the architecture, or a side network beside it."""
+    if content.get("side") is None:
+        return _create(arch, options, pretrained=False)
+    return build_side(arch, options, Fields(content["side"], f"checkpoint {path}", "side"), _create, device)
+
+
+def _create(arch: str, options: ValidateOptions, pretrained: bool, headless: bool = False) -> nn.Module:
     try:
         arguments = resolve_model_input_args(
             arch,
             vars(as_namespace(options)),
             pretrained=pretrained or options.pretrained,
-            num_classes=options.num_classes,
+            num_classes=0 if headless else options.num_classes,
             global_pool=options.gp,
             bn_eps=options.bn_eps,
             pretrained_cfg_overlay=options.pretrained_cfg_overlay or None,

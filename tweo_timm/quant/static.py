@@ -22,6 +22,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tweo_timm.batches import image_batches
 from tweo_timm.blocks import find_blocks
 from tweo_timm.flow import name_of
 from tweo_timm.fp8.patch import is_patched
@@ -63,8 +64,8 @@ def quantize_static(
         did. With fp16 and bf16 it is the model in that precision, between casts.
 
     Raises:
-        ValueError: for a scheme that cannot be parsed, no calibration images, activations that are not finite, a
-            name in `keep_float` that nothing has, or a model that is quantized or in FP8 already.
+        ValueError: for a scheme that cannot be parsed, no calibration images or batches of something else, activations
+            that are not finite, a name in `keep_float` that nothing has, or a model that is quantized or in FP8 now.
         RuntimeError: if a layer's weight is read past its forward, or a block multiplies activations where +attn cannot
             see the operands.
         TypeError: for scripted models, and layers whose effective weight is not stored.
@@ -72,7 +73,7 @@ def quantize_static(
     Source: arXiv:2511.23225, PTQ protocol; suffixes +rot, +smooth and +qwt: see `rotate`, `smooth`, `compensate`.
     """
     scheme = Scheme.parse(scheme)
-    batches = list(calibration_batches)
+    batches = image_batches(calibration_batches)
     quantized = _working_copy(model, fused_attention=not scheme.attention)
     found = find_blocks(quantized, blocks)
     report: dict[str, Any] = {"scheme": str(scheme)}
