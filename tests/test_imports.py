@@ -18,6 +18,7 @@ LAYERS = [
     ["train", "evaluate", "repair"],
     ["run"],
     ["side"],
+    ["survey"],
     ["quant", "diagnose"],
     ["rewrite", "fp8.patch", "fp8.health", "fp8"],
     ["callbacks"],
