@@ -17,6 +17,7 @@ LAYERS = [
     ["train.cli", "evaluate.cli", "repair.cli"],
     ["train", "evaluate", "repair"],
     ["run"],
+    ["side"],
     ["quant", "diagnose"],
     ["rewrite", "fp8.patch", "fp8.health", "fp8"],
     ["callbacks"],
@@ -26,7 +27,7 @@ LAYERS = [
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "config"],
+    ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
     ["settings", "photos", "records", "schema"],
     ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes"],
 ]

@@ -100,3 +100,16 @@ class ReadinessAnswer(Declared):
 
     verdict: str = entry("in one sentence", LONG)
     actions: list[str] = entry("what to do", LONG)
+
+
+@dataclass(kw_only=True)
+class SideAnswer(Declared):
+    """What a side network costs, beside its frozen backbone."""
+
+    side: str = entry("which kind")
+    settings: dict[str, int] = entry("size, by name", SIZE)
+    backbone: dict[str, Any] = entry("what it was trained beside: arch, fingerprint of the weights, precision")
+    trained_parameters: int = entry("of side network and classifier", AT_LEAST_0)
+    backbone_values: int = entry("parameters and buffers of the backbone", AT_LEAST_0)
+    seconds: float = entry("of the pass over the split, data included", SIZE)
+    peak_memory_mib: float = entry("the largest of the process, of the GPU where there is one", SIZE)

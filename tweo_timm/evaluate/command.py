@@ -12,6 +12,7 @@ from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 from tweo_timm.evaluate.columns import formatted
 from tweo_timm.evaluate.groups import read_groups
 from tweo_timm.evaluate.measure import measure
+from tweo_timm.evaluate.onnx_subject import find_files, load_file
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.record import Record
 from tweo_timm.evaluate.report import failures, faults, make_report, print_table, print_verdict, write_report
@@ -41,8 +42,9 @@ def validate(options: ValidateOptions, call: Call) -> int:
         ValueError: a setting or a file is wrong, and nothing was measured.
         OSError: the report cannot be written.
     """
-    if options.compare_reports and options.checkpoint:
-        raise ValueError("--compare-reports validates nothing: leave out --checkpoint, and compare its --report")
+    for flag, given in (("--checkpoint", options.checkpoint), ("--onnx", options.onnx)):
+        if options.compare_reports and given:
+            raise ValueError(f"--compare-reports validates nothing: leave out {flag}, and compare its --report")
     if options.compare_reports:
         _check_outputs(options)
         stored = read_reports(options.compare_reports)
@@ -86,12 +88,13 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
     Returns:
         The exit status: 1 if a checkpoint or a scheme failed, or an exported file is wrong.
     """
-    status, sources = 0, find_sources(options)
+    find, load = (find_files, load_file) if options.onnx else (find_sources, load_subject)
+    status, sources = 0, find(options)
     _groups_of(sources, options)
     for source in sources:
         random_seed(options.seed, 0)
         try:
-            subject = load_subject(source, options, world.device)
+            subject = load(source, options, world.device)
             record = _with_retry(subject, world) if options.retry else measure(subject, world)
         except (ValueError, OSError) as error:
             status = call.fail(error)

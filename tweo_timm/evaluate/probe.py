@@ -26,6 +26,7 @@ PROBES = {
     "stethoscope": Entry("tweo_timm.evaluate.probes:Stethoscope"),
     "colinearity": Entry("tweo_timm.evaluate.probes:Colinearity"),
     "fp8_readiness": Entry("tweo_timm.evaluate.probes:Readiness"),
+    "side": Entry("tweo_timm.evaluate.side_cost:SideCost"),
     "sites": Entry("tweo_timm.evaluate.probes:Sites"),
 }
 """The `Probe` classes by name, which is the field of report.json for what they find, in the order of the report."""

@@ -227,11 +227,21 @@ class Fidelity(Declared):
 
 
 @dataclass(kw_only=True)
+class Saturation(Declared):
+    """Activations beyond the range of E4M3, which became its largest value."""
+
+    values: int = entry("how many", SIZE)
+    share: float = entry("of all that were rounded", FRACTION)
+    sites: dict[str, int] = entry("layer or stream -> how many, where there were any", SIZE)
+
+
+@dataclass(kw_only=True)
 class Quantized(Scored):
     """The model after static quantization."""
 
     scheme: str = entry("as `--quantize` names it")
     calibration: Calibration | None = entry("the images that fixed the scales", default=None)
+    saturated: Saturation | None = entry("of fp8: what its largest value stands for", default=None, optional=True)
     fidelity: Fidelity = entry("how far it is from the float model")
 
 
@@ -247,6 +257,9 @@ class Prepared(Declared):
     img_size: float = entry("pixels", SIZE)
     crop_pct: float = entry("share of the image that is cropped", SIZE)
     interpolation: str = entry("how images were resized")
+    preprocessing: dict[str, Any] | None = entry(
+        "how an image becomes the model's input, as exported files say it ([export.md](export.md))", default=None
+    )
     precision: str = entry("what the model computed in", default="float32")
     data: Data = entry("the images")
     class_names: list[str | None] | None = entry(

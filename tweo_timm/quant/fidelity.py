@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tweo_timm.blocks import find_blocks
 from tweo_timm.layers import projections_called
 from tweo_timm.modes import evaluating
-from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.quant.quantizer import is_quantizable
 from tweo_timm.stats import decibels
 from tweo_timm.stream import answers_of, stream_of
 
@@ -43,12 +43,12 @@ def fidelity(
         ("layer" or "block"), sqnr_db and sqnr_without_peak_db; null where there is no noise or no signal.
 
     Raises:
-        ValueError: without images, or if `quantized` has no quantized layer.
+        ValueError: without images, or if `quantized` is not what `quantize_static` made.
     """
     reference, quantized = unwrap_model(reference), unwrap_model(quantized)
-    kinds = {name: "layer" for name, module in quantized.named_modules() if isinstance(module, QuantizedLayer)}
-    if not kinds:
+    if not hasattr(quantized, "quantization"):
         raise ValueError("the second model has no quantized layer: pass what quantize_static returned")
+    kinds = {name: "layer" for name, module in reference.named_modules() if is_quantizable(module)}
     kinds |= dict.fromkeys(find_blocks(reference, blocks), "block")
     batches = [batches] if isinstance(batches, Tensor) else batches
     device = next(reference.parameters()).device
