@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tweo_timm.evaluate.record import LONG, SIZE, Statistics
 from tweo_timm.records import Fields
