@@ -65,7 +65,7 @@ def quantize_static(
 
     Raises:
         ValueError: for a scheme that cannot be parsed, no calibration images or batches of something else, activations
-            that are not finite, a name in `keep_float` that nothing has, or a model that is quantized or in FP8 already.
+            that are not finite, a name in `keep_float` that nothing has, or a model that is quantized or in FP8 now.
         RuntimeError: if a layer's weight is read past its forward, or a block multiplies activations where +attn cannot
             see the operands.
         TypeError: for scripted models, and layers whose effective weight is not stored.

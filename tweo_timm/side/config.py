@@ -52,6 +52,10 @@ class SideConfig:
         """Return the settings as a dictionary of numbers."""
         return dataclasses.asdict(self)
 
+    def of_weights(self) -> dict[str, int]:
+        """Return those without which weights mean nothing: all but the regularization."""
+        return {name: value for name, value in self.to_json().items() if not name.startswith("drop")}
+
 
 @dataclass(frozen=True)
 class SideOptions:

@@ -40,6 +40,7 @@ class SideNetwork(nn.Module, abc.ABC):
         from_cache: whether the input of the network are features in place of images.
         num_classes: classes.
         in_chans: channels of images.
+        backbone_record: what names the backbone, as `tweo_timm.side.backbone.prepare` returns it.
         pretrained_cfg: timm's, for images as the backbone takes them.
 
     Raises:
@@ -62,6 +63,7 @@ class SideNetwork(nn.Module, abc.ABC):
         self.num_classes = num_classes
         self.from_cache = False
         self._summed = summed
+        self.backbone_record: dict[str, Any] = {}
         image = get_model_input_config(backbone)
         self.in_chans = image["input_size"][0]
         fixed = {"input_size": image["input_size"], "fixed_input_size": image["fixed_input_size"]}
@@ -110,12 +112,13 @@ class SideNetwork(nn.Module, abc.ABC):
         return (1 if self._summed else self.reading.count, self.reading.tokens, self.reading.dim)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and blocks: what, with the backbone, makes the network that weights belong to."""
+        """Return what weights of the network belong to: its name, settings and blocks, and the backbone's record."""
         return {
             "side": self.name,
-            "settings": self.config.to_json(),
+            "settings": self.config.of_weights(),
             "num_classes": self.num_classes,
             "reads": [self.reading.first, *self.reading.names],
+            "backbone": self.backbone_record,
         }
 
     def _modules_of(self, count: int) -> list[LowRankAttention]:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tweo_timm.blocks import find_blocks
 from tweo_timm.fp8.patch import patch_fp8
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.class_names import names_by_index
 from tweo_timm.run.dataset import image_dtype, place, preprocessing
 from tweo_timm.run.model import check_compiler
 from tweo_timm.run.world import World
@@ -36,9 +37,12 @@ from tweo_timm.task import TweoHandle, attach_tweo
 from tweo_timm.train.data import Data, open_data
 from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
-from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
+from tweo_timm.train.options import TrainOptions, as_namespace
 from tweo_timm.train.param_groups import scale_rates
+from tweo_timm.train.pretrained import settle_head
+from tweo_timm.train.rate import batch_remark, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
+from tweo_timm.train.side import build_side
 
 _logger = logging.getLogger(__name__)
 
@@ -140,13 +144,14 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_compiler(options.torchcompile)
     _set_backends(world)
     random_seed(options.seed, world.rank)
-    model = build_model(options, world)
+    model = build_model(options, world) if options.side == "off" else build_side(options, world)
     namespace = as_namespace(options)
     data_config = preprocessing(namespace, model, verbose=world.primary)
     check_image_sizes(options, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
     data = open_data(options, data_config, num_classes, world)
+    settle_head(options, model, names_by_index(data.class_names))
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
@@ -161,8 +166,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
             shard(unit, [unit.get_submodule(name) for name in blocks], world)
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks)
     tweo = _attach(options, task) if blocks else None
-    namespace.lr = resolved_lr(options, data.batch_size * world.size * options.grad_accum_steps)
-    optimizer = _optimizer(options, namespace, task.get_trainable_module())
+    namespace.lr = _learning_rate(options, data.batch_size * world.size * options.grad_accum_steps, world)
+    optimizer = build_optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(
         optimizer,
         **scheduler_kwargs(namespace, decreasing_metric=_falling_metric(options, data)),
@@ -257,7 +262,24 @@ def _refuse_here(options: TrainOptions, world: World) -> None:
         )
 
 
-def _optimizer(options: TrainOptions, namespace: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
+def _learning_rate(options: TrainOptions, global_batch: float, world: World) -> float:
+    remark = batch_remark(options, global_batch)
+    if remark and world.primary:
+        _logger.warning("%s", remark)
+    return resolved_lr(options, global_batch)
+
+
+def build_optimizer(options: TrainOptions, namespace: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimizer of a module's parameters.
+
+    Args:
+        options: the run's options.
+        namespace: the same under timm's names, `lr` being the resolved rate.
+        module: what is trained.
+
+    Raises:
+        ValueError: if timm does not know the optimizer, or it does not accept the options.
+    """
     try:
         optimizer = create_optimizer_v2(module, **optimizer_kwargs(cfg=namespace), **options.opt_kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError, IndexError) as error:
@@ -331,6 +353,9 @@ def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
 
 def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
     """The transformer blocks; none is an error only for those who asked for something that acts on them."""
+    if options.side != "off":
+        _logger.info("No outlier statistics: what a frozen backbone computes does not change")
+        return {}
     try:
         return find_blocks(model, options.tweo_blocks)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tweo_timm.run.dataset import RESAMPLINGS, image_dtype, open_dataset, requir
 from tweo_timm.run.folders import split_folder
 from tweo_timm.run.pictures import Alterations
 from tweo_timm.run.readers import reads_folders
+from tweo_timm.run.samples import fixed_sample
 from tweo_timm.run.world import World
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.replay import ReplayLoader
@@ -116,6 +117,24 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         alterations=getattr(train_set, "dataset", train_set).alterations,  # AugMixDataset holds one inside
         loss_scale=_loss_scale(options, batch_size),
     )
+
+
+def calibration_images(
+    options: TrainOptions, data_config: dict[str, Any], num_classes: int, count: int, batch_size: int
+) -> list[torch.Tensor]:
+    """Read a fixed random sample of the training split, preprocessed as for validation, as validate.py reads it.
+
+    Returns:
+        Batches (B, C, H, W), float32, on the CPU.
+
+    Raises:
+        ValueError: if the split cannot be found.
+    """
+    details = {"num_samples": options.train_num_samples, **target_details(options, num_classes)}
+    dataset = open_dataset(options, options.train_split, data_config, exif=options.exif, **details)
+    plain = replace(options, workers=0, no_prefetcher=True, aug_splits=0, mixup=0.0, cutmix=0.0, cutmix_minmax=None)
+    _val_loader(plain, data_config, dataset, World(torch.device("cpu")))  # gives the data set its transform
+    return fixed_sample(dataset, count, batch_size, options.seed, options.workers)
 
 
 def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: int) -> tuple[Any, Any]:
