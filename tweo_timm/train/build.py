@@ -151,7 +151,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
     data = open_data(options, data_config, num_classes, world)
-    settle_head(options, model, names_by_index(data.class_names))
+    if options.side == "off":  # the head beside a frozen backbone is always new
+        settle_head(options, model, names_by_index(data.class_names))
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
