@@ -40,6 +40,7 @@ from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
 from tweo_timm.train.param_groups import scale_rates
 from tweo_timm.train.shard import check_sharding, shard
 from tweo_timm.train.side import build_side
+from tweo_timm.train.side_data import cached_datasets
 
 _logger = logging.getLogger(__name__)
 
@@ -147,7 +148,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_image_sizes(options, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
-    data = open_data(options, data_config, num_classes, world)
+    features_of = cached_datasets(options, model, data_config, world) if options.side_cache else None
+    data = open_data(options, data_config, num_classes, world, features_of)
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
