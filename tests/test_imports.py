@@ -27,8 +27,8 @@ LAYERS = [
     ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "config", "side.config"],
-    ["settings", "photos", "records"],
+    ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
+    ["settings", "photos", "records", "schema"],
     ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes"],
 ]
 # On one layer, or above, and yet the first does not know the second.

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tests.quant.families import make_images, make_model
 from tweo_timm import machine
 from tweo_timm.quant import export
-from tweo_timm.quant.deploy import Agreement, OnnxModel, _self_error_ratio, export_record, fault_of
+from tweo_timm.quant.deploy import Agreement, _self_error_ratio, export_record, fault_of
 from tweo_timm.quant.export import export_onnx, require_export_extra
+from tweo_timm.quant.onnx_file import OnnxModel
 from tweo_timm.quant.qdq import _patch_size, _patches
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantization_scales, quantize_static

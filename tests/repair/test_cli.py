@@ -59,7 +59,8 @@ def test_plain_timm_loads_the_output_and_it_computes_the_same(family, tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["config.json", "out.md", "out.safetensors"]
 
 
-def test_the_file_says_what_it_is_and_a_folder_is_enough_to_load_it(tmp_path):
+def test_the_file_says_what_it_is_and_a_folder_is_enough_to_load_it(tmp_path, caplog):
+    caplog.set_level("INFO")
     model = saved("vit", tmp_path)
     out = tmp_path / "new" / "model.safetensors"
     assert main(arguments("vit", tmp_path / "in.pth", out, "--method", "hadamard", "--seed", "3")) == 0
@@ -74,6 +75,9 @@ def test_the_file_says_what_it_is_and_a_folder_is_enough_to_load_it(tmp_path):
     card = out.with_suffix(".md").read_text()
     assert len([line for line in card.splitlines() if line]) <= 10
     assert "vit_tiny_patch16_224" in card
+    (line,) = [line for line in card.splitlines() if line.startswith("Largest activation of the residual stream ")]
+    assert ", of the norms that read it " in line
+    assert line in caplog.text
 
 
 def test_averaged_weights_are_taken_and_what_is_dropped_is_said(tmp_path, caplog):

@@ -16,6 +16,7 @@ from timm.models import create_model, list_models, resolve_model_input_args
 from timm.utils import reparameterize_model
 from torch import nn
 
+from tweo_timm.artefact import Preprocessing
 from tweo_timm.evaluate.inheritance import inherit, recorded_settings
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.side import build_side
@@ -26,6 +27,7 @@ from tweo_timm.run.class_map import find_class_map
 from tweo_timm.run.class_names import recorded_names
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
+from tweo_timm.run.precision import precision_of
 from tweo_timm.suggestion import suggest_path
 
 _logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class Subject:
         path: its file; None for timm's pretrained weights.
         training: rows of the run's outliers.jsonl; empty where there is none beside the checkpoint.
         class_names: by index, as the checkpoint has them; None if it does not say.
+        precision: of its forward passes, for the record.
+        param_count: how many numbers it holds.
     """
 
     name: str
@@ -58,6 +62,16 @@ class Subject:
     path: Path | None
     training: list[dict[str, Any]]
     class_names: list[str | None] | None
+    precision: str
+    param_count: int
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared, as the files that are made of it say."""
+        options, usual = self.options, "RGB" if self.data_config["input_size"][0] == 3 else "L"
+        mode = None if options.input_img_mode == usual else options.input_img_mode
+        rarely = {"exif": options.exif, "crop_border_pixels": options.crop_border_pixels}
+        return Preprocessing.of(self.data_config, image_mode=mode, **rarely)
 
     @property
     def training_peak_abs(self) -> float | None:
@@ -173,7 +187,18 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         model.to(memory_format=torch.channels_last)
     check_image_size(arch, model, data_config["input_size"])
     training = _training_rows(source.path.parent / "outliers.jsonl") if source.path is not None else []
-    return Subject(source.name, arch, model, data_config, options, source.path, training, recorded_names(content))
+    return Subject(
+        name=source.name,
+        arch=arch,
+        model=model,
+        data_config=data_config,
+        options=options,
+        path=source.path,
+        training=training,
+        class_names=recorded_names(content),
+        precision=precision_of(options),
+        param_count=sum(parameter.numel() for parameter in model.parameters()),
+    )
 
 
 def _say_test_size(path: Path, now: dict[str, Any], trained: dict[str, Any]) -> None:

@@ -110,6 +110,11 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     with contextlib.suppress(Exception):  # damaged pickles, and files of another format
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     needed = [name for name in needed if name != "argparse.Namespace"]
+    if any(name.startswith(("torch.nn.modules.", "timm.models.", "timm.layers.")) for name in needed):
+        return (
+            f"checkpoint {path} is a pickled model, whose code is not run: save its weights, by "
+            "torch.save(model.state_dict(), FILE)"
+        )
     if needed:
         return (
             f"checkpoint {path} holds {', '.join(needed)}, which is not loaded because it can run code: save it again "

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tweo_timm.blocks import find_blocks
 from tweo_timm.fp8.patch import patch_fp8
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.class_names import names_by_index
 from tweo_timm.run.dataset import image_dtype, place, preprocessing
 from tweo_timm.run.model import check_compiler
 from tweo_timm.run.world import World
@@ -36,8 +37,10 @@ from tweo_timm.task import TweoHandle, attach_tweo
 from tweo_timm.train.data import Data, open_data
 from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
-from tweo_timm.train.options import TrainOptions, as_namespace, resolved_lr
+from tweo_timm.train.options import TrainOptions, as_namespace
 from tweo_timm.train.param_groups import scale_rates
+from tweo_timm.train.pretrained import settle_head
+from tweo_timm.train.rate import batch_remark, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
 from tweo_timm.train.side import build_side
 from tweo_timm.train.side_data import cached_datasets
@@ -150,6 +153,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
     fp8 = _patch_fp8(options, model)
     features_of = cached_datasets(options, model, data_config, world) if options.side_cache else None
     data = open_data(options, data_config, num_classes, world, features_of)
+    if options.side == "off":
+        settle_head(options, model, names_by_index(data.class_names))
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
@@ -164,8 +169,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
             shard(unit, [unit.get_submodule(name) for name in blocks], world)
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks)
     tweo = _attach(options, task) if blocks else None
-    namespace.lr = resolved_lr(options, data.batch_size * world.size * options.grad_accum_steps)
-    optimizer = _optimizer(options, namespace, task.get_trainable_module())
+    namespace.lr = _learning_rate(options, data.batch_size * world.size * options.grad_accum_steps, world)
+    optimizer = build_optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(
         optimizer,
         **scheduler_kwargs(namespace, decreasing_metric=_falling_metric(options, data)),
@@ -260,7 +265,24 @@ def _refuse_here(options: TrainOptions, world: World) -> None:
         )
 
 
-def _optimizer(options: TrainOptions, namespace: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
+def _learning_rate(options: TrainOptions, global_batch: float, world: World) -> float:
+    remark = batch_remark(options, global_batch)
+    if remark and world.primary:
+        _logger.warning("%s", remark)
+    return resolved_lr(options, global_batch)
+
+
+def build_optimizer(options: TrainOptions, namespace: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimizer of a module's parameters.
+
+    Args:
+        options: the run's options.
+        namespace: the same under timm's names, `lr` being the resolved rate.
+        module: what is trained.
+
+    Raises:
+        ValueError: if timm does not know the optimizer, or it does not accept the options.
+    """
     try:
         optimizer = create_optimizer_v2(module, **optimizer_kwargs(cfg=namespace), **options.opt_kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError, IndexError) as error:

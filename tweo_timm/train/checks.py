@@ -88,6 +88,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
         yield "--sweep-locks and --sweep-attempt belong together, as timm's sweep.py gives them; give both or neither"
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
+    if options.drop_path_rule == "constant" and not options.drop_path:
+        yield f"--drop-path-rule constant needs a --drop-path above 0, which is {options.drop_path}; give it, or linear"
     yield from dataset_rules(options, ("train_split", "val_split"), ("train_num_samples", "val_num_samples"))
     yield from repetition_rules(options)
     stats = ("neg_pos", "inv_freq", "effective_num")

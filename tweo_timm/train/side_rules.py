@@ -25,6 +25,7 @@ _OF_A_TRAINED_BACKBONE = {
     "layer_decay": (None, "the frozen backbone's layers have no learning rate"),
     "fsdp": (False, "the side network is small, and the frozen backbone has no gradients to share"),
     "drop_block": (None, "the frozen backbone is in eval mode"),
+    "drop_path_rule": ("linear", "every attention module of the side network has the rate of --drop-path"),
     "bn_momentum": (None, "the frozen backbone is in eval mode"),
     "sync_bn": (False, "the frozen backbone is in eval mode"),
     "split_bn": (False, "the frozen backbone is in eval mode"),
