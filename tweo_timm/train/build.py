@@ -43,6 +43,7 @@ from tweo_timm.train.pretrained import settle_head
 from tweo_timm.train.rate import batch_remark, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
 from tweo_timm.train.side import build_side
+from tweo_timm.train.side_data import cached_datasets
 
 _logger = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_image_sizes(options, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
-    data = open_data(options, data_config, num_classes, world)
+    features_of = cached_datasets(options, model, data_config, world) if options.side_cache else None
+    data = open_data(options, data_config, num_classes, world, features_of)
     if options.side == "off":  # the head beside a frozen backbone is always new
         settle_head(options, model, names_by_index(data.class_names))
     updates_per_epoch = _updates_per_epoch(options, data)
