@@ -80,7 +80,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         record |= _exported(
             subject, None, images, whole, Artefact(FLOAT, subject.preprocessing, names, arch=subject.arch)
         )
-    float_file = _onnx_path(subject, FLOAT) if "exported" in record else None
+    float_file = Path(record["exported"]["files"][0]["path"]) if "exported" in record else None
     record["quantized"], record["not_quantized"] = [], {}
     for scheme in options.quantize:
         try:
@@ -220,7 +220,7 @@ def _exported(
         As `exported` what was found, or as `not_exported` why there is no such file: what is measured already is not
         lost over it.
     """
-    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, artefact.scheme)
+    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, quantized, artefact.scheme)
     if scored.not_finite:
         return {"not_exported": f"{what}: its logits are not finite"}
     try:
@@ -232,6 +232,7 @@ def _exported(
             path,
             float_file=float_file,
             input_dtype=subject.options.export_input,
+            dtype=subject.options.export_dtype,
             artefact=artefact,
         )
     except (RuntimeError, ValueError, OSError) as error:
@@ -245,8 +246,10 @@ def _placed(subject: Subject, images: Images) -> Iterator[tuple[Tensor, Tensor]]
     return ((place(batch, subject.options, device), targets.to(device)) for batch, targets in images.loader)
 
 
-def _onnx_path(subject: Subject, scheme: str) -> Path:
-    """Beside the report, or else beside the checkpoint."""
+def _onnx_path(subject: Subject, quantized: nn.Module | None, scheme: str) -> Path:
+    """Beside the report, or else beside the checkpoint, named by scheme and, of floats, precision."""
+    if subject.options.export_dtype == "float16":
+        scheme = "fp16" if quantized is None else f"{scheme}.fp16"
     beside = subject.path.parent if subject.path is not None else Path()
     folder = Path(subject.options.report) if subject.options.report else beside
     return folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"
