@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart results gpu test test-slow lint types clean
+.PHONY: help quickstart results sensitivity gpu test test-slow lint types clean
 
 help:
 	@echo "make quickstart   four small trainings on real images, compared: a few minutes on 2 cores"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow    the tests that take longer"
 	@echo "make lint types   ruff and mypy"
 	@echo "make results      the quickstart with three seeds, in bf16 and in emulated FP8"
+	@echo "make sensitivity  weight, tau and power of the penalty, ViT and Swin: about three hours on one core; may be interrupted"
 	@echo "make gpu          what only a GPU can show, in about 15 minutes, into gpu_report/; tiny models without one"
 	@echo "make clean        delete the venv and everything the quickstart made"
 
@@ -35,6 +36,9 @@ quickstart: $(VENV)/.installed-quickstart
 results: $(VENV)/.installed-quickstart
 	@$(BIN)/python -m tweo_timm.quickstart --output quickstart --seeds 0 1 2
 	@$(BIN)/python -m tweo_timm.quickstart --output quickstart --seeds 0 1 2 --fp8
+
+sensitivity: $(VENV)/.installed-quickstart
+	@$(BIN)/python benchmarks/sensitivity.py
 
 # With the venv if there is one: a machine with a GPU has its own torch, and may be unable to install anything.
 gpu:

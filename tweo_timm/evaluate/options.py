@@ -72,6 +72,9 @@ class ModelOptions(shared.ModelOptions):
     checkpoint: list[str] = flag(
         [], "Checkpoints to validate and compare; a folder stands for all in it.", metavar="FILE"
     )
+    side_backbone: str = flag(
+        "", "Weights of the frozen backbone, for checkpoints of side networks.", metavar="FILE|pretrained"
+    )
     onnx: list[str] = flag(
         [], "ONNX files to score and compare, by what they say of themselves; they run on the CPU.", metavar="FILE"
     )
@@ -122,6 +125,9 @@ class OutputOptions:
     )
     report: str | None = flag(None, "Folder for report.json, report.md, report.csv and plots.", metavar="DIR")
     compare_reports: list[str] = flag([], "Compare these report.json files; nothing is validated.", metavar="FILE")
+    group: list[str] = flag(
+        [], "Runs that differ by their seed alone, as one: mean, range, intervals between runs.", metavar="NAME=RUN,..."
+    )
     export: str | None = flag(None, "Export the model, quantized if --quantize is given.", choices=("onnx",))
     export_input: str = flag(
         "float32",

@@ -138,7 +138,7 @@ def export_record(
     files: list[dict[str, Any]] = []
     for index, target in enumerate(targets):
         to = path if index == 0 else path.with_suffix(f".{target}.onnx")
-        form = {"target": target, "input_dtype": input_dtype, "dtype": dtype}
+        form: dict[str, Any] = {"target": target, "input_dtype": input_dtype, "dtype": dtype}
         files.append(export_onnx(exported, to, example, **form, artefact=said))
         _logger.info("Wrote %s", to)
     scales = path.with_suffix(".scales.json") if quantized is not None else None

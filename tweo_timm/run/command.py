@@ -40,12 +40,14 @@ class Command:
         script: the name under which it is installed.
         parse: reads words into options; called with the words and the name.
         entry: what does the work, as 'module:function'; called with the options and the `Call`.
+        remark: what --print-config says below the settings, as lines of YAML comments; called with the options.
     """
 
     prog: str
     script: str
     parse: Callable[[Sequence[str], str], Any]
     entry: str
+    remark: Callable[[Any], str] = lambda options: ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run(command: Command, argv: Sequence[str] | None = None) -> int:
     try:
         options = _parsed(command, call)
         shown = describe_recipes() if getattr(options, "list_recipes", False) else ""
-        shown = dump_options(options) if options.print_config else shown
+        shown = dump_options(options) + command.remark(options) if options.print_config else shown
         if shown:
             with printing():
                 print(shown, end="")

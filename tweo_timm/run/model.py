@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models import list_models
-from torch import nn
+from torch import Tensor, nn
 
 from tweo_timm.modes import evaluating
 from tweo_timm.suggestion import suggest
@@ -15,6 +16,14 @@ from tweo_timm.suggestion import suggest
 def suggest_model(name: str, error: Exception) -> str:
     """Name the model of timm whose name is nearest, if the error is that it knows none of this name."""
     return suggest(name, list_models()) if "Unknown model" in str(error) else ""
+
+
+def without_classifier(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights but for those of the classifier, for a model that was created without one."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    named = (config or {}).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
 
 
 def check_compiler(backend: str | None) -> None:

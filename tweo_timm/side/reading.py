@@ -73,14 +73,17 @@ class Reading:
             (B, m + 1, N, C), or the sum (B, 1, N, C), outside any graph.
         """
         count = 1 if summed else self.count
-        place = {name: 0 if summed else index for index, name in enumerate(("", *self.names))}
+        place = {name: index for index, name in enumerate(("", *self.names))}
         found: list[Tensor] = []
 
         def take(name: str, stream: Tensor) -> None:
             if not name:  # the first: tokens are as many as these images have
                 batch, *shape = stream.shape
-                found.append(torch.zeros(batch, count, *shape, dtype=dtype, device=stream.device))
-            found[0][:, place[name]] += stream  # a copy: a block that adds in place does not change what was read
+                found.append(torch.empty(batch, count, *shape, dtype=dtype, device=stream.device))
+            if name and summed:
+                found[0][:, 0] += stream
+            else:  # a copy: a block that adds in place does not change what was read
+                found[0][:, place[name]] = stream
 
         self._run(backbone, images, take)
         return found[0]
@@ -130,6 +133,6 @@ def _refuse_pyramids(shapes: Mapping[str, tuple[int, ...]], backbone: nn.Module)
         sizes = ", ".join(f"{tokens} tokens of {dim}" for tokens, dim in different)
         raise ValueError(
             f"{type(backbone).__name__} has streams of different shapes ({sizes}), which a side network cannot add up: "
-            "take one of one shape, such as a ViT, or name blocks of one shape by a regular expression, one stage "
-            r"of a Swin by blocks='layers\.2\.blocks\.\d+' (--tweo-blocks)"
+            "take a backbone of one shape, such as a ViT, or name blocks of one shape by a regular expression, one "
+            r"stage of a Swin by blocks='layers\.2\.blocks\.\d+' (--tweo-blocks)"
         )

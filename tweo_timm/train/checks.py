@@ -21,6 +21,7 @@ from tweo_timm.run.rules import (
     target_format,
 )
 from tweo_timm.train.groups import TrainSettings
+from tweo_timm.train.side_rules import side_rules
 
 
 def check_train_options(options: TrainSettings) -> None:
@@ -29,7 +30,7 @@ def check_train_options(options: TrainSettings) -> None:
     Raises:
         ValueError: the first such setting, with the reason and the remedy.
     """
-    for rule in (_out_of_range, _not_honoured, _incomplete, _contradictory, _tweo_and_fp8):
+    for rule in (_out_of_range, _not_honoured, _incomplete, _contradictory, _tweo_and_fp8, side_rules):
         for complaint in rule(options):
             raise ValueError(complaint)
 
@@ -87,6 +88,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
         yield "--sweep-locks and --sweep-attempt belong together, as timm's sweep.py gives them; give both or neither"
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
+    if options.drop_path_rule == "constant" and not options.drop_path:
+        yield f"--drop-path-rule constant needs a --drop-path above 0, which is {options.drop_path}; give it, or linear"
     yield from dataset_rules(options, ("train_split", "val_split"), ("train_num_samples", "val_num_samples"))
     yield from repetition_rules(options)
     stats = ("neg_pos", "inv_freq", "effective_num")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from tweo_timm.run.command import Command, run
 from tweo_timm.train.options import parse_train_options
+from tweo_timm.train.rate import describe_rate
 
-TRAIN = Command("train.py", "tweo-train", parse_train_options, "tweo_timm.train.command:train")
+TRAIN = Command("train.py", "tweo-train", parse_train_options, "tweo_timm.train.command:train", describe_rate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

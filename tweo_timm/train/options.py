@@ -20,7 +20,7 @@ from tweo_timm.settings import Decides
 from tweo_timm.train.checks import check_train_options
 from tweo_timm.train.groups import TrainSettings
 
-__all__ = ["TrainOptions", "as_namespace", "parse_train_options", "resolved_lr"]
+__all__ = ["TrainOptions", "as_namespace", "parse_train_options"]
 
 _DESCRIPTION = (
     "Train a timm model, with or without TWEO, in FP8 or not. Every flag of timm's train.py means the same here."
@@ -100,25 +100,3 @@ def changed_settings(before: Mapping[str, Any], options: TrainOptions) -> str:
     deciding = [name for name, option in option_table(TrainOptions).items() if option.decides not in elsewhere]
     known = [name for name in deciding if name in before]
     return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in known if before[name] != now[name])
-
-
-def resolved_lr(options: TrainOptions, global_batch: float) -> float:
-    """The learning rate of a run, by timm's rule.
-
-    Args:
-        options: ``lr`` wins; else ``lr_base`` grows with ``global_batch / lr_base_size``, linearly or by its square
-            root. Unless ``lr_base_scale`` says which, the root holds for optimizers with 'ada' or 'lamb' in their
-            name, which includes AdamW.
-        global_batch: Samples per update: batch size x processes x accumulation steps.
-
-    Raises:
-        ValueError: ``global_batch`` is not positive.
-    """
-    if global_batch < 1:
-        raise ValueError(f"global_batch is {global_batch}; it counts the samples of one update, at least 1")
-    if options.lr is not None:
-        return options.lr
-    adaptive = any(word in options.opt.lower() for word in ("ada", "lamb"))
-    scale = options.lr_base_scale or ("sqrt" if adaptive else "linear")
-    ratio = global_batch / options.lr_base_size
-    return options.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from tweo_timm.run import options as shared
 from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds, Decides, flag
 
+DROP_PATH_RULES = ("linear", "constant")
+
 
 @dataclass(frozen=True)
 class DatasetOptions(shared.DatasetOptions):
@@ -74,6 +76,9 @@ class AugmentOptions:
     )
     drop_path: float | None = flag(
         None, "Stochastic depth rate; unset: the architecture's default (Swin 0.1, ViT 0).", bounds=FRACTION
+    )
+    drop_path_rule: str = flag(
+        "linear", "Rate of stochastic depth: from 0 with the depth (timm), or the same in all.", choices=DROP_PATH_RULES
     )
     drop_block: float | None = flag(None, "DropBlock rate, for convolutional models that have it.", bounds=FRACTION)
 

@@ -60,6 +60,12 @@ class ScheduleOptions:
         choices=("", "linear", "sqrt"),
         metavar="{linear,sqrt}",
     )
+    global_batch: int | None = flag(
+        None,
+        "Images per update that the settings are written for; another number is warned of.",
+        bounds=AT_LEAST_1,
+        decides=Decides.RECORDS,
+    )
     lr_noise: list[float] | None = flag(
         None, "When learning rate noise is on, as fractions of the run.", bounds=FRACTION
     )
