@@ -279,10 +279,13 @@ def _latency_rows(timed: Sequence[tuple[Exported, Latency]]) -> list[dict[str, s
         {
             "scheme": str(export.scheme),
             "batch": str(times.batch),
+            "threads": str(times.threads),
             "rounds": str(times.rounds),
             "file": row.file + (" (wrong)" if row.file in export.wrong_targets() else ""),
             "median ms": f"{row.median_ms:.2f}",
             "min ms": f"{row.min_ms:.2f}",
+            "p99 ms": formatted(row.p99_ms, "{:.2f}"),
+            "MB": formatted(row.size_mb, "{:.3g}"),
             "images/s": f"{row.images_per_s:.1f}",
             "speed, float32 = 1": f"{row.ratio:.2f}",
         }
