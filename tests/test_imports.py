@@ -24,7 +24,7 @@ LAYERS = [
     ["task", "penalty", "upstream"],
     ["measurement"],
     ["outliers"],
-    ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
+    ["tap", "blocks", "families", "prenorm", "draft", "stats", "loss", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
