@@ -31,10 +31,22 @@ class BlockVerdict(Declared):
 
 
 @dataclass(kw_only=True)
+class ArmBlock(Declared):
+    """One block in one arm of the stethoscope; means are over images."""
+
+    name: str = entry("the block")
+    avg_max: float | None = entry("mean of the largest value", default=None)
+    avg_min: float | None = entry("mean of the smallest value", default=None)
+    mean_abs: float | None = entry("mean \\|A\\|", default=None)
+    mean_peak: float | None = entry("mean of the largest magnitude", default=None)
+    peak_abs: float | None = entry("the largest magnitude of any image", default=None)
+
+
+@dataclass(kw_only=True)
 class StethoscopeAnswer(Declared):
     """Do outliers come from the data?"""
 
-    arms: dict[str, Any] = entry(
+    arms: dict[str, list[ArmBlock]] = entry(
         "trained and random weights on real, random and constant images: a row per block", default={}
     )
     verdicts: list[BlockVerdict] = entry("a row per block", some=True)

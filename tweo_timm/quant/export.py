@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tweo_timm.artefact import FLOAT, Artefact, Preprocessing
+from tweo_timm.extras import installation
 from tweo_timm.flow import name_of
 from tweo_timm.machine import EXACT_INT8
 from tweo_timm.quant.compensate import fold_compensation
@@ -57,7 +58,7 @@ def require_export_extra() -> None:
     """
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        raise RuntimeError(f"ONNX export needs {', '.join(missing)}: pip install 'tweo-timm[export]'")
+        raise RuntimeError(f"ONNX export needs {', '.join(missing)}: {installation('export')}")
     if not hasattr(torch.onnx, "ops"):
         raise RuntimeError(f"ONNX export needs torch 2.8 or newer, this is {torch.__version__}: pip install -U torch")
 
