@@ -188,3 +188,13 @@ def test_named_blocks_are_those_of_every_diagnosis(capsys, checkpoints, common, 
     record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
     assert [block["name"] for block in record["blocks"]] == ["blocks.1"]
     assert "blocks.0" not in json.dumps(record["stethoscope"])
+
+
+def test_what_the_diagnoses_say_are_sentences(capsys, checkpoints, common, tmp_path):
+    words = ["--stethoscope", "--colinearity", "--fp8-readiness", "--report", tmp_path]
+    assert run(capsys, "--checkpoint", checkpoints[0], *common, *words)[0] == 0
+    prose = [line for line in (tmp_path / "report.md").read_text().splitlines() if line and line[0] not in "|#!*-`"]
+    for line in prose:
+        for sentence in line.rstrip(".").split(". "):
+            assert not sentence[0].islower(), line
+        assert line.endswith("."), line

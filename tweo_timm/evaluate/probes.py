@@ -13,7 +13,7 @@ from tweo_timm.diagnose.sites import SiteRecorder, record_sites
 from tweo_timm.diagnose.stethoscope import stethoscope
 from tweo_timm.evaluate.answers import ColinearityAnswer, ReadinessAnswer, Site, StethoscopeAnswer
 from tweo_timm.evaluate.case import Case
-from tweo_timm.evaluate.markdown import fields_table, number
+from tweo_timm.evaluate.markdown import fields_table, number, sentence
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.media import code, markdown
 
@@ -45,11 +45,12 @@ class Stethoscope:
     def describe(self, found: StethoscopeAnswer) -> list[str]:
         """Count verdicts, and list the blocks."""
         keys = ("name", "verdict", "random_pixel_ratio", "random_weight_ratio", "shuffled_ratio", "constant_ratio")
-        counts = ", ".join(f"{count} blocks {markdown(verdict)}" for verdict, count in found.counts.items())
+        counts = ", ".join(f"{count} {markdown(verdict)}" for verdict, count in found.counts.items())
+        counted = f"Of {len(found.verdicts)} blocks are {counts}."
         degenerate = "The blocks of the randomly initialised model are identities: that arm says nothing. "
         return [
             "### Stethoscope: do outliers come from the data?",
-            f"{degenerate if found.degenerate else ''}{counts}. {markdown(found.rule)}",
+            f"{degenerate if found.degenerate else ''}{counted} {sentence(found.rule)}",
             fields_table(found.verdicts, keys),
         ]
 
@@ -85,11 +86,11 @@ class Colinearity:
             f"{code(found.mlp)}, channel {found.channel}, token {found.token}: the MLP contributed "
             f"{number(found.mlp_measured)} to an output of {number(found.measured)}. Singular direction "
             f"{top.index} alone gives s (w.u) (v.x) = {number(top.singular_value)} x {number(top.w_dot_u)} x "
-            f"{number(top.v_dot_x)} = {number(top.value)}; all of them {number(found.sum_of_terms)}, "
-            f"with biases {number(found.with_biases)}, "
-            f"with the activation function {number(found.with_activation)}.",
+            f"{number(top.v_dot_x)} = {number(top.value)}. All directions together give {number(found.sum_of_terms)}, "
+            f"with the biases {number(found.with_biases)}, and with the activation function too "
+            f"{number(found.with_activation)}.",
             f"The linear form is {'valid' if found.linear_valid else 'NOT valid'} here. "
-            f"{markdown(found.rule)} {markdown(found.note)}",
+            f"{sentence(found.rule)} {sentence(found.note)}".strip(),
         ]
 
 
@@ -114,8 +115,8 @@ class Readiness:
         """The verdict, and what to do."""
         return [
             "### FP8 readiness",
-            markdown(found.verdict),
-            *(f"- {markdown(action)}" for action in found.actions),
+            sentence(found.verdict),
+            *(f"- {sentence(action)}" for action in found.actions),
         ]
 
 
