@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tweo_timm.run.classes import check_num_classes, check_same_classes, class_names, read_class_map
+from tweo_timm.run.class_map import find_class_map, read_class_map
+from tweo_timm.run.classes import check_num_classes, check_same_classes, class_names
 
 
 class Evil:
@@ -35,18 +36,22 @@ def test_a_file_that_numbers_no_classes_is_refused_by_name(name, content, part, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="--class-map") as caught:
-        read_class_map(name, [])
+        read_class_map(name)
     assert part in str(caught.value)
     assert os.listdir(tmp_path) == [name]
 
 
 def test_a_class_map_is_found_beside_the_data_and_may_end_in_empty_lines(tmp_path):
     (tmp_path / "m.txt").write_text("ök\n b \n\n", encoding="utf-8")
-    assert read_class_map("m.txt", [None, tmp_path]) == {"ök": 0, "b": 1}
+    assert read_class_map("m.txt", str(tmp_path)) == {"ök": 0, "b": 1}
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "v.txt").write_text("a\n")
+    assert read_class_map("v.txt", str(tmp_path), "validation") == {"a": 0}
+    assert find_class_map("v.txt", str(tmp_path), "train") is None
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({3: 1, "x": 0}))
-    assert read_class_map(str(tmp_path / "m.pkl"), []) == {3: 1, "x": 0}
+    assert read_class_map(str(tmp_path / "m.pkl")) == {3: 1, "x": 0}
     with pytest.raises(ValueError, match=r"did you mean 'm\.txt'"):
-        read_class_map(str(tmp_path / "n.txt"), [])
+        read_class_map(str(tmp_path / "n.txt"))
 
 
 def of(**classes):

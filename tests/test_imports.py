@@ -17,17 +17,20 @@ LAYERS = [
     ["train.cli", "evaluate.cli", "repair.cli"],
     ["train", "evaluate", "repair"],
     ["run"],
+    ["side"],
+    ["survey"],
     ["quant", "diagnose"],
     ["rewrite", "fp8.patch", "fp8.health", "fp8"],
+    ["callbacks"],
     ["task", "penalty", "upstream"],
     ["measurement"],
     ["outliers"],
     ["tap", "blocks", "families", "stats", "loss", "balance", "fp8.*"],
-    ["layers", "flow", "stream"],
+    ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "config"],
-    ["settings", "photos", "records"],
-    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure"],
+    ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
+    ["settings", "photos", "records", "schema"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
@@ -98,6 +101,12 @@ def test_arithmetic_knows_no_timm(module):
 def test_only_te_imports_transformer_engine():
     importers = {m for m, path in MODULES.items() if any("transformer_engine" in name for name in imports(path))}
     assert importers <= {"fp8.te"}
+
+
+@pytest.mark.parametrize("package", ["lightning", "transformers"])
+def test_only_its_callback_imports_another_trainer(package):
+    importers = {m for m, path in MODULES.items() if any(name.split(".")[0] == package for name in imports(path))}
+    assert importers == {"callbacks.lightning" if package == "lightning" else "callbacks.trainer"}
 
 
 def test_nothing_depends_on_the_plugin_for_timms_script():

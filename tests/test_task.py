@@ -226,6 +226,22 @@ def test_a_copy_made_in_the_middle_of_training_works_and_keeps_no_graph():
     assert not handle._measurement._seen
 
 
+def test_a_copied_task_says_that_it_has_no_tweo_and_can_get_its_own(caplog):
+    task = tiny_task(tiny_vit())
+    attach_tweo(task, CONFIG)
+    copied = copy.deepcopy(task)
+    with torch.no_grad():
+        copied(*batch())
+    assert "without TWEO" not in caplog.text
+    for _ in range(2):
+        assert "tweo_loss" not in copied(*batch())
+    assert caplog.text.count("A copy of a task trains without TWEO") == 1
+    attach_tweo(copied, CONFIG)
+    assert torch.equal(copied(*batch())["tweo_loss"], task(*batch())["tweo_loss"])
+    with pytest.raises(ValueError, match="attached already"):
+        attach_tweo(copied, CONFIG)
+
+
 def test_an_output_that_the_model_overwrites_is_an_error_and_no_wrong_gradient():
     model = tiny_vit(depth=3)
     model.blocks[2].register_forward_pre_hook(lambda module, args: args[0].mul_(2))

@@ -84,6 +84,8 @@ def shown(value: Any) -> str:
         except ValueError:  # Python refuses to write integers of thousands of digits
             return "an integer of thousands of digits"
         return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, (list, tuple, dict)) and not value:
+        return f"an empty {type(value).__name__}"
     return f"of type {type(value).__name__}"
 
 
@@ -129,6 +131,11 @@ class Fields:
             return self.refuse(name, value, "a finite number")
         return value if value in bounds else self.refuse(name, value, str(bounds))
 
+    def flag(self, name: str) -> bool:
+        """Return a bool."""
+        value = self._entry(name)
+        return value if isinstance(value, bool) else self.refuse(name, value, "true or false")
+
     def fields(self, name: str) -> Fields:
         """Return a mapping."""
         return Fields(self._entry(name), self.where, self._full(name))
@@ -137,6 +144,10 @@ class Fields:
         """Return a list or tuple."""
         value = self._entry(name)
         return value if isinstance(value, (list, tuple)) else self.refuse(name, value, "a list")
+
+    def inside(self, name: str) -> Fields:
+        """Return a list as a mapping of ``name[0]`` and so on to its elements."""
+        return Fields({f"{name}[{index}]": item for index, item in enumerate(self.items(name))}, self.where, self.path)
 
     def each(self, name: str) -> list[Fields]:
         """Return a list of mappings."""

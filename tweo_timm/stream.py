@@ -10,6 +10,7 @@ count as one, token after token.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,6 +74,30 @@ def with_stream(output: Any, stream: Tensor, block: nn.Module | None = None) -> 
     changed = copy.copy(output)
     changed.last_hidden_state = stream
     return changed
+
+
+def answers_of(output: Any, num_images: int) -> Tensor:
+    """Return all that a model answers with as one tensor (images, values), for comparisons.
+
+    Args:
+        output: a tensor, or tensors in tuples, lists and dicts (the outputs of transformers' models are dicts); those
+            whose first axis is not of images, such as a loss, are left out.
+        num_images: that the model was given.
+
+    Raises:
+        ValueError: no tensor in it has an axis of images.
+    """
+    found = [answer.flatten(1) for answer in _tensors_in(output) if answer.ndim > 1 and len(answer) == num_images]
+    if not found:
+        raise ValueError(f"the model returns a {type(output).__name__} that holds nothing about single images")
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def _tensors_in(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for item in items for tensor in _tensors_in(item)]
 
 
 def _places(block: nn.Module | None) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ class TweoHandle(Scheduled):
                 f"attach_tweo takes a timm TrainingTask, not a {type(task).__name__}; for a bare model in a loop of "
                 "your own use Tweo(model, config), and add its penalty() to the loss"
             )
-        if any(getattr(hook, "tweo", False) for hook in task._forward_pre_hooks.values()):
+        if _is_attached(task):
             raise ValueError(
                 "this task has TWEO attached already: call remove() on the first handle before attaching again"
             )
@@ -89,7 +90,7 @@ class TweoHandle(Scheduled):
         acts = config.weight > 0 or config.end_weight > 0
         _logger.info(
             "%s %d blocks, %s to %s%s",
-            "TWEO on" if acts else "No TWEO; peaks are watched on",
+            "TWEO on" if acts else "No penalty: L_TWEO and peaks are measured only, on",
             len(self.block_names),
             self.block_names[0],
             self.block_names[-1],
@@ -112,15 +113,22 @@ class TweoHandle(Scheduled):
         self._handles = []
 
     def _hook_task(self, task: TrainingTask) -> list[Any]:
+        warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is task and self._measurement.open(self._weight > 0):
+            if module is not task:
+                if module.training and torch.is_grad_enabled() and not _is_attached(module) and module not in warned:
+                    warned.add(module)
+                    _logger.warning("A copy of a task trains without TWEO: hooks are not copied, attach_tweo(copy) too")
+                return
+            if self._measurement.open(self._weight > 0):
                 _refuse_padding((*args, *kwargs.values()))
                 self._require_progress()
 
         def after(module: nn.Module, args: Any, result: Any) -> Any:
             return self._finish(result) if module is task else result
 
-        before.tweo = True  # type: ignore[attr-defined]
+        before.tweo = task  # type: ignore[attr-defined]
         return [task.register_forward_pre_hook(before, with_kwargs=True), task.register_forward_hook(after)]
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +174,11 @@ class TweoHandle(Scheduled):
         both = torch.stack(norms)
         dist.all_reduce(both)
         return Norms(*(both / dist.get_world_size()))
+
+
+def _is_attached(task: nn.Module) -> bool:
+    """Whether a task has TWEO of its own: deepcopy gives a copy the hooks of its original, which do nothing there."""
+    return any(getattr(hook, "tweo", None) is task for hook in task._forward_pre_hooks.values())
 
 
 def _refuse_padding(values: tuple[Any, ...]) -> None:

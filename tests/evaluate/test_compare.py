@@ -10,7 +10,9 @@ from scipy.stats import binomtest
 
 from tweo_timm.evaluate.cli import main
 from tweo_timm.evaluate.compare import compare, mcnemar_p, packed, paired_difference, unpacked
+from tweo_timm.evaluate.record import Record
 from tweo_timm.evaluate.stored import read_reports
+from tweo_timm.schema import build
 
 
 def record(name, correct, fingerprint="x", peak=10.0):
@@ -63,21 +65,21 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 
 def test_difference_is_that_of_the_accuracies():
     a, b = record("a", [True, False, False, True]), record("b", [True, True, True, False], peak=5.0)
-    (entry,) = compare([a, b])
-    assert entry["top1_difference"] == pytest.approx(b["top1"] - a["top1"])
-    assert entry["peak_ratio"] == 0.5
-    assert entry["ci95"][0] <= entry["top1_difference"] <= entry["ci95"][1]
+    (entry,) = compare(build(list[Record], [a, b]))
+    assert entry.top1_difference == pytest.approx(b["top1"] - a["top1"])
+    assert entry.peak_ratio == 0.5
+    assert entry.ci95[0] <= entry.top1_difference <= entry.ci95[1]
 
 
 def test_different_data_is_refused_by_name():
     with pytest.raises(ValueError, match=r"a and b were validated on different data"):
-        compare([record("a", [True]), record("b", [True], fingerprint="y")])
+        compare(build(list[Record], [record("a", [True]), record("b", [True], fingerprint="y")]))
 
 
 def test_a_split_by_two_names_is_one():
     a, b = record("a", [True]), record("b", [True])
     a["data"]["split"], b["data"]["split"] = "val", "validation"
-    assert compare([a, b])[0]["top1_difference"] == 0
+    assert compare(build(list[Record], [a, b]))[0].top1_difference == 0
 
 
 def write(path, records, schema=1):
@@ -98,7 +100,7 @@ def test_equal_names_of_several_reports_are_told_apart_by_the_report(tmp_path):
     for folder, names in (("plain", ["a", "b"]), ("tweo", ["a", "c"])):
         (tmp_path / folder).mkdir()
         files.append(write(tmp_path / folder / "report.json", [record(name, [True]) for name in names]))
-    assert [entry["name"] for entry in read_reports(files)] == ["plain/a", "b", "tweo/a", "c"]
+    assert [entry.name for entry in read_reports(files)] == ["plain/a", "b", "tweo/a", "c"]
 
 
 @pytest.mark.parametrize(("content", "message"), [("{}", "schema"), ("no json", "no report"), (None, "No such file")])

@@ -10,7 +10,7 @@ import torch
 from tests.evaluate.conftest import ARCH, KWARGS, make_model, run
 from tweo_timm.evaluate.cli import main
 from tweo_timm.media import markdown, one_line
-from tweo_timm.quant.deploy import OnnxModel
+from tweo_timm.quant.onnx_file import OnnxModel
 
 
 def test_a_model_without_blocks_keeps_its_record_when_all_sites_are_wanted(capsys, common, tmp_path):

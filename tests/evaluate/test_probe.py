@@ -2,14 +2,24 @@
 
 import contextlib
 import json
+from dataclasses import dataclass
 
 from tests.evaluate.conftest import run
 from tweo_timm.evaluate.probe import PROBES
+from tweo_timm.schema import Declared, entry
 from tweo_timm.tables import Entry, register
+
+
+@dataclass(kw_only=True)
+class Mean(Declared):
+    images: int = entry("scored images")
+    mean: float = entry("over the first batch")
 
 
 class MeanInput:
     """A toy: the mean of what enters the model, over the scored images and over the sample."""
+
+    ANSWER = Mean
 
     def wanted(self, options):
         return options.seed != 13
@@ -28,7 +38,7 @@ class MeanInput:
         return {"images": count, "sample": len(case.samples.diagnosis), "mean": float(self.seen[0].mean())}
 
     def describe(self, found):
-        return [f"### The mean over {found['images']} images", f"It is {found['mean']:.3f}."]
+        return [f"### The mean over {found.images} images", f"It is {found.mean:.3f}."]
 
 
 def reported(capsys, folder, *words):

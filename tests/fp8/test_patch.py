@@ -147,7 +147,7 @@ def test_include_and_exclude_leave_layers_alone_and_the_report_says_why():
     report = patch_fp8(model, Fp8Recipe(include=[r"blocks", "head"], exclude=[r"head", r"\.1\.mlp"]))
     assert report.skipped.keys() == {"head", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"}
     assert "exclude pattern 'head'" in report.skipped["head"]
-    assert "6 linear layers converted, backend emulated" in str(report)
+    assert "6 linear layers converted, 3 Linear layers skipped, backend emulated" in str(report)
     assert "left alone: head" in str(report)
     assert type(model.head) is nn.Linear
 
@@ -209,7 +209,9 @@ def test_subclass_whose_forward_may_differ_is_left_alone_with_a_reason():
     report = patch_fp8(model)
     assert report.converted == ("1",)
     assert "Odd is a subclass" in report.skipped["0"]
-    assert "without calling it" in report.skipped["2.out_proj"]
+    assert "2 is a torch.nn.MultiheadAttention" in report.skipped["2.out_proj"]
+    assert "2 is a torch.nn.MultiheadAttention" in report.skipped["2.in_proj_weight"]
+    assert "1 linear layers converted, 3 Linear layers skipped" in str(report)
 
 
 def test_layer_whose_weight_is_used_without_calling_it_is_found_after_the_first_forward():

@@ -38,6 +38,7 @@ def test_every_scheme_survives_the_round_trip_through_its_string(scheme):
         "w4a8-ck",
         "w8a8-tt+res+attn+zero+rot+smooth+qwt",
         "w4a4-ct+qwtlinear",
+        "fp8-unit+res",
     ],
 )
 def test_canonical_strings_are_written_as_they_are_read(text):

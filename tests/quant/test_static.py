@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.models import tiny_vit
 from tests.quant.families import FAMILIES, make_images, make_model
-from tweo_timm import patch_fp8
+from tweo_timm import patch_fp8, rotate
 from tweo_timm.blocks import find_blocks
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
 from tweo_timm.quant.static import quantization_scales, quantize_static
@@ -312,3 +313,23 @@ def test_what_a_model_does_in_its_first_forward_only_shifts_no_scale():
     expected, found = (quantize_static(model, batches, "w8a8-tt+res") for model in (used, fresh))
     assert quantization_scales(found) == quantization_scales(expected)
     assert torch.equal(found(images), expected(images))
+
+
+@pytest.mark.parametrize(
+    ("batches", "part"),
+    [
+        ([(torch.zeros(2, 3, 32, 32), torch.zeros(2))], "a tuple, .* pass \\[images for images, _ in loader\\]"),
+        ([{"pixel_values": torch.zeros(2, 3, 32, 32)}], "a dict, .* pass batches of images"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused_with_the_remedy(batches, part):
+    with pytest.raises(ValueError, match=part):
+        quantize_static(tiny_vit(), batches, "w8a8-tt")
+    with pytest.raises(ValueError, match=part):
+        rotate(tiny_vit(), "random", batches)
+
+
+def test_one_tensor_is_one_batch():
+    model, images = tiny_vit().eval(), torch.randn(2, 3, 32, 32)
+    alone, listed = (quantize_static(model, given, "w8a8-tt")(images) for given in (images, [images]))
+    assert torch.equal(alone, listed)

@@ -9,7 +9,7 @@ from timm.layers.attention import Attention
 
 from tests.rewrite.families import FAMILIES, make_images, make_model, scramble
 from tweo_timm import describe_stream, fold_affine, record_outliers, rotate
-from tweo_timm.rewrite.change import evaluating
+from tweo_timm.modes import evaluating
 
 
 def relative(model, other, images):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from timm.utils import unwrap_model
+from timm.utils import NativeScaler, unwrap_model
 
 from tests.train.runs import command, last, load, rows, session_of, train
 from tweo_timm.run.world import World
@@ -13,6 +13,7 @@ from tweo_timm.train import loop
 from tweo_timm.train.build import build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
+from tweo_timm.train.replay import ReplayLoader
 from tweo_timm.train.signals import SignalWatch
 
 
@@ -124,6 +125,36 @@ def test_a_lookahead_optimizer_is_synchronised_at_the_end_of_an_epoch(images, tm
     assert len(reached) == 7
     torch.testing.assert_close(weight.detach(), (reached[5] + reached[6]) / 2)
     assert not torch.equal(reached[5], reached[6])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--warmup-epochs 2", True),
+        ("--warmup-epochs 2 --stop-epoch 1", True),
+        ("--warmup-epochs 1", False),
+        ("--warmup-epochs 2 --warmup-prefix", False),
+        ("--warmup-epochs 2 --sched none", False),
+    ],
+)
+def test_a_run_that_never_leaves_its_warm_up_says_so(words, said, images, tmp_path, caplog):
+    session_of(images, tmp_path, *words.split())
+    assert ("never leave the warm-up" in caplog.text) == said
+
+
+@pytest.mark.parametrize("clip", [(), ("--clip-grad", "0.1")], ids=["free", "clipped"])
+def test_a_group_that_the_data_did_not_complete_is_one_update_under_a_loss_scaler_too(
+    clip, images, tmp_path, monkeypatch
+):
+    words = ("--no-aug", "--opt", "sgd", *clip)
+    whole = session_of(images, tmp_path, *words, "-b", "56")
+    loop.Trainer(whole, SignalWatch()).train_epoch(0)
+    monkeypatch.setattr(ReplayLoader, "__len__", lambda self: len(self.loader) + 1)
+    parts = session_of(images, tmp_path, *words, "-b", "14", "--grad-accum-steps", "5")
+    parts.scaler = NativeScaler(device="cpu")
+    loop.Trainer(parts, SignalWatch()).train_epoch(0)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_first_epoch_behind_the_last_one_is_refused(images, tmp_path, capsys):

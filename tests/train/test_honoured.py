@@ -61,6 +61,7 @@ def read_by_timm_and_by_components():
     resolve_data_config(values, pretrained_cfg={"input_size": (3, 32, 32)})
     TrainOptions.tweo_config(values)
     TrainOptions.fp8_recipe(values)
+    TrainOptions.side_config(values, 0.0, 0.0)
     return values.read
 
 

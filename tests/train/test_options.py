@@ -21,6 +21,7 @@ from tweo_timm.evaluate.options import ValidateOptions, parse_validate_options
 from tweo_timm.fp8.recipe import Fp8Options
 from tweo_timm.run.flags import CommandLine, option_table
 from tweo_timm.settings import flag
+from tweo_timm.side.config import SideOptions
 from tweo_timm.train.groups.optimizer import SCHEDULES
 from tweo_timm.train.options import TrainOptions, as_namespace, parse_train_options
 from tweo_timm.train.rate import resolved_lr
@@ -42,13 +43,13 @@ def test_reference_table_is_complete():
 def test_only_this_packages_flags_and_those_of_timm_1_0_31_go_beyond_the_reference():
     reference = {dest_of(row["flag"]) for row in reference_flags("train")}
     extra = {name for name in TABLE if name not in reference}
-    ours = {name for name in extra if name.startswith(("tweo_", "fp8", "config", "print_config"))}
+    ours = {name for name in extra if name.startswith(("tweo_", "fp8", "side", "config", "print_config"))}
     ours |= {"tensorboard", "outlier_interval", "stop_on_peak", "fsdp", "exif", "list_recipes"}
     ours |= {"drop_path_rule", "global_batch"}
     timm_1_0_31 = {"task", "target_format", "multilabel_threshold", "loss", "stop_epoch", "save_epochs"}
     timm_1_0_31 |= {"lr_decay_fn", "lr_stable_timescale", "loss_class_weight", "loss_pos_weight", "class_stats"}
     timm_1_0_31 |= {"loss_weight_power", "loss_weight_beta", "loss_weight_max", "pretrained_cfg_overlay"}
-    timm_1_0_31 |= {"persistent_workers", "model_ema_force_fp32"}
+    timm_1_0_31 |= {"persistent_workers", "model_ema_force_fp32", "sweep_locks", "sweep_attempt"}
     timm_1_0_31 |= {name for name in extra if name.startswith(("asl_", "poly_", "twoway_", "db_"))}
     assert extra == ours | timm_1_0_31
 
@@ -229,6 +230,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--tweo-blocks *", ["--tweo-blocks '*'", "no regular expression"]),
         ("--naflex-loader", ["--naflex-loader cannot be honoured", "--img-size"]),
         ("--fp8-health-interval 5", ["--fp8-health-interval 5", "--fp8 auto"]),
+        ("--fp8-format e4m3 --fp8-exclude head", ["--fp8-format, --fp8-exclude does nothing", "--fp8 auto"]),
         (
             "--fp8 emulated --kd-model-name vit_tiny_patch16_224 --kd-distill-type feature",
             ["--kd-distill-type feature"],
@@ -357,7 +359,7 @@ def test_a_group_inherited_through_a_command_s_own_group_keeps_its_flags():
 
 @pytest.mark.parametrize("options", [TrainOptions, ValidateOptions])
 def test_every_number_has_bounds_or_is_checked_by_the_settings_of_its_component(options):
-    checked = {item.name for item in (*fields(TweoOptions), *fields(Fp8Options))}
+    checked = {item.name for item in (*fields(TweoOptions), *fields(Fp8Options), *fields(SideOptions))}
     numbers = {name for name, option in option_table(options).items() if option.scalar in (int, float)}
     free = {name for name in numbers - checked if option_table(options)[name].flag.bounds is None}
     assert not free

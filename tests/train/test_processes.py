@@ -31,6 +31,7 @@ from tests.train.runs import (
 )
 from tweo_timm.evaluate.cli import main as validate
 from tweo_timm.train.cli import main
+from tweo_timm.train.replay import ReplayLoader
 
 # The 56 training images are one update: the order in which processes see them does not matter. AdamW would turn the
 # rounding of a gradient near 0 into a step of any size, and the comparison into one of machines.
@@ -75,6 +76,24 @@ def test_two_processes_train_as_one_with_the_whole_batch(setting, images, tmp_pa
     for ours, theirs in zip(rows(folder), rows(reference), strict=True):
         for key in ("train_peak_abs", "train_mean_abs", "train_kurtosis"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(1, ["-b", "14"]), (2, ["-b", "7"]), (2, ["-b", "7", "--fsdp"])],
+    ids=["alone", "ddp", "fsdp"],
+)
+def test_data_that_end_inside_a_group_make_the_update_of_what_there_was(
+    size, words, images, tmp_path, reference, monkeypatch
+):
+    """Each process announces five micro-batches and gives four: its share of the 56 images, and the epoch's update."""
+    monkeypatch.setattr(ReplayLoader, "__len__", lambda self: len(self.loader) + 1)
+    words = [*WHOLE, *words, "--grad-accum-steps", "5"]
+    assert not any(train_together(command(images, tmp_path, *words), size))
+    found = last(tmp_path / "run")
+    assert found["exact"]["updates"] == 3
+    for key, value in last(reference)["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sharding", [[], ["--fsdp"]], ids=["ddp", "fsdp"])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tweo_timm.blocks import channel_axis, find_blocks
 from tweo_timm.diagnose.samples import as_batches
 from tweo_timm.layers import find_mlps, layer_scale_of
+from tweo_timm.modes import evaluating
 from tweo_timm.records import plain
 from tweo_timm.tap import BlockTap
 
@@ -59,7 +60,7 @@ def colinearity(
     """Decompose the contribution of an MLP to the largest activation of a block's output.
 
     Args:
-        model: a timm model; it is run in evaluation mode and left in the mode it had.
+        model: a timm model; it is run in evaluation mode, and every module keeps its own.
         images: preprocessed images (B, C, H, W), or batches of them.
         block: name of a block, such as "blocks.5"; None takes the one with the largest peak that an MLP can explain.
         channel: channel of its output; None takes that of the peak.
@@ -84,16 +85,12 @@ def colinearity(
     if block is not None:
         _mlp_of(found[block])  # refuses before anything runs
     batches = as_batches(images)
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            candidates = [block] if block is not None else _readable(model, found, batches[0][:1].to(device))
-            peak = _find_peak(model, {name: found[name] for name in candidates}, batches, channel)
-            image = torch.cat(batches)[peak.image : peak.image + 1].to(device)
-            return _explain(model, found[peak.block], peak, image)
-    finally:
-        model.train(was_training)
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        candidates = [block] if block is not None else _readable(model, found, batches[0][:1].to(device))
+        peak = _find_peak(model, {name: found[name] for name in candidates}, batches, channel)
+        image = torch.cat(batches)[peak.image : peak.image + 1].to(device)
+        return _explain(model, found[peak.block], peak, image)
 
 
 def terms_of(w: Tensor, a: Tensor, x: Tensor) -> dict[str, Tensor]:

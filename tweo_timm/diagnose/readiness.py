@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tweo_timm.fp8.cast import E4M3
 from tweo_timm.layers import projections_called, sees_images
+from tweo_timm.modes import evaluating
 from tweo_timm.records import plain
 
 MULTIPLE = 16
@@ -37,7 +38,7 @@ def fp8_readiness(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Any]
     """Say what FP8 would cost and risk at every Linear layer, and what to do.
 
     Args:
-        model: a float timm model; it is run in evaluation mode and left in the mode it had.
+        model: a float timm model; it is run in evaluation mode, and every module keeps its own.
         batches: preprocessed images (B, C, H, W), batch after batch as in training; at least one.
 
     Returns:
@@ -60,19 +61,16 @@ def fp8_readiness(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Any]
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no Linear layer: there is nothing for FP8 to do")
-    was_training = model.training
     handles = [model.get_submodule(name).register_forward_pre_hook(layer.hook()) for name, layer in layers.items()]
     device, num_batches = next(model.parameters()).device, 0
     try:
-        model.eval()
-        with torch.no_grad(), projections_called(model):
+        with evaluating(model), torch.no_grad(), projections_called(model):
             for images in batches:
                 for layer in layers.values():
                     layer.begin(len(images))
                 model(images.to(device))
                 num_batches += 1
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     if not num_batches:

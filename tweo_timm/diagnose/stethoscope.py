@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tweo_timm.blocks import find_blocks
 from tweo_timm.diagnose.random_init import open_blocks, random_model
 from tweo_timm.diagnose.samples import as_batches
+from tweo_timm.modes import evaluating
 from tweo_timm.records import plain
 from tweo_timm.tap import BlockTap
 
@@ -50,7 +51,7 @@ def stethoscope(
     """Run the arms and controls, and say for every block whether its peak depends on data.
 
     Args:
-        model: trained timm model; it is run in evaluation mode, not changed, and left in the mode it had.
+        model: trained timm model; it is run in evaluation mode, not changed, and every module keeps its mode.
         images: preprocessed images (B, C, H, W), or batches of them.
         mean: of the preprocessing, in units of pixel / 255; None takes that of the model's pretrained_cfg.
         std: likewise.
@@ -161,15 +162,11 @@ def _run(model: nn.Module, batches: list[Tensor], blocks: str | None) -> list[di
         sums[name] = sums[name] + columns if name in sums else columns
         peaks[name] = torch.maximum(peaks[name], peak_B.max()) if name in peaks else peak_B.max()
 
-    num_images, was_training, device = 0, model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad(), BlockTap(find_blocks(model, blocks), observe):
-            for images in batches:
-                model(images.to(device))
-                num_images += len(images)
-    finally:
-        model.train(was_training)
+    num_images, device = 0, next(model.parameters()).device
+    with evaluating(model), torch.no_grad(), BlockTap(find_blocks(model, blocks), observe):
+        for images in batches:
+            model(images.to(device))
+            num_images += len(images)
     keys = ("avg_max", "avg_min", "mean_abs", "mean_peak")
     return [
         {"name": name, **dict(zip(keys, (total / num_images).tolist(), strict=True)), "peak_abs": float(peaks[name])}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.evaluate.compare import headline
+from tweo_timm.evaluate.record import Record
+from tweo_timm.schema import Declared
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Column:
     """One column.
 
     Attributes:
-        key: the field of a record in report.json, with dots where it stands inside another; empty where there is none.
+        key: the field of a `Record`, with dots where it stands inside another; empty where there is none.
         title: above it in the table; "" keeps it out of there.
         form: how a value is written there.
         csv: whether report.csv has it, under its key and at full precision.
@@ -32,14 +33,14 @@ class Column:
     result: bool = False
     metric: str = ""
 
-    def value(self, record: dict[str, Any]) -> Any:
+    def value(self, record: Record) -> Any:
         """Return a record's value, None where it has none."""
         found: Any = record
         for part in self.key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+            found = getattr(found, part, None) if isinstance(found, Declared) else None
         return found
 
-    def cell(self, record: dict[str, Any]) -> str:
+    def cell(self, record: Record) -> str:
         """Return the value as the table shows it, '-' for none."""
         return formatted(self.value(record), self.form)
 
@@ -66,9 +67,9 @@ COLUMNS = {
 """Every column by its key."""
 
 
-def columns_of(record: dict[str, Any]) -> list[Column]:
+def columns_of(record: Record) -> list[Column]:
     """Return the columns of a record's task."""
-    return [column for column in COLUMNS.values() if column.metric in ("", headline(record)[0])]
+    return [column for column in COLUMNS.values() if column.metric in ("", record.headline)]
 
 
 def formatted(value: Any, form: str) -> str:

@@ -1,22 +1,50 @@
 """Several records side by side: differences on the same images, with what chance alone could do.
 
-Two models that are scored on the same N images differ in Top-1 by (n10 - n01) / N, where n10 and n01 count the images
-only one of them gets right. The interval is Wald's for paired proportions, the p-value is McNemar's exact test.
-Records of different data are not compared.
+Two models that are scored on the same N images differ in Top-1 by (n01 - n10) / N, where n10 and n01 count the images
+only one of them gets right. The interval is Wald's for paired proportions after half an image was added to each of the
+four cells (Agresti and Min, Statistics in Medicine 2005): without that, two models that agree on 20 images would differ
+by 0 exactly. The p-value is McNemar's exact test. Both are about these two files and other images, not about another
+training. Records of different data are not compared.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tweo_timm.evaluate.record import Record, Scored
+from tweo_timm.schema import Declared, entry, written
+
 SCHEMA = 1
-HEADLINES = {"classification": ("top1", "Top-1"), "multilabel": ("map", "mAP")}
+
+
+@dataclass(kw_only=True)
+class Difference(Declared):
+    """A checkpoint against the first, on the same images; null where one of the two has no finite logits."""
+
+    name: str = entry("of the checkpoint")
+    against: str = entry("the first")
+    top1_difference: float | None = entry("Top-1 minus the first's, in points", default=None)
+    ci95: list[float] | None = entry(
+        "its 95 % interval over images, that of Agresti and Min for paired proportions", default=None
+    )
+    mcnemar_p: float | None = entry("McNemar's exact test", default=None)
+    map_difference: float | None = entry(
+        "in their place with `--task multilabel`: mAP is no mean over images", default=None
+    )
+    peak_ratio: float | None = entry("its `peak_abs` over the first's", default=None)
+
+    def as_json(self, headline: str) -> dict[str, Any]:
+        """Return what report.json holds, with the differences of one task alone."""
+        paired = {"top1_difference", "ci95", "mcnemar_p"}
+        found: dict[str, Any] = written(self, {"map_difference"} if headline == "top1" else paired)
+        return found
 
 
 def packed(correct: Tensor) -> str:
@@ -33,36 +61,23 @@ def unpacked(text: str, count: int) -> Tensor:
     return ((values[:, None] >> shifts) & 1).flatten()[:count].bool()
 
 
-def schemes_of(records: Sequence[dict[str, Any]]) -> list[str]:
+def schemes_of(records: Sequence[Record]) -> list[str]:
     """Return the quantization schemes that any record was measured at, in the order of first mention."""
-    return list(dict.fromkeys(entry["scheme"] for record in records for entry in record.get("quantized", [])))
+    return list(dict.fromkeys(entry.scheme for record in records for entry in record.quantized))
 
 
-def headline(record: dict[str, Any]) -> tuple[str, str]:
-    """Return the metric that a record is judged by: its field, and its name in tables."""
-    return HEADLINES[record.get("task", "classification")]
-
-
-def accuracy_by_scheme(record: dict[str, Any]) -> dict[str, float | None]:
-    """Return scheme -> headline metric in percent of one record, None where its logits are not finite."""
-    field, _ = headline(record)
-    return {entry["scheme"]: entry[field] for entry in record.get("quantized", [])}
-
-
-def check_same_task(records: Sequence[dict[str, Any]]) -> None:
+def check_same_task(records: Sequence[Record]) -> None:
     """Refuse records that are judged by different metrics.
 
     Raises:
         ValueError: naming two of them.
     """
     for record in records[1:]:
-        if headline(record) != headline(records[0]):
-            raise ValueError(
-                f"{records[0]['name']} and {record['name']} are of different --task: compare those of one task"
-            )
+        if record.task != records[0].task:
+            raise ValueError(f"{records[0].name} and {record.name} are of different --task: compare those of one task")
 
 
-def check_same_data(records: Sequence[dict[str, Any]]) -> None:
+def check_same_data(records: Sequence[Record]) -> None:
     """Refuse records that were not made on the same images.
 
     Raises:
@@ -70,29 +85,22 @@ def check_same_data(records: Sequence[dict[str, Any]]) -> None:
     """
     check_same_task(records)
     first = records[0]
-    for record in records[1:]:
-        if _identity(record) != _identity(first):
-            raise ValueError(
-                f"{first['name']} and {record['name']} were validated on different data ({first['data']} and "
-                f"{record['data']}): validate both on the same split"
-            )
+    other = next((record for record in records if not record.data.same_as(first.data)), None)
+    if other is not None:
+        raise ValueError(
+            f"{first.name} and {other.name} were validated on different data ({written(first.data)} and "
+            f"{written(other.data)}): validate both on the same split"
+        )
 
 
-def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """What the data of a record is; a split has several names, val and validation say."""
-    return {key: value for key, value in record["data"].items() if key != "split"}
-
-
-def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare(records: Sequence[Record]) -> list[Difference]:
     """Compare every record with the first.
 
     Args:
         records: of the same data, as `measure` returns them.
 
     Returns:
-        One dict for each record after the first: name, against, top1_difference (points), ci95 (low, high), mcnemar_p
-        and peak_ratio (its peak over the first's; None without blocks). With several labels an image map_difference in
-        place of the three: mAP is no mean over images. All are None where one of the two has no finite logits.
+        One for each record after the first.
 
     Raises:
         ValueError: if the records are of different data.
@@ -102,49 +110,53 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_difference(first, record) for record in records[1:]]
 
 
-def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    before, after = (record.get("peak_abs") or math.nan for record in (first, other))
-    finite = math.isfinite(before) and math.isfinite(after)
-    return {
-        "name": other["name"],
-        "against": first["name"],
-        **_accuracy_difference(first, other),
-        "peak_ratio": after / before if finite else None,
-    }
+def _difference(first: Record, other: Record) -> Difference:
+    before, after = (record.peak_abs or math.nan for record in (first, other))
+    found = Difference(name=other.name, against=first.name)
+    if math.isfinite(before) and math.isfinite(after):
+        found.peak_ratio = after / before
+    if first.headline == "map":
+        if first.map is not None and other.map is not None:
+            found.map_difference = other.map - first.map
+    elif paired := paired_records(first, other, first.data.images):
+        found.top1_difference, found.mcnemar_p = paired.difference, paired.p
+        found.ci95 = [paired.low, paired.high]
+    return found
 
 
-def _accuracy_difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    field, _ = headline(first)
-    if field != "top1":
-        pair = (first[field], other[field])
-        return {f"{field}_difference": None if None in pair else pair[1] - pair[0]}
-    if first["correct"] is None or other["correct"] is None:
-        return {"top1_difference": None, "ci95": None, "mcnemar_p": None}
-    count = first["data"]["images"]
-    a, b = (unpacked(record["correct"], count) for record in (first, other))
-    difference, low, high, p = paired_difference(a, b)
-    return {"top1_difference": difference, "ci95": [low, high], "mcnemar_p": p}
+class Paired(NamedTuple):
+    """Two models on the same images: Top-1 of the second minus the first's, points; its 95 % interval; McNemar's p."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
 
 
-def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
+def paired_records(first: Scored, other: Scored, images: int) -> Paired | None:
+    """Compare two passes over the same images; None where one has no finite logits."""
+    if first.correct is None or other.correct is None:
+        return None
+    return paired_difference(unpacked(first.correct, images), unpacked(other.correct, images))
+
+
+def paired_difference(a: Tensor, b: Tensor) -> Paired:
     """Compare two models image by image.
 
     Args:
         a: whether the first model is right, bool (N,).
         b: the same of the second, on the same images.
 
-    Returns:
-        Top-1 of b minus a in points, the ends of its 95 % interval, and the two-sided p-value of McNemar's exact test.
     """
     count = len(a)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    difference = (only_b - only_a) / count
-    spread = math.sqrt(max(only_a + only_b - (only_b - only_a) ** 2 / count, 0.0)) / count
+    centre = (only_b - only_a) / (count + 2)
+    spread = math.sqrt(only_a + only_b + 1 - centre**2 * (count + 2)) / (count + 2)
     reach = NormalDist().inv_cdf(0.975) * spread
-    return (
-        100 * difference,
-        100 * (difference - reach),
-        100 * (difference + reach),
+    return Paired(
+        100 * (only_b - only_a) / count,
+        100 * (centre - reach),
+        100 * (centre + reach),
         mcnemar_p(only_a, only_b),
     )
 

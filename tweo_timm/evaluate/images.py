@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from timm.data import RealLabelsImagenet, create_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.run.classes import check_num_classes, class_names
 from tweo_timm.run.dataset import image_dtype, open_dataset, target_details
 from tweo_timm.run.folders import split_folder
 from tweo_timm.run.readers import reads_folders
+from tweo_timm.run.samples import fixed_sample
 from tweo_timm.run.world import World
 
 
@@ -155,29 +155,7 @@ def sample_images(
         options, split, data_config, exif=options.exif, num_samples=None, **target_details(options, num_classes)
     )
     _loader(replace(options, workers=0), data_config, dataset, World(torch.device("cpu")), prefetch=False)
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        return list(_rebatched(dataset, count, batch_size))
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed))[:count]
-    batches: DataLoader[Any] = DataLoader(
-        Subset(dataset, chosen.tolist()), batch_size=batch_size, num_workers=options.workers
-    )
-    images = [images for images, _ in batches]
-    dataset.alterations.report()
-    return images
-
-
-def _rebatched(dataset: Any, count: int, batch_size: int) -> Iterator[Tensor]:
-    images: list[Tensor] = []
-    for image, _ in dataset:
-        images.append(image)
-        if len(images) == min(batch_size, count):
-            yield torch.stack(images)
-            count -= len(images)
-            images = []
-        if count == 0:
-            return
-    if images:
-        yield torch.stack(images)
+    return fixed_sample(dataset, count, batch_size, options.seed, options.workers)
 
 
 def _loader(options: ValidateOptions, data_config: dict[str, Any], dataset: Any, world: World, prefetch: bool) -> Any:

@@ -37,6 +37,10 @@ OTHERS = {"val_split": "split", "val_num_samples": "num_samples", "tweo_blocks":
 """What is taken over besides: training's name -> validate.py's."""
 ELSEWHERE = {
     "model": "is the architecture, which a checkpoint says by itself",
+    **dict.fromkeys(
+        ("side", "side_rank", "side_gap", "side_modules", "side_heads", "side_precision", "side_calibration_images"),
+        "is what a checkpoint's entry `side` says",
+    ),
     "split_bn": "leaves the auxiliary statistics of other splits out when loading",
 }
 """What decides the model, its input or its labels and is not taken over as an option, and what becomes of it."""

@@ -23,6 +23,6 @@ def number(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def fields_table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
+def fields_table(rows: Sequence[object], keys: Sequence[str]) -> str:
     """Return some fields of records as a table."""
-    return markdown_table([{key: number(row.get(key)) for key in keys} for row in rows])
+    return markdown_table([{key: number(getattr(row, key)) for key in keys} for row in rows])

@@ -6,34 +6,39 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.artefact import FLOAT, Artefact
 from tweo_timm.evaluate.case import Case, Samples, num_classes_of
 from tweo_timm.evaluate.images import Images, open_images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.probe import Asked
+from tweo_timm.evaluate.record import Block, Calibration, Data, Epoch, Exported, Fidelity, Quantized, Record, Saturation
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.quant.deploy import export_record
-from tweo_timm.quant.export import FLOAT, require_export_extra
+from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
+from tweo_timm.quant.float8 import saturation
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
+from tweo_timm.records import plain
 from tweo_timm.run.class_names import check_same_names, names_by_index
 from tweo_timm.run.classes import class_names
 from tweo_timm.run.dataset import place
-from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World
+from tweo_timm.schema import build
 
 _logger = logging.getLogger(__name__)
 
 
-def measure(subject: Subject, world: World) -> dict[str, Any]:
+def measure(subject: Subject, world: World) -> Record:
     """Validate one checkpoint, and diagnose and quantize it as its options ask.
 
     Args:
@@ -41,7 +46,7 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
         world: device and rank.
 
     Returns:
-        A record of plain numbers; its fields are described in docs/report.md.
+        The record.
 
     Raises:
         ValueError: if data is missing or does not fit the model, or an option does not fit the model.
@@ -52,38 +57,50 @@ def measure(subject: Subject, world: World) -> dict[str, Any]:
     names = _class_names(subject, images)
     samples = Samples(subject, world)
     asked = Asked(Case(subject, images, samples, world))
-    record: dict[str, Any] = {
+    with asked.watching():
+        whole, outliers = _score_with_outliers(subject, images, world)
+    record = Record(
+        **_prepared(subject),
+        class_names=names,
+        data=_data(images, whole, options),
+        **whole.fields(),
+        **outliers,
+        training_peak_abs=subject.training_peak_abs,
+        training=_training_peaks(subject),
+    )
+    if options.export:
+        artefact = Artefact(FLOAT, subject.preprocessing, names, arch=subject.arch)
+        record = replace(record, **_exported(subject, None, images, whole, artefact))
+    float_file = _onnx_path(subject, FLOAT) if record.exported else None
+    for scheme in options.quantize:
+        try:
+            record.quantized.append(_quantized(subject, scheme, images, samples, world, names, float_file))
+        except ValueError as error:  # what is measured already is not lost over it
+            record.not_quantized[scheme] = str(error)
+    record.answers = asked.measure()
+    return record
+
+
+def _prepared(subject: Subject) -> dict[str, Any]:
+    """The fields of `Prepared` that the subject alone knows."""
+    config = subject.data_config
+    return {
         "name": subject.name,
         "arch": subject.arch,
         "checkpoint": str(subject.path) if subject.path else None,
-        "task": options.task,
-        "param_count_m": round(sum(p.numel() for p in subject.model.parameters()) / 1e6, 2),
-        "img_size": subject.data_config["input_size"][-1],
-        "crop_pct": subject.data_config["crop_pct"],
-        "interpolation": subject.data_config["interpolation"],
-        "precision": precision_of(options),
-        "data": {"fingerprint": images.fingerprint, "split": options.split},
-        "class_names": names,
+        "task": subject.options.task,
+        "param_count_m": round(subject.param_count / 1e6, 2),
+        "img_size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+        "preprocessing": subject.preprocessing.to_json(),
+        "precision": subject.precision,
     }
-    with asked.watching():
-        whole, outliers = _score_with_outliers(subject, images, world)
-    record |= whole.record()
-    record["data"]["images"] = whole.count
-    if options.task == "multilabel":
-        record["data"]["threshold"] = options.multilabel_threshold
-    record |= outliers
-    record["training_peak_abs"] = subject.training_peak_abs
-    record["training"] = _training_peaks(subject)
-    if options.export:
-        record |= _exported(subject, None, images, whole, FLOAT)
-    float_file = _onnx_path(subject, FLOAT) if "exported" in record else None
-    record["quantized"], record["not_quantized"] = [], {}
-    for scheme in options.quantize:
-        try:
-            record["quantized"].append(_quantized(subject, scheme, images, samples, world, float_file))
-        except ValueError as error:  # what is measured already is not lost over it
-            record["not_quantized"][scheme] = str(error)
-    return record | asked.measure()
+
+
+def _data(images: Images, whole: Score, options: ValidateOptions) -> Data:
+    threshold = options.multilabel_threshold if options.task == "multilabel" else None
+    return Data(fingerprint=images.fingerprint, split=options.split, images=whole.count, threshold=threshold)
 
 
 def _check_wishes(options: ValidateOptions, world: World) -> None:
@@ -119,7 +136,7 @@ def _class_names(subject: Subject, images: Images) -> list[str | None] | None:
 
 
 def _score_with_outliers(subject: Subject, images: Images, world: World) -> tuple[Score, dict[str, Any]]:
-    """Metrics and the statistics of every block, in one pass over the data."""
+    """Metrics, and the fields of `Record` about every block, in one pass over the data."""
     options = subject.options
     recorder = _recorder(subject)
     model = subject.model
@@ -131,15 +148,15 @@ def _score_with_outliers(subject: Subject, images: Images, world: World) -> tupl
         if options.torchcompile:
             run = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
         whole = score(run, images, options, world, subject.name)
-    found: dict[str, Any] = {"peak_abs": None, "peak_block": None, "blocks": []}
-    if recorder is not None:
-        recorder.gather()
-        found = recorder.summary()
-        for block in found["blocks"]:
-            stats = recorder.stats[block["name"]]
-            assert stats is not None
-            block["histogram"] = _thinned(*stats.histogram())
-    return whole, found
+    if recorder is None:
+        return whole, {"peak_abs": None, "blocks": []}
+    recorder.gather()
+    found = plain(recorder.summary())
+    for block in found["blocks"]:
+        stats = recorder.stats[block["name"]]
+        assert stats is not None
+        block["histogram"] = _thinned(*stats.histogram())
+    return whole, {**found, "blocks": build(list[Block], found["blocks"])}
 
 
 def _recorder(subject: Subject) -> OutlierRecorder | None:
@@ -163,18 +180,24 @@ def _thinned(edges: list[float], counts: list[int]) -> dict[str, list[Any]]:
     return {"edges": list(merged), "counts": list(merged.values())}
 
 
-def _training_peaks(subject: Subject) -> list[dict[str, float]]:
+def _training_peaks(subject: Subject) -> list[Epoch]:
     """The largest activation of each epoch of the training, over all blocks."""
     peaks: dict[int, float] = {}
     for row in subject.training:
         if row.get("train_peak_abs") is not None:
             peaks[row["epoch"]] = max(peaks.get(row["epoch"], 0.0), row["train_peak_abs"])
-    return [{"epoch": epoch, "peak_abs": peak} for epoch, peak in sorted(peaks.items())]
+    return [Epoch(epoch=epoch, peak_abs=peak) for epoch, peak in sorted(peaks.items())]
 
 
 def _quantized(
-    subject: Subject, scheme: str, images: Images, samples: Samples, world: World, float_file: Path | None
-) -> dict[str, Any]:
+    subject: Subject,
+    scheme: str,
+    images: Images,
+    samples: Samples,
+    world: World,
+    names: list[str | None] | None,
+    float_file: Path | None,
+) -> Quantized:
     """Metrics of a statically quantized copy, and how faithful it is; exported files race `float_file`."""
     options, batches = subject.options, samples.calibration
     try:
@@ -182,17 +205,19 @@ def _quantized(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
-    exported = _exported(subject, model, images, result, scheme, float_file) if options.export else {}
-    return exported | {
-        "scheme": scheme,
-        **result.record(),
-        "calibration": {
-            "split": options.calibration_split,
-            "images": sum(len(batch) for batch in batches),
-            "seed": options.seed,
-        },
-        "fidelity": fidelity(subject.model, model, samples.diagnosis),
-    }
+    saturated = saturation(model)
+    count = sum(len(batch) for batch in batches)
+    calibration = {"split": options.calibration_split, "images": count, "seed": options.seed}
+    artefact = Artefact(scheme, subject.preprocessing, names, calibration, subject.arch)
+    exported = _exported(subject, model, images, result, artefact, float_file) if options.export else {}
+    return Quantized(
+        scheme=scheme,
+        **result.fields(),
+        **exported,
+        calibration=build(Calibration, calibration),
+        saturated=build(Saturation | None, saturated),
+        fidelity=build(Fidelity, plain(fidelity(subject.model, model, samples.diagnosis))),
+    )
 
 
 def _exported(
@@ -200,24 +225,31 @@ def _exported(
     quantized: nn.Module | None,
     images: Images,
     scored: Score,
-    scheme: str,
+    artefact: Artefact,
     float_file: Path | None = None,
 ) -> dict[str, Any]:
     """Write ONNX files of the model and run them over the split; those of the float model come first.
 
     Returns:
-        As `exported` what was found, or as `not_exported` why there is no such file: what is measured already is not
-        lost over it.
+        The field `exported` of `Scored`, or `not_exported`: what is measured already is not lost over it.
     """
+    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, artefact.scheme)
     if scored.not_finite:
-        return {"not_exported": f"--export onnx, {subject.name} {scheme}: its logits are not finite"}
-    path = _onnx_path(subject, scheme)
+        return {"not_exported": f"{what}: its logits are not finite"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = export_record(subject.model, quantized, _placed(subject, images), path, float_file=float_file)
+        found = export_record(
+            subject.model,
+            quantized,
+            _placed(subject, images),
+            path,
+            float_file=float_file,
+            input_dtype=subject.options.export_input,
+            artefact=artefact,
+        )
     except (RuntimeError, ValueError, OSError) as error:
-        return {"not_exported": f"--export onnx, {subject.name} {scheme}: {error}"}
-    return {"exported": found}
+        return {"not_exported": f"{what}: {error}"}
+    return {"exported": build(Exported, plain(found))}
 
 
 def _placed(subject: Subject, images: Images) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,20 +1,23 @@
 """What a probe is: one further question about a checkpoint, its answer in the record, and its words in the report.
 
 A probe is one class without arguments, and a line in `PROBES`; neither measuring nor reporting knows one by name. A
-question that a model does not allow is answered by the reason, as ``{"refused": reason}``: what else was measured is
-not lost over it.
+question that a model does not allow is answered by the reason, a `Refused`: what else was measured is not lost over
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol
 
 from tweo_timm.evaluate.case import Case
 from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.evaluate.record import Record, Refused
 from tweo_timm.media import markdown, one_line
+from tweo_timm.records import plain
+from tweo_timm.schema import build
 from tweo_timm.tables import Entry
 
 _logger = logging.getLogger(__name__)
@@ -23,13 +26,21 @@ PROBES = {
     "stethoscope": Entry("tweo_timm.evaluate.probes:Stethoscope"),
     "colinearity": Entry("tweo_timm.evaluate.probes:Colinearity"),
     "fp8_readiness": Entry("tweo_timm.evaluate.probes:Readiness"),
+    "side": Entry("tweo_timm.evaluate.side_cost:SideCost"),
     "sites": Entry("tweo_timm.evaluate.probes:Sites"),
 }
 """The `Probe` classes by name, which is the field of report.json for what they find, in the order of the report."""
 
 
 class Probe(Protocol):
-    """One question about a checkpoint; an object of it is asked about one case."""
+    """One question about a checkpoint; an object of it is asked about one case.
+
+    Attributes:
+        ANSWER: the type of what it finds, as an annotation of tweo_timm.schema: what report.json holds is built, read
+            back and documented by it.
+    """
+
+    ANSWER: ClassVar[Any]
 
     def wanted(self, options: ValidateOptions) -> bool:
         """Whether the options ask it."""
@@ -42,14 +53,14 @@ class Probe(Protocol):
         """
 
     def measure(self, case: Case) -> Any:
-        """Return what was found, ready for JSON; called once, after the split was scored.
+        """Return what was found, as the mappings and lists that `ANSWER` declares; once, after the split was scored.
 
         Raises:
             ValueError: the model does not allow the question; the message says why.
         """
 
     def describe(self, found: Any) -> list[str]:
-        """Return paragraphs of Markdown about what `measure` returned, as report.json has it."""
+        """Return paragraphs of Markdown about an `ANSWER`."""
 
 
 class Asked:
@@ -63,7 +74,7 @@ class Asked:
         probes: dict[str, Probe] = {name: entry.load()() for name, entry in PROBES.items()}
         self._case = case
         self._probes = {name: probe for name, probe in probes.items() if probe.wanted(case.options)}
-        self._refused: dict[str, dict[str, str]] = {}
+        self._refused: dict[str, Refused] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -77,29 +88,29 @@ class Asked:
             yield
 
     def measure(self) -> dict[str, Any]:
-        """Return what was found by the name of the probe, or why nothing was."""
+        """Return the answers by the name of the probe, or why there is none."""
         return {name: self._measured(name, probe) for name, probe in self._probes.items()}
 
     def _measured(self, name: str, probe: Probe) -> Any:
         if name not in self._refused:
             try:
-                return probe.measure(self._case)
+                return build(probe.ANSWER, plain(probe.measure(self._case)))
             except ValueError as error:
                 self._refuse(name, error)
         return self._refused[name]
 
     def _refuse(self, name: str, error: ValueError) -> None:
         _logger.warning("%s: no %s: %s", self._case.subject.name, name, one_line(error))
-        self._refused[name] = {"refused": str(error)}
+        self._refused[name] = Refused(refused=str(error))
 
 
-def described(record: Mapping[str, Any]) -> list[str]:
+def described(record: Record) -> list[str]:
     """Return what all probes found about a checkpoint as paragraphs of Markdown."""
     parts = []
     for name, entry in PROBES.items():
-        found = record.get(name)
-        if found and "refused" in found:
-            parts.append(f"No {name.replace('_', ' ')}: {markdown(one_line(found['refused']))}")
+        found = record.answers.get(name)
+        if isinstance(found, Refused):
+            parts.append(f"No {name.replace('_', ' ')}: {markdown(one_line(found.refused))}")
         elif found:
             probe: Probe = entry.load()()
             parts += probe.describe(found)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tweo_timm.evaluate.columns import columns_of
-from tweo_timm.evaluate.compare import headline
 from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.evaluate.record import METRICS, Record
 from tweo_timm.evaluate.report import csv_text
 from tweo_timm.evaluate.subject import stands_for_several
 from tweo_timm.outputs import Outputs
@@ -28,11 +28,11 @@ class Results:
         options: what was asked for.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]], options: ValidateOptions) -> None:
+    def __init__(self, records: Sequence[Record], options: ValidateOptions) -> None:
         several = stands_for_several(options)
         ranked = sorted(records, key=_rank, reverse=True) if several else records
         self._rows = [plain(timm_result(record, options.metrics_avg)) for record in ranked]
-        self._class_names = [record.get("class_names") for record in ranked]
+        self._class_names = [record.class_names for record in ranked]
         self._list = several or len(records) > 1
 
     def __str__(self) -> str:
@@ -59,36 +59,36 @@ class Results:
         return json.dumps(rows if self._list else rows[0], indent=4, ensure_ascii=False)
 
 
-def _rank(record: dict[str, Any]) -> float:
-    value: float | None = record[headline(record)[0]]
+def _rank(record: Record) -> float:
+    value = record.headline_value
     return -1.0 if value is None else value
 
 
-def timm_result(record: dict[str, Any], average: str | None = None) -> dict[str, Any]:
+def timm_result(record: Record, average: str | None = None) -> dict[str, Any]:
     """Return the fields that timm's validate.py prints, then name, peak and file."""
-    averaged = [f"{average}_{name}" for name in ("precision", "recall", "f1_score")] if average else []
-    file = {"checkpoint": record["checkpoint"]} if record.get("checkpoint") else {}
+    names = [f"{average}_{name}" for name in ("precision", "recall", "f1_score")] if average else []
+    averaged = {name: record.value(name) for name in names}
+    file = {"checkpoint": record.checkpoint} if record.checkpoint else {}
     return {
-        "model": record["arch"],
+        "model": record.arch,
         **_timm_metrics(record),
-        **{name: _rounded(record[name]) for name in averaged if name in record},
-        "param_count": record["param_count_m"],
-        "img_size": record["img_size"],
-        "crop_pct": record["crop_pct"],
-        "interpolation": record["interpolation"],
+        **{name: _rounded(value) for name, value in averaged.items() if value is not None or record.not_finite},
+        "param_count": record.param_count_m,
+        "img_size": record.img_size,
+        "crop_pct": record.crop_pct,
+        "interpolation": record.interpolation,
         **{column.key: column.value(record) for column in columns_of(record) if column.result},
         **file,
     }
 
 
-def _timm_metrics(record: dict[str, Any]) -> dict[str, float | None]:
+def _timm_metrics(record: Record) -> dict[str, float | None]:
     """Accuracy and error for one label an image, mAP and F1 for several; percent."""
-    if headline(record)[0] == "map":
-        return {name: _rounded(record[name]) for name in ("map", "micro_f1", "macro_f1", "sample_f1")}
     values: dict[str, float | None] = {}
-    for name in ("top1", "top5"):
-        value = _rounded(record[name])
-        values |= {name: value, f"{name}_err": None if value is None else _rounded(100 - value)}
+    for name in METRICS[record.task]:
+        value = _rounded(record.value(name))
+        error = None if value is None else _rounded(100 - value)
+        values |= {name: value} if record.task == "multilabel" else {name: value, f"{name}_err": error}
     return values
 
 

@@ -45,11 +45,10 @@ class Score:
         """How many images were scored."""
         return int(self.correct.numel())
 
-    def record(self) -> dict[str, Any]:
-        """What a report holds of it: the metrics, and one bit per image; or how many images have no finite logits."""
-        if self.not_finite:
-            return {**self.metrics, "correct": None, "not_finite": self.not_finite}
-        return {**self.metrics, "correct": packed(self.correct)}
+    def fields(self) -> dict[str, Any]:
+        """The fields of `Scored` that it knows: the metrics, one bit per image, how many have no finite logits."""
+        correct = None if self.not_finite else packed(self.correct)
+        return {**self.metrics, "correct": correct, "not_finite": self.not_finite or None}
 
 
 @torch.inference_mode()

@@ -1,8 +1,9 @@
 """Put the linear layers of a timm model into FP8, and take them out again.
 
-Every nn.Linear is converted, the head included: that is TWEO's configuration. How it is converted is the backend's
-business (backend.py), which is known by its name only. Parameters, names and hooks are shared with the originals, so
-optimizers, EMA and checkpoints do not notice.
+Every nn.Linear that the model calls is converted, the head included: that is TWEO's configuration. The projections of
+torch.nn.MultiheadAttention (open_clip, torchvision) are no such layers; they are named as skipped. How a layer is
+converted is the backend's business (backend.py), which is known by its name only. Parameters, names and hooks are
+shared with the originals, so optimizers, EMA and checkpoints do not notice.
 
 Refuses scripted models, a model without a convertible layer, and a second patch. Layers whose weight is used without
 calling them are found twice: known timm attention classes are told to call their ``qkv``, and the first training
@@ -30,6 +31,11 @@ _ATTRIBUTE = "_fp8_patch"
 # timm's Linear only casts its weight to the input's dtype, which the FP8 layer's rounding makes moot.
 _CONVERTIBLE = (nn.Linear, TimmLinear)
 
+_TORCH_ATTENTION = (
+    "torch.nn.MultiheadAttention, which multiplies by its weights without calling a layer: build the model with an "
+    "attention of Linear layers, as timm's ViTs have"
+)
+
 
 @dataclass(frozen=True)
 class Fp8Report:
@@ -37,7 +43,8 @@ class Fp8Report:
 
     Attributes:
         converted: names of the layers that now compute in FP8, in module order.
-        skipped: names of the linear layers left alone, each with the reason.
+        skipped: names of the linear layers left alone, each with the reason; for torch's own attention, whose
+            projections are no layers, the names of their weights.
         backend: the name of the backend that computes them.
         backend_reason: why that backend.
     """
@@ -48,7 +55,11 @@ class Fp8Report:
     backend_reason: str
 
     def __str__(self) -> str:
-        lines = [f"FP8: {len(self.converted)} linear layers converted, backend {self.backend} ({self.backend_reason})"]
+        skipped = f", {len(self.skipped)} Linear layers skipped" if self.skipped else ""
+        lines = [
+            f"FP8: {len(self.converted)} linear layers converted{skipped}, "
+            f"backend {self.backend} ({self.backend_reason})"
+        ]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -84,6 +95,7 @@ def patch_fp8(model: nn.Module, recipe: Fp8Recipe | None = None) -> Fp8Report:
         )
     linears = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     skipped = {name: reason for name, linear in linears.items() if (reason := _reason_to_skip(name, linear, recipe))}
+    skipped |= _inside_torch_attention(model)
     converted = tuple(name for name in linears if name not in skipped)
     if not converted:
         raise ValueError(
@@ -217,6 +229,17 @@ def _find(model: nn.Module) -> tuple[nn.Module, Fp8Patch]:
         if _ATTRIBUTE in module.__dict__:
             return module, module.__dict__[_ATTRIBUTE]
     raise ValueError("the model is not in FP8: call patch_fp8(model, recipe) first")
+
+
+def _inside_torch_attention(model: nn.Module) -> dict[str, str]:
+    """The projections of every torch.nn.MultiheadAttention, which it computes past its layers, if it has layers."""
+    attentions = {name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    return {
+        f"{name}.{weight}" if name else weight: f"{name or 'the model'} is a {_TORCH_ATTENTION}"
+        for name, attention in attentions.items()
+        for weight in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")
+        if getattr(attention, weight) is not None
+    }
 
 
 def _reason_to_skip(name: str, linear: nn.Linear, recipe: Fp8Recipe) -> str | None:

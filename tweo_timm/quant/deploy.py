@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from tweo_timm import machine
-from tweo_timm.quant.export import TARGETS, export_onnx, has_zero_points, require_export_extra
+from tweo_timm.artefact import Artefact
+from tweo_timm.quant.export import TARGETS, artefact_of, export_onnx, has_zero_points, require_export_extra
+from tweo_timm.quant.onnx_file import OnnxModel
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.sidecar import write_scales
 
@@ -37,31 +39,6 @@ ERROR_RATIO_LIMIT = 1.0
 """A file that is further from its model than quantization moved that model is not the model."""
 RELATIVE_ERROR_LIMIT = 0.1
 """The same for a float file, whose logits differ from the model's by rounding alone: 1e-6 to 1e-3."""
-
-
-class OnnxModel(nn.Module):
-    """An ONNX file as a PyTorch module for evaluation, so that anything which scores a model scores the file.
-
-    Args:
-        path: an ONNX file with one input and one output.
-        threads: of one operator; None takes torch's number.
-
-    Raises:
-        RuntimeError: without the extra `export`.
-    """
-
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        super().__init__()
-        require_export_extra()
-        from tweo_timm.quant.ort import open_session
-
-        self._session = open_session(path, threads)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images (B, C, H, W), float32, on the images' device."""
-        from tweo_timm.quant.ort import run_session
-
-        return run_session(self._session, images).to(images.device)
 
 
 class Agreement:
@@ -106,6 +83,9 @@ def export_record(
     path: str | Path,
     targets: Iterable[str] = TARGETS,
     float_file: str | Path | None = None,
+    *,
+    input_dtype: str = "float32",
+    artefact: Artefact | None = None,
 ) -> dict[str, Any]:
     """Export a model, run the files over images, and say how well they do, how fast, and which nodes run in int8.
 
@@ -117,14 +97,16 @@ def export_record(
             name.scales.json with the scales.
         targets: see `export_onnx`; a float model has one file for all.
         float_file: the float model as an ONNX file, to compare with, where there is one already.
+        input_dtype: what the files take, see `export_onnx`; uint8 pixels are got back from the images.
+        artefact: what is known for the files to say, see `export_onnx`.
 
     Returns:
-        scheme, images, top1 (of the PyTorch model that was exported, per cent), self_error_ratio (what an error_ratio
-        without an error looks like: the PyTorch model's own on the first batch, with `JITTER`; None for a float
-        model), scales (path or None), files: one dict for each target with path, size_mb, top1, the measures of
-        `Agreement`, fault (see `fault_of`), nodes (see `node_census`), folded, kept and fused, and latency: what
-        `measure_latency` finds at batch 1 and at that of `batches`, at most 8, for the float32 model, its dynamic int8
-        form, and each target; empty for a float model, which has no rival.
+        scheme, artefact (what the files say of themselves, as JSON), images, top1 (of the PyTorch model that was
+        exported, per cent), self_error_ratio (what an error_ratio without an error looks like: the PyTorch model's own
+        on the first batch, with `JITTER`; None for a float model), scales (path or None), files: one dict for each
+        target with path, size_mb, top1, the measures of `Agreement`, fault (see `fault_of`), nodes (see `node_census`),
+        folded, kept and fused, and latency: what `measure_latency` finds at batch 1 and at that of `batches`, at most
+        8, for the float32 model, its dynamic int8 form, and each target; empty for a float model, which has no rival.
 
     Raises:
         RuntimeError: without the extra, or if the model, or the float model it is compared with, cannot be exported.
@@ -145,14 +127,15 @@ def export_record(
     if quantized is not None and has_zero_points(quantized) and len(targets) > 1:
         targets = [target for target in targets if target != "qdq"]
         _logger.info("%s has zero points, which target 'qdq' does not take (TensorRT): left out", path.name)
+    said = artefact_of(exported, example, artefact)
     files: list[dict[str, Any]] = []
     for index, target in enumerate(targets):
         to = path if index == 0 else path.with_suffix(f".{target}.onnx")
-        files.append(export_onnx(exported, to, example, target=target))
+        files.append(export_onnx(exported, to, example, target=target, input_dtype=input_dtype, artefact=said))
         _logger.info("Wrote %s", to)
     scales = path.with_suffix(".scales.json") if quantized is not None else None
     if quantized is not None and scales is not None:
-        write_scales(quantized, scales)
+        write_scales(quantized, scales, said)
     with tempfile.TemporaryDirectory() as folder:
         rivals = write_rivals(model, example, Path(folder), float_file) if quantized is not None else {}
         top1, images, self_error_ratio = _run_over(itertools.chain([first], batches), model, quantized, files)
@@ -166,6 +149,7 @@ def export_record(
         _logger.info("%s: Top-1 %.2f, in PyTorch %.2f", Path(file["path"]).name, file["top1"], top1)
     return {
         "scheme": files[0]["scheme"],
+        "artefact": said.to_json(),
         "images": images,
         "top1": top1,
         "self_error_ratio": self_error_ratio,

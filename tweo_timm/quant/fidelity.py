@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
 from tweo_timm.layers import projections_called
-from tweo_timm.quant.quantizer import QuantizedLayer
+from tweo_timm.modes import evaluating
+from tweo_timm.quant.quantizer import is_quantizable
 from tweo_timm.stats import decibels
-from tweo_timm.stream import stream_of
+from tweo_timm.stream import answers_of, stream_of
 
 _CHUNK = 8
 """Images compared at a time: the outputs of all layers of both models are alive together."""
@@ -31,7 +32,7 @@ def fidelity(
     """Compare a quantized model with its float original on given images.
 
     Args:
-        reference: the float model; run in evaluation mode and left in the mode it had.
+        reference: the float model; run in evaluation mode, and every module keeps its own.
         quantized: what `quantize_static` made of it.
         batches: preprocessed images (B, C, H, W), or batches of them; how they are batched does not matter.
         blocks: regular expression naming the blocks by hand; None finds them by structure.
@@ -42,35 +43,32 @@ def fidelity(
         ("layer" or "block"), sqnr_db and sqnr_without_peak_db; null where there is no noise or no signal.
 
     Raises:
-        ValueError: without images, or if `quantized` has no quantized layer.
+        ValueError: without images, or if `quantized` is not what `quantize_static` made.
     """
     reference, quantized = unwrap_model(reference), unwrap_model(quantized)
-    kinds = {name: "layer" for name, module in quantized.named_modules() if isinstance(module, QuantizedLayer)}
-    if not kinds:
+    if not hasattr(quantized, "quantization"):
         raise ValueError("the second model has no quantized layer: pass what quantize_static returned")
+    kinds = {name: "layer" for name, module in reference.named_modules() if is_quantizable(module)}
     kinds |= dict.fromkeys(find_blocks(reference, blocks), "block")
     batches = [batches] if isinstance(batches, Tensor) else batches
-    device, was_training = next(reference.parameters()).device, reference.training
+    device = next(reference.parameters()).device
     sums: dict[str, Tensor] = {}
     logits, agreements, num_images = torch.zeros(2, dtype=torch.float64), 0, 0
     with (
+        evaluating(reference),
         torch.no_grad(),
         projections_called(reference),
         _Outputs(reference, kinds) as target,
         _Outputs(quantized, kinds) as got,
     ):
-        try:
-            reference.eval()
-            for images in (chunk for batch in batches for chunk in torch.split(batch, _CHUNK)):
-                y, y_q = reference(images.to(device)), quantized(images.to(device))
-                num_images += len(images)
-                agreements += int((y.argmax(-1) == y_q.argmax(-1)).sum())
-                logits += _powers(y, y_q)[:2]
-                for name in got.seen:
-                    new = _powers(target.seen[name], got.seen[name])
-                    sums[name] = sums[name] + new if name in sums else new
-        finally:
-            reference.train(was_training)
+        for images in (chunk for batch in batches for chunk in torch.split(batch, _CHUNK)):
+            y, y_q = (answers_of(m(images.to(device)), len(images)) for m in (reference, quantized))
+            num_images += len(images)
+            agreements += int((y.argmax(-1) == y_q.argmax(-1)).sum())
+            logits += _powers(y, y_q)[:2]
+            for name in got.seen:
+                new = _powers(target.seen[name], got.seen[name])
+                sums[name] = sums[name] + new if name in sums else new
     if not num_images:
         raise ValueError("fidelity is measured on at least one image")
     return {

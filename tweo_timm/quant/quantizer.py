@@ -146,6 +146,8 @@ class QuantizedLayer(nn.Module):
 
     stream: ClassVar[int] = 0
     """Position of the argument that it reads; a StreamQuantizer has one too."""
+    number_format: ClassVar[str] = "int"
+    """What weight and input are rounded to."""
     weight_int: Tensor
     weight_scale: Tensor
     bias: Tensor | None
@@ -156,19 +158,29 @@ class QuantizedLayer(nn.Module):
         weight, bias = _parameters(layer)
         if not bool(torch.isfinite(weight).all()):
             raise ValueError("the weight has non-finite values: it cannot be quantized")
-        rows = weight.flatten(1)
         self.bits = bits
         self.channel_axis = -1 if isinstance(layer, nn.Linear) else 1
-        self.register_buffer("weight_scale", step_of(rows.abs().amax(1) if per_channel else rows.abs().max(), bits))
-        step = along(self.weight_scale, weight.ndim, 0) if per_channel else self.weight_scale
-        self.register_buffer("weight_int", to_integers(weight, step, bits).to(torch.int8))
+        self._hold(weight, per_channel)
         self.register_buffer("bias", bias)
         self.geometry = None if isinstance(layer, nn.Linear) else _without_parameters(layer)
         self.input_quantizer = input_quantizer
         self.compensation = None
+        self._in_float32 = self._fits_float32()
+
+    def _hold(self, weight: Tensor, per_channel: bool) -> None:
+        """Keep a weight as `weight_scale` and `weight_int`."""
+        rows = weight.flatten(1)
+        self.register_buffer(
+            "weight_scale", step_of(rows.abs().amax(1) if per_channel else rows.abs().max(), self.bits)
+        )
+        step = along(self.weight_scale, weight.ndim, 0) if per_channel else self.weight_scale
+        self.register_buffer("weight_int", to_integers(weight, step, self.bits).to(torch.int8))
+
+    def _fits_float32(self) -> bool:
+        """Whether products are summed in float32: wherever that is exact."""
         largest_sum = int(self.weight_int.flatten(1).abs().sum(1, dtype=torch.int64).max())
-        largest_input = largest_integer(input_quantizer.bits) + abs(input_quantizer.zero_point)
-        self._exact = largest_sum * largest_input < _EXACT_FLOAT32
+        largest_input = largest_integer(self.input_quantizer.bits) + abs(self.input_quantizer.zero_point)
+        return largest_sum * largest_input < _EXACT_FLOAT32
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the convolution whose place this takes: some models read kernel_size and the like."""
@@ -184,7 +196,7 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight that the integers stand for, float32."""
         scale = self.weight_scale
-        return self.weight_int * (along(scale, self.weight_int.ndim, 0) if scale.ndim else scale)
+        return self.weight_int.to(torch.float32) * (along(scale, self.weight_int.ndim, 0) if scale.ndim else scale)
 
     @property
     def out_features(self) -> int:
@@ -202,7 +214,7 @@ class QuantizedLayer(nn.Module):
         Args:
             integers: the input's integers, as floats, in the float layer's input shape.
         """
-        dtype = integers.dtype if self._exact else torch.float64
+        dtype = integers.dtype if self._in_float32 else torch.float64
         weight, integers = self.weight_int.to(dtype), integers.to(dtype)
         if not isinstance(self.geometry, _CONVS):
             return F.linear(integers, weight)

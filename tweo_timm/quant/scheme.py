@@ -7,6 +7,10 @@ A scheme is short enough to be a column of a table and a command-line argument, 
     w7a8-tt        weights within +-63: exact int8 products on every processor (docs/export.md)
     w6a6-tt+res    as the first at 6 bits, and the residual stream is quantized too
     w8a8-tt+res+rot    the residual stream is rotated first, exactly, so that no channel stands out (docs/repair.md)
+    fp16, bf16     the whole model in that precision, as `model.half()` has it: infinities stay infinities
+    fp8            weights and inputs of layers in E4M3, per tensor, by static scales max|X| / 448; attention's products
+                   stay float, but with +attn
+    fp8-unit       the same with every scale 1; larger than 448 saturates
 
 The letters are those of arXiv:2511.23225: T per tensor, C per channel, K per token.
 """
@@ -14,7 +18,7 @@ The letters are those of arXiv:2511.23225: T per tensor, C per channel, K per to
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tweo_timm.tables import Entry
@@ -51,7 +55,40 @@ SUFFIXES = {
     "qwtlinear": Suffix("compensation", "qwtlinear", Entry("tweo_timm.quant.compensation:LinearCompensation")),
 }
 """Every suffix, in the order in which a scheme is written."""
-_BODY = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)-(?P<weights>[a-z])(?P<activations>[a-z])")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The numbers that a scheme computes with: what stands in front of its suffixes.
+
+    Attributes:
+        by: ``convert(model, blocks, observation, scheme, keep_float)``, which changes a float model in place.
+        takes: the fields of `Scheme` that its suffixes may set; None: all of them.
+        calibrated: whether `by` needs to know what calibration saw.
+        not_exportable: why there is no ONNX file of such a model; "" where there is one.
+    """
+
+    by: Entry
+    takes: tuple[str, ...] | None = None
+    calibrated: bool = True
+    not_exportable: str = ""
+
+
+_HALF = Entry("tweo_timm.quant.half:convert")
+_FLOAT8 = Entry("tweo_timm.quant.float8:convert")
+_FLOAT8_TAKES = ("residual", "attention", "rotation", "smooth")
+_NO_HALF_FILE = "a file of it is the float32 file, converted by the engine: export without --quantize"
+_NO_FLOAT8_FILE = "an FP8 file is not written yet"
+INTEGERS = "integers"
+BASES = {
+    INTEGERS: Base(Entry("tweo_timm.quant.convert:convert")),
+    "fp16": Base(_HALF, ("rotation",), calibrated=False, not_exportable=_NO_HALF_FILE),
+    "bf16": Base(_HALF, ("rotation",), calibrated=False, not_exportable=_NO_HALF_FILE),
+    "fp8": Base(_FLOAT8, _FLOAT8_TAKES, not_exportable=_NO_FLOAT8_FILE),
+    "fp8-unit": Base(_FLOAT8, _FLOAT8_TAKES, not_exportable=_NO_FLOAT8_FILE),
+}
+"""Every base. Integers are written w8a8-tt and the like, the others by their names."""
+_INTEGERS = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)-(?P<weights>[a-z])(?P<activations>[a-z])")
 
 
 @dataclass(frozen=True)
@@ -71,6 +108,7 @@ class Scheme:
         rotation: "" for none, "rot" (learned from the calibration images) or "rotr" (random): the residual stream is
             rotated before anything else, which changes nothing but its basis.
         zero_point: inputs that lie on one side of 0, as after GELU, cover their range with a zero point.
+        base: the name of its numbers in `BASES`; the first four fields are about integers alone.
 
     Raises:
         ValueError: if a field has another value.
@@ -86,8 +124,12 @@ class Scheme:
     compensation: str = ""
     rotation: str = ""
     zero_point: bool = False
+    base: str = INTEGERS
 
     def __post_init__(self) -> None:
+        if self.base not in BASES:
+            raise ValueError(f"base is {self.base!r}; accepted are {', '.join(BASES)}")
+        self._refuse_fields_of_others()
         for name, bits, accepted in (
             ("weight_bits", self.weight_bits, WEIGHT_BITS),
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
@@ -101,6 +143,18 @@ class Scheme:
                 raise ValueError(f"{field} is {value!r}; accepted are '', {', '.join(known)}")
         if self.zero_point and self.per_token:
             raise ValueError("+zero needs static activation scales: use a scheme such as w8a8-tt+zero")
+
+    def _refuse_fields_of_others(self) -> None:
+        takes = BASES[self.base].takes
+        if takes is None:
+            return
+        default = {field.name: field.default for field in fields(self)}
+        for name, value in vars(self).items():
+            if name not in ("base", *takes) and value != default[name]:
+                suffixes = [suffix for suffix, said in SUFFIXES.items() if said.field == name and said.value == value]
+                accepted = ", ".join(f"+{suffix}" for suffix, said in SUFFIXES.items() if said.field in takes)
+                what = f"+{suffixes[0]}" if suffixes else f"{name} {value!r}"
+                raise ValueError(f"{self.base} does not take {what}: it takes {accepted} (a scheme is {grammar()})")
 
     @property
     def rotation_method(self) -> str:
@@ -118,15 +172,7 @@ class Scheme:
         if isinstance(text, Scheme):
             return text
         body, *suffixes = text.strip().lower().split("+")
-        match = _BODY.fullmatch(body)
-        if match is None:
-            raise _error(text, body)
-        for key, accepted in (("w", WEIGHT_BITS), ("a", ACTIVATION_BITS)):
-            if int(match[key]) not in accepted:
-                raise _error(text, key + match[key])
-        for key, letters in (("weights", "tc"), ("activations", "tk")):
-            if match[key] not in letters:
-                raise _error(text, f"{key} {match[key]}")
+        numbers = {"base": body} if body in BASES and body != INTEGERS else _integers(text, body)
         said: dict[str, list[str]] = {}
         for suffix in suffixes:
             if suffix not in SUFFIXES or suffixes.count(suffix) > 1:
@@ -135,18 +181,32 @@ class Scheme:
         for names in said.values():
             if len(names) > 1:
                 raise _error(text, "+" + "+".join(names))
-        return cls(
-            weight_bits=int(match["w"]),
-            activation_bits=int(match["a"]),
-            per_channel=match["weights"] == "c",
-            per_token=match["activations"] == "k",
-            **{field: SUFFIXES[name].value for field, (name,) in said.items()},
-        )
+        return cls(**numbers, **{field: SUFFIXES[name].value for field, (name,) in said.items()})
 
     def __str__(self) -> str:
         suffixes = [name for name, suffix in SUFFIXES.items() if getattr(self, suffix.field) == suffix.value]
         letters = ("c" if self.per_channel else "t") + ("k" if self.per_token else "t")
-        return "+".join([f"w{self.weight_bits}a{self.activation_bits}-{letters}", *suffixes])
+        integers = f"w{self.weight_bits}a{self.activation_bits}-{letters}"
+        return "+".join([integers if self.base == INTEGERS else self.base, *suffixes])
+
+
+def _integers(text: str, body: str) -> dict[str, Any]:
+    """The fields that ``w8a8-tt`` and the like set."""
+    match = _INTEGERS.fullmatch(body)
+    if match is None:
+        raise _error(text, body)
+    for key, accepted in (("w", WEIGHT_BITS), ("a", ACTIVATION_BITS)):
+        if int(match[key]) not in accepted:
+            raise _error(text, key + match[key])
+    for key, letters in (("weights", "tc"), ("activations", "tk")):
+        if match[key] not in letters:
+            raise _error(text, f"{key} {match[key]}")
+    return {
+        "weight_bits": int(match["w"]),
+        "activation_bits": int(match["a"]),
+        "per_channel": match["weights"] == "c",
+        "per_token": match["activations"] == "k",
+    }
 
 
 def suffixes_of(field: str) -> dict[str, Suffix]:
@@ -154,14 +214,26 @@ def suffixes_of(field: str) -> dict[str, Suffix]:
     return {name: suffix for name, suffix in SUFFIXES.items() if suffix.field == field}
 
 
+def refuse_not_exportable(scheme: str | None) -> None:
+    """Refuse a scheme of which there is no ONNX file; None stands for a float model.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reason = BASES[Scheme.parse(scheme).base].not_exportable if scheme else ""
+    if reason:
+        raise ValueError(f"{scheme} cannot be exported: {reason}")
+
+
 def grammar() -> str:
     """Say in a line how a scheme is written."""
-    fields = dict.fromkeys(suffix.field for suffix in SUFFIXES.values())
-    choices = "".join(f"[{'|'.join(f'+{name}' for name in suffixes_of(field))}]" for field in fields)
+    said = dict.fromkeys(suffix.field for suffix in SUFFIXES.values())
+    choices = "".join(f"[{'|'.join(f'+{name}' for name in suffixes_of(field))}]" for field in said)
+    others = ", ".join(name for name in BASES if name != INTEGERS)
     weights, activations = (",".join(map(str, bits)) for bits in (WEIGHT_BITS, ACTIVATION_BITS))
     return (
         f"w{{{weights}}}a{{{activations}}}-{{t,c}}{{t,k}}{choices}: bits of weights and activations; weights per "
-        "tensor (t) or channel (c); activations per tensor, static (t) or per token, dynamic (k)"
+        f"tensor (t) or channel (c); activations per tensor, static (t) or per token, dynamic (k); or one of {others}"
     )
 
 

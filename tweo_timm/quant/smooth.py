@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tweo_timm.flow import Flow, name_of, tensors_in
+from tweo_timm.stream import answers_of
 
 _logger = logging.getLogger(__name__)
 
@@ -59,10 +60,10 @@ def smooth(model: nn.Module, batches: Sequence[Tensor], alpha: float = 0.5) -> d
         with watch:
             for images in batches:
                 model(images.to(device))
-        before = model(probe)
+        before = answers_of(model(probe), len(probe))
         for norm, layers in readers.items():
             _migrate(model, norm, layers, watch.amax[layers[0]], alpha)
-        after = model(probe)
+        after = answers_of(model(probe), len(probe))
     error = float((after - before).norm() / before.norm().clamp(min=1e-12))
     if not error <= _TOLERANCE:
         raise RuntimeError(

@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,44 +22,29 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tweo_timm.batches import image_batches
 from tweo_timm.blocks import find_blocks
 from tweo_timm.flow import name_of
 from tweo_timm.fp8.patch import is_patched
 from tweo_timm.layers import call_projections
-from tweo_timm.quant.compensate import compensate, compensation_named
+from tweo_timm.quant.compensate import compensate
+from tweo_timm.quant.convert import Observation
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
-from tweo_timm.quant.scheme import Scheme
+from tweo_timm.quant.scheme import BASES, Scheme
 from tweo_timm.quant.smooth import smooth
 from tweo_timm.quant.stream import BlockSites, SiteWatcher, StreamQuantizer
 from tweo_timm.rewrite.rotate import rotate
 
 _logger = logging.getLogger(__name__)
 
-STREAM = "quantized_stream"
-"""Name of the ModuleDict of StreamQuantizers that a quantized model gains."""
-
-
-@dataclass
-class Observation:
-    """What calibration saw.
-
-    Attributes:
-        layers: layer name -> max|X| of its input.
-        ranges: layer name -> min X and max X of its input.
-        blocks: block name -> its sites.
-        num_images: images seen.
-        unused: layers that no image reached.
-    """
-
-    layers: dict[str, Tensor] = field(default_factory=dict)
-    ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    blocks: dict[str, BlockSites] = field(default_factory=dict)
-    num_images: int = 0
-    unused: list[str] = field(default_factory=list)
-
 
 def quantize_static(
-    model: nn.Module, calibration_batches: Iterable[Tensor], scheme: str | Scheme, blocks: str | None = None
+    model: nn.Module,
+    calibration_batches: Iterable[Tensor],
+    scheme: str | Scheme,
+    blocks: str | None = None,
+    *,
+    keep_float: Collection[str] = (),
 ) -> nn.Module:
     """Return a copy of a model that computes with quantized weights and activations, its scales frozen.
 
@@ -70,15 +54,18 @@ def quantize_static(
             usual. The scales depend on the images only, not on how they are batched.
         scheme: such as "w8a8-tt+res"; see `Scheme`.
         blocks: regular expression naming the transformer blocks by hand; None finds them by structure.
+        keep_float: names of layers ("blocks.0.mlp.fc2") and of the stream's sites ("blocks.0.add1", as
+            `quantization_scales` has them) that stay in float32; for fp16 and bf16 any modules.
 
     Returns:
         A model in evaluation mode with the float model's interface. Its Linear layers and convolutions are
         QuantizedLayers; `quantization_scales` lists every scale. Its attribute `quantization` is a dict that is ready
-        for JSON: scheme, calibration_images, unused_layers (stay float), and what +rot, +smooth and +qwt did.
+        for JSON: scheme, calibration_images, unused_layers (stay float), kept_float, and what +rot, +smooth and +qwt
+        did. With fp16 and bf16 it is the model in that precision, between casts.
 
     Raises:
-        ValueError: for a scheme that cannot be parsed, no calibration images, activations that are not finite, or a
-            model that is quantized or in FP8 already.
+        ValueError: for a scheme that cannot be parsed, no calibration images or batches of something else, activations
+            that are not finite, a name in `keep_float` that nothing has, or a model that is quantized or in FP8 now.
         RuntimeError: if a layer's weight is read past its forward, or a block multiplies activations where +attn cannot
             see the operands.
         TypeError: for scripted models, and layers whose effective weight is not stored.
@@ -86,7 +73,7 @@ def quantize_static(
     Source: arXiv:2511.23225, PTQ protocol; suffixes +rot, +smooth and +qwt: see `rotate`, `smooth`, `compensate`.
     """
     scheme = Scheme.parse(scheme)
-    batches = list(calibration_batches)
+    batches = image_batches(calibration_batches)
     quantized = _working_copy(model, fused_attention=not scheme.attention)
     found = find_blocks(quantized, blocks)
     report: dict[str, Any] = {"scheme": str(scheme)}
@@ -96,13 +83,14 @@ def quantize_static(
     reference = copy.deepcopy(quantized) if scheme.compensation else None
     if scheme.smooth:
         report["smooth"] = smooth(quantized, batches)
-    observation = observe(quantized, batches, found)
+    base = BASES[scheme.base]
+    observation = observe(quantized, batches, found) if base.calibrated else Observation()
     report |= {"calibration_images": observation.num_images, "unused_layers": observation.unused}
-    _replace_layers(quantized, observation, scheme)
-    _quantize_streams(quantized, found, observation, scheme)
+    report |= {"kept_float": sorted(keep_float)} if keep_float else {}
+    base.by.load()(quantized, found, observation, scheme, keep_float)
     quantized.eval().requires_grad_(False)
     if reference is not None:
-        report["compensation"] = compensate(reference, quantized, batches, scheme.compensation)
+        report["compensation"] = compensate(reference, quantized, batches, scheme.compensation, blocks)
     quantized.quantization = report  # type: ignore[assignment]
     return quantized
 
@@ -111,17 +99,19 @@ def quantization_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return every scale of a quantized model as plain numbers, by name, ready for JSON.
 
     Returns:
-        For each quantized layer, by its own name: kind ("linear" or "conv"), weight_bits, weight_scale (a list with one
-        step for each output channel, or one for the tensor), input_bits, input_scale (the step; None: computed at run
-        time, a step a token), input_zero_point. For each site of the stream, by "<block>.<site>": kind ("stream" or
-        "product"), bits, scale. A value is its integer, less the zero point, times the scale; integers are within
-        +-(2^(bits-1) - 1); zero points are 0 but with +zero.
+        For each quantized layer, by its own name: kind ("linear" or "conv"), format ("e4m3", of FP8 only), weight_bits,
+        weight_scale (a list with one step for each output channel, or one for the tensor), input_bits, input_scale (the
+        step; None: computed at run time, a step a token), input_zero_point. For each site of the stream, by
+        "<block>.<site>": kind ("stream" or "product"), bits, scale. A value is its integer, less the zero point, times
+        the scale (of FP8 its E4M3 number times the scale); integers are within +-(2^(bits-1) - 1); zero points are 0
+        but with +zero.
     """
     scales: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             scales[name] = {
                 "kind": "linear" if module.geometry is None else "conv",
+                **({"format": module.number_format} if module.number_format != "int" else {}),
                 "weight_bits": module.bits,
                 "weight_scale": module.weight_scale.reshape(-1).tolist(),
                 "input_bits": module.input_quantizer.bits,
@@ -151,7 +141,7 @@ def _working_copy(model: nn.Module, *, fused_attention: bool) -> nn.Module:
     model = unwrap_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be quantized: quantize the model that torch.jit.script was given")
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+    if hasattr(model, "quantization") or any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("the model is quantized already: pass the float model that it was made from")
     if is_patched(model):
         raise ValueError(
@@ -278,78 +268,3 @@ class _Watch(TorchFunctionMode):
                 watcher.finish(output)
 
         return hook
-
-
-def _replace_layers(model: nn.Module, observation: Observation, scheme: Scheme) -> None:
-    """Put a QuantizedLayer in the place, or the several places, of every layer that calibration saw."""
-    replacements: dict[int, QuantizedLayer] = {}
-    for name, layer in list(model.named_modules()):
-        if name not in observation.layers:
-            continue
-        axes = (-1,) if isinstance(layer, nn.Linear) else tuple(range(1, layer.weight.ndim))
-        try:
-            quantizer = _input_quantizer(scheme, observation, name, axes)
-            replacements[id(layer)] = QuantizedLayer(
-                layer, quantizer, scheme.weight_bits, per_channel=scheme.per_channel
-            )
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"layer {name!r}: {error}") from error
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if id(child) in replacements:
-                parent._modules[child_name] = replacements[id(child)]
-
-
-def _input_quantizer(scheme: Scheme, observation: Observation, name: str, axes: tuple[int, ...]) -> Quantizer:
-    """How a layer's input becomes integers; with a zero point where asked for and one side of 0 is nearly empty."""
-    if scheme.per_token:
-        return Quantizer(scheme.activation_bits, None, axes)
-    least, most = observation.ranges[name]
-    if scheme.zero_point and bool(torch.minimum(-least, most) < torch.maximum(-least, most) / 2):
-        return Quantizer(scheme.activation_bits, most.clamp(min=0), axes, least=least.clamp(max=0))
-    return Quantizer(scheme.activation_bits, observation.layers[name], axes)
-
-
-def _quantize_streams(
-    model: nn.Module, blocks: Mapping[str, nn.Module], observation: Observation, scheme: Scheme
-) -> None:
-    """Give every block that ran a StreamQuantizer with the sites that the scheme asks for."""
-    beside_blocks = scheme.compensation and compensation_named(scheme.compensation).place == "block"
-    if not (scheme.residual or scheme.attention or beside_blocks):
-        return
-    if isinstance(model, nn.Sequential):
-        raise TypeError("the model is a torch.nn.Sequential, which would run its own quantizers: wrap it in a module")
-    streams = nn.ModuleDict()
-    for name, block in blocks.items():
-        sites = observation.blocks[name]
-        if not sites.amax:
-            _logger.warning("block %r was not used by the calibration images and stays float", name)
-            continue
-        try:
-            quantizers = _stream_quantizers(sites, scheme)
-        except ValueError as error:
-            raise ValueError(f"block {name!r}: {error}") from error
-        streams[name.replace(".", "/")] = stream = StreamQuantizer(name, sites, quantizers)
-        stream.attach(block)
-    model.add_module(STREAM, streams)
-
-
-def _stream_quantizers(sites: BlockSites, scheme: Scheme) -> dict[str, Quantizer]:
-    """The sites of one block, in the order of execution within each kind."""
-    axes: dict[str, int] = {}  # site -> the axis that shares a step, where steps are computed at run time
-    if scheme.residual:
-        axes |= {f"add{index}": axis for index, axis in sites.residual.items()}
-        if sites.output:
-            axes["output"] = sites.output_axis
-    if scheme.attention:
-        if sites.hidden_products:
-            raise ValueError(
-                f"{', '.join(sorted(set(sites.hidden_products)))} multiplies activations out of sight: +attn cannot "
-                "quantize its operands; use the scheme without +attn"
-            )
-        for index in range(sites.num_products):  # an integer product allows one step along the axis it sums over
-            axes |= {f"product{index}_left": -1, f"product{index}_right": -2}
-    bits = scheme.activation_bits
-    return {
-        site: Quantizer(bits, None if scheme.per_token else sites.amax[site], (axis,)) for site, axis in axes.items()
-    }

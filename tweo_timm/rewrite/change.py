@@ -5,14 +5,14 @@ A description can miss a parameter, so nothing is believed but this comparison.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.modes import evaluating
 from tweo_timm.stats import ActivationStats
 from tweo_timm.structure import Stream
 
@@ -101,22 +101,32 @@ def look(model: nn.Module, stream: Stream, batches: Sequence[Tensor]) -> View:
     """
     stats: dict[str, ActivationStats] = {}
 
-    def count(name: str) -> Callable[..., None]:
-        return lambda module, args, output: stats.setdefault(name, ActivationStats()).update(output)
+    def count(name: str, entered: Tensor, output: Any) -> None:
+        stats.setdefault(name, ActivationStats()).update(output)
 
     names = [name for stage in stream.stages for name in (*stage.blocks, *stage.norms)]
-    handles = [model.get_submodule(name).register_forward_hook(count(name)) for name in names]
-    try:
-        outputs = [output.flatten(1).double() for output in run(model, batches)]
-    finally:
-        for handle in handles:
-            handle.remove()
-    together = torch.cat(outputs)
+    together = torch.cat([output.flatten(1).double() for output in observed(model, names, batches, count)])
     if not bool(torch.isfinite(together).all()):
         raise ValueError("the model's output is not finite on these images: nothing can be compared")
     fields = ("peak_abs", "kurtosis", "max_to_median")
     summaries = {name: counted.summary() for name, counted in stats.items()}
     return View(together, {name: Spread(*(found[field] for field in fields)) for name, found in summaries.items()})
+
+
+def observed(
+    model: nn.Module, names: Iterable[str], batches: Sequence[Tensor], see: Callable[[str, Tensor, Tensor], None]
+) -> list[Tensor]:
+    """Run the model as `run` does, and call `see(name, input, output)` at each named module; return the outputs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, output: see(name, args[0], output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        return list(run(model, batches))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -130,18 +140,6 @@ def run(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Tensor]:
                     f"the model returns a {type(output).__name__}, not a tensor: its output is not compared"
                 )
             yield output.cpu()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode inside the context, and back into its own after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def output_error(before: Tensor, after: Tensor) -> float:

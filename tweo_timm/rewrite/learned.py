@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tweo_timm.rewrite.change import run
+from tweo_timm.rewrite.change import observed
 from tweo_timm.rewrite.orthogonal import nearest_orthogonal
-from tweo_timm.structure import Stage, Stream
+from tweo_timm.structure import Stream
 
 POWER = 8
 STEPS = 200
@@ -46,23 +45,15 @@ def stream_samples(
     samples: dict[str, dict[str, Tensor]] = {stage.name: {} for stage in stream.stages}
     share = max(2, ROWS // len(batches))
 
-    def hook(stage: Stage, norm: str) -> Callable[..., None]:
-        def collect(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            for name, value in ((f"{norm}, in", args[0]), (f"{norm}, out", output)):
-                chosen = _choose(value.reshape(-1, stage.width), share, generator)
-                known = samples[stage.name].get(name)
-                samples[stage.name][name] = chosen if known is None else torch.cat([known, chosen])
+    stages = {norm: stage for stage in stream.stages for norm in stage.norms}
 
-        return collect
+    def collect(norm: str, entered: Tensor, output: Tensor) -> None:
+        sites, width = samples[stages[norm].name], stages[norm].width
+        for name, value in ((f"{norm}, in", entered), (f"{norm}, out", output)):
+            chosen = _choose(value.reshape(-1, width), share, generator)
+            sites[name] = torch.cat([sites[name], chosen]) if name in sites else chosen
 
-    hooked = [(stage, norm) for stage in stream.stages for norm in stage.norms]
-    handles = [model.get_submodule(norm).register_forward_hook(hook(stage, norm)) for stage, norm in hooked]
-    try:
-        for _ in run(model, batches):
-            pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    observed(model, stages, batches, collect)
     for stage in stream.stages:
         for port in stage.ports:
             if port.module and port.parameter == "weight":

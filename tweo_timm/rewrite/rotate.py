@@ -31,6 +31,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from tweo_timm.batches import image_batches
 from tweo_timm.families import describe_stream
 from tweo_timm.rewrite.change import RotationReport, Site, View, generated_images, look, output_error, tolerance
 from tweo_timm.rewrite.edit import Edit
@@ -74,9 +75,7 @@ def rotate(
     bare = unwrap_model(model)
     stream = describe_stream(bare)
     _refuse_headless(stream, allow_rotated_features)
-    if isinstance(calibration_batches, Tensor):  # one batch, which would be iterated image by image
-        calibration_batches = [calibration_batches]
-    given = None if calibration_batches is None else list(calibration_batches)
+    given = None if calibration_batches is None else image_batches(calibration_batches)
     if METHODS[method].learns and not given:
         raise ValueError("a learned rotation needs images to learn from: pass calibration_batches, or method='random'")
     batches = given or [generated_images(bare)]

@@ -6,14 +6,14 @@ gains little in INT8 after a rotation; it is a part for those who build further 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.batches import image_batches
 from tweo_timm.families import describe_stream
-from tweo_timm.rewrite.change import run
+from tweo_timm.rewrite.change import observed
 from tweo_timm.rewrite.edit import Edit
 from tweo_timm.rewrite.fold import shift_stays, take_constant
 
@@ -34,7 +34,7 @@ def shift_norms(model: nn.Module, calibration_batches: Iterable[Tensor]) -> list
     edit = Edit(model)
     norms = {norm: ports for stage in describe_stream(model).stages for norm, ports in stage.norms.items() if ports}
     movable = {n: ports for n, ports in norms.items() if edit.has(f"{n}.bias") and not shift_stays(edit, n, ports)}
-    for norm, middle in _middles(model, movable, list(calibration_batches)).items():
+    for norm, middle in _middles(model, movable, image_batches(calibration_batches)).items():
         edit.then(f"{norm}.bias", (-middle).add)
         take_constant(edit, movable[norm], middle)
     edit.apply()
@@ -45,21 +45,12 @@ def _middles(model: nn.Module, norms: Iterable[str], batches: list[Tensor]) -> d
     """The middle of each channel's range at the output of each norm, float64."""
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(norm: str) -> Callable[..., None]:
-        def collect(module: nn.Module, args: Any, output: Tensor) -> None:
-            tokens = output.detach().reshape(-1, output.shape[-1]).cpu().double()
-            least, most = tokens.amin(0), tokens.amax(0)
-            if norm in ranges:
-                least, most = torch.minimum(ranges[norm][0], least), torch.maximum(ranges[norm][1], most)
-            ranges[norm] = least, most
+    def collect(norm: str, entered: Tensor, output: Tensor) -> None:
+        tokens = output.reshape(-1, output.shape[-1]).cpu().double()
+        least, most = tokens.amin(0), tokens.amax(0)
+        if norm in ranges:
+            least, most = torch.minimum(ranges[norm][0], least), torch.maximum(ranges[norm][1], most)
+        ranges[norm] = least, most
 
-        return collect
-
-    handles = [model.get_submodule(norm).register_forward_hook(hook(norm)) for norm in norms]
-    try:
-        for _ in run(model, batches):
-            pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    observed(model, norms, batches, collect)
     return {norm: (least + most) / 2 for norm, (least, most) in ranges.items()}

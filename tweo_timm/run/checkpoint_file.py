@@ -34,6 +34,8 @@ from tweo_timm.suggestion import suggest_path
 _logger = logging.getLogger(__name__)
 
 Want = Literal["metadata", "weights", "training"]
+WeightsFilter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+"""Makes of the weights in a file those of a model."""
 _PLAIN = ("state_dict", "model")  # what timm, and the code that came before it, call the weights
 _AVERAGED = ("state_dict_ema", "model_ema")
 _FOREIGN = (".npz", ".npy")  # only the architecture's own loader reads them
@@ -108,6 +110,11 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     with contextlib.suppress(Exception):  # damaged pickles, and files of another format
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     needed = [name for name in needed if name != "argparse.Namespace"]
+    if any(name.startswith(("torch.nn.modules.", "timm.models.", "timm.layers.")) for name in needed):
+        return (
+            f"checkpoint {path} is a pickled model, whose code is not run: save its weights, by "
+            "torch.save(model.state_dict(), FILE)"
+        )
     if needed:
         return (
             f"checkpoint {path} holds {', '.join(needed)}, which is not loaded because it can run code: save it again "
@@ -301,7 +308,7 @@ def load_weights(
     model: nn.Module,
     path: Path,
     use_ema: bool = True,
-    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+    filter_fn: WeightsFilter | None = None,
 ) -> None:
     """Load the weights of a file into a model strictly, as timm's `load_checkpoint` does, after looking at them.
 

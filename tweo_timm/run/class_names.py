@@ -7,10 +7,7 @@ after it another index: a model that was right is wrong then, and nothing else t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from tweo_timm.run.folders import split_folder
 
 KEY = "class_names"
 """Where a checkpoint holds them: a list by index, with None where an index has no name."""
@@ -55,9 +52,3 @@ def check_same_names(trained: Names | None, now: Names | None, where: str, remed
     shown = "; ".join(f"class {index} is {a!r} there and {b!r} in the data" for index, a, b in differing[:3])
     more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
     raise ValueError(f"the classes are not those of {where}: {shown}{more}: {remedy}")
-
-
-def find_class_map(class_map: str, root: str | None, split: str) -> Path | None:
-    """Return the file of --class-map: here, or where the data lies; None if there is none."""
-    inside = [Path(root), split_folder(Path(root), split) or Path(root)] if root else []
-    return next((folder / class_map for folder in (Path(), *inside) if (folder / class_map).is_file()), None)

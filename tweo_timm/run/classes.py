@@ -1,4 +1,4 @@
-"""The classes of a dataset: their names, the file that numbers them, and whether labels fit the model.
+"""The classes of a dataset: their names, and whether labels fit the model.
 
 timm numbers the classes that it finds in a split, from 0: a class that one split lacks would make labels wrong without
 a word. Labels are checked as they are read, in pictures.py.
@@ -6,14 +6,8 @@ a word. Labels are checked as they are read, in pictures.py.
 
 from __future__ import annotations
 
-import numbers
-import pickle
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
-
-from tweo_timm.suggestion import suggest_path
+from collections.abc import Mapping
+from typing import Any
 
 
 def class_names(dataset: Any) -> dict[str, int] | None:
@@ -22,64 +16,6 @@ def class_names(dataset: Any) -> dict[str, int] | None:
     reader = getattr(inner, "reader", inner)  # torchvision's datasets have no reader
     mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     return {str(name): index for name, index in mapping.items()} if mapping else None
-
-
-def read_class_map(path: str, folders: Iterable[Path | None]) -> dict[Any, int]:
-    """Read the file of --class-map: a .txt with one name per line, numbered from 0, or a .pkl of {name: index}.
-
-    Args:
-        path: as given; looked for as it is, then in `folders`, as timm does.
-        folders: where the data lies; None is left out.
-
-    Raises:
-        ValueError: if there is no such file, or it numbers no classes.
-    """
-    places = [Path(path), *(folder / path for folder in folders if folder is not None)]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise ValueError(f"--class-map {path} is no file{suggest_path(path)}")
-    if found.suffix.lower() not in (".txt", ".pkl"):
-        raise ValueError(f"--class-map {path} must be a .txt file (a name per line) or a .pkl file ({{name: index}})")
-    try:
-        mapping = _numbered(found) if found.suffix.lower() == ".txt" else _unpickled(found)
-        if not isinstance(mapping, dict):
-            raise ValueError(f"it holds a {type(mapping).__name__}")
-        _check_indices(mapping)
-    except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(f"--class-map {path}: {error}; give a name per line, or a dict of name to index") from error
-    return dict(mapping)
-
-
-class _Plain(pickle.Unpickler):
-    """Reads dictionaries of names and numbers, which need no code; timm's own reader runs what a file asks for."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        """Refuse."""
-        raise ValueError(f"it holds {module}.{name}, which is not loaded because it can run code")
-
-
-def _unpickled(path: Path) -> Any:
-    with open(path, "rb") as file:
-        return _Plain(file).load()
-
-
-def _numbered(path: Path) -> dict[str, int]:
-    names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
-    if "" in names:
-        raise ValueError(f"line {names.index('') + 1} is empty, which timm counts as a class")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r} stands there twice")
-    return {name: index for index, name in enumerate(names)}
-
-
-def _check_indices(mapping: Mapping[Any, Any]) -> None:
-    if not mapping:
-        raise ValueError("it names no class")
-    for name, index in mapping.items():
-        whole = isinstance(index, numbers.Integral) and not isinstance(index, bool)
-        if not whole or index < 0:
-            raise ValueError(f"class {name!r} has the index {index!r}, which must be a whole number from 0 on")
 
 
 def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False, chosen: bool = False) -> None:

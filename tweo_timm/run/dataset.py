@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import IterableImageDataset, MultiLabelTarget, create_dataset, resolve_input_data_config
 from torch import nn
 
-from tweo_timm.run.classes import read_class_map
+from tweo_timm.run.class_map import read_class_map
 from tweo_timm.run.folders import check_files, check_split, split_folder
 from tweo_timm.run.pictures import Reading, StrictImages, StrictStream
 from tweo_timm.run.readers import reader_of, reads_folders
@@ -54,18 +54,16 @@ def open_dataset(
     require_known("--crop-mode", data_config["crop_mode"], CROPS)
     root = options.data or options.data_dir
     folder = _folder(options, root, split)
-    class_map = options.class_map
-    if class_map:
-        class_map = read_class_map(class_map, [Path(root) if root else None, folder])
+    class_map = read_class_map(options.class_map, root, split) if options.class_map else None
     if folder is not None and folder.is_dir():
-        check_files(folder, options.input_key, class_map or None)
+        check_files(folder, options.input_key, class_map)
     mode = _image_mode(options.input_img_mode, data_config["input_size"][0])
     try:
         dataset = create_dataset(
             options.dataset,
             root=root,
             split=split,
-            class_map=class_map,
+            class_map=class_map or "",
             download=options.dataset_download,
             trust_remote_code=options.dataset_trust_remote_code,
             input_img_mode=mode,

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models import list_models
-from torch import nn
+from torch import Tensor, nn
 
+from tweo_timm.modes import evaluating
 from tweo_timm.suggestion import suggest
 
 
 def suggest_model(name: str, error: Exception) -> str:
     """Name the model of timm whose name is nearest, if the error is that it knows none of this name."""
     return suggest(name, list_models()) if "Unknown model" in str(error) else ""
+
+
+def without_classifier(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights but for those of the classifier, for a model that was created without one."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    named = (config or {}).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
 
 
 def check_compiler(backend: str | None) -> None:
@@ -39,13 +49,11 @@ def check_image_size(arch: str, model: nn.Module, input_size: Sequence[int]) -> 
     Raises:
         ValueError: if the model does not accept it.
     """
-    weight, mode = next(model.parameters()), model.training
-    model.eval()
+    weight = next(model.parameters())
     try:
-        model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
+        with evaluating(model):
+            model(torch.zeros(1, *input_size, dtype=weight.dtype, device=weight.device))
     except (AssertionError, RuntimeError, ValueError) as error:
         size = "x".join(map(str, input_size[1:]))
         reason = str(error)[:400] or type(error).__name__
         raise ValueError(f"{arch} does not accept images of {size}: {reason}") from error
-    finally:
-        model.train(mode)

@@ -29,6 +29,7 @@ from tweo_timm.blocks import find_blocks
 from tweo_timm.config import AUTO
 from tweo_timm.fp8.patch import held_fp8, patch_fp8
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.run.class_names import names_by_index
 from tweo_timm.run.dataset import image_dtype, place, preprocessing
 from tweo_timm.run.model import check_compiler
 from tweo_timm.run.world import World
@@ -39,8 +40,11 @@ from tweo_timm.train.model import build_model, check_image_sizes
 from tweo_timm.train.objective import build_task
 from tweo_timm.train.options import TrainOptions, as_namespace
 from tweo_timm.train.param_groups import scale_rates
+from tweo_timm.train.pretrained import settle_head
 from tweo_timm.train.rate import batch_remark, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
+from tweo_timm.train.side import build_side
+from tweo_timm.train.side_data import cached_datasets
 
 _logger = logging.getLogger(__name__)
 
@@ -144,13 +148,16 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_compiler(options.torchcompile)
     _set_backends(world)
     random_seed(options.seed, world.rank)
-    model = build_model(options, world)
+    model = build_model(options, world) if options.side == "off" else build_side(options, world)
     namespace = as_namespace(options)
     data_config = preprocessing(namespace, model, verbose=world.primary)
     check_image_sizes(options, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
-    data = open_data(options, data_config, num_classes, world)
+    features_of = cached_datasets(options, model, data_config, world) if options.side_cache else None
+    data = open_data(options, data_config, num_classes, world, features_of)
+    if options.side == "off":  # the head beside a frozen backbone is always new
+        settle_head(options, model, names_by_index(data.class_names))
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
@@ -183,6 +190,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         )
     if options.stop_epoch is not None and options.stop_epoch > num_epochs:
         raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
+    _say_endless_warmup(options, options.stop_epoch or num_epochs)
     session = Session(
         options=options,
         world=world,
@@ -206,6 +214,16 @@ def build_session(options: TrainOptions, world: World) -> Session:
     if session.second_order:
         _check_differentiable_twice(session)
     return session
+
+
+def _say_endless_warmup(options: TrainOptions, epochs: int) -> None:
+    """Say that the rate only rises; timm's default warm-up of 5 epochs is longer than many a trial run."""
+    if options.sched != "none" and 0 < epochs <= options.warmup_epochs:
+        _logger.warning(
+            "--warmup-epochs %d: the %d epochs of this run never leave the warm-up, so the learning rate rises "
+            "throughout and is not reached; give fewer, 0 say, or more --epochs",
+            *(options.warmup_epochs, epochs),
+        )
 
 
 def _updates_per_epoch(options: TrainOptions, data: Data) -> int:
@@ -360,6 +378,9 @@ def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
 
 def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
     """The transformer blocks; none is an error only for those who asked for something that acts on them."""
+    if options.side != "off":
+        _logger.info("No outlier statistics: what a frozen backbone computes does not change")
+        return {}
     try:
         return find_blocks(model, options.tweo_blocks)
     except ValueError as error:

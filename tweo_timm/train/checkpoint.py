@@ -32,6 +32,7 @@ from tweo_timm.run.checkpoint_file import CheckpointFile, read
 from tweo_timm.settings import AT_LEAST_0
 from tweo_timm.train.param_groups import check_state, under_settings
 from tweo_timm.train.shard import shard_like, shard_optimizer_like, whole
+from tweo_timm.train.side import check_side_entry, side_entry
 
 _logger = logging.getLogger(__name__)
 
@@ -316,7 +317,7 @@ def training_state(task: TrainingTask, optimizer: torch.optim.Optimizer, scaler:
     state = {"optimizer": optimizer.state_dict(), **task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
     if scaler is not None:
         state[scaler.state_dict_key] = scaler.state_dict()
-    return dict(whole(state))
+    return {**whole(state), **side_entry(task)}
 
 
 def restore(
@@ -341,6 +342,7 @@ def restore(
     Raises:
         ValueError: if the checkpoint is of another architecture or another optimizer, or its weights are not finite.
     """
+    check_side_entry(file, task)
     weights, entries = file.weights, file.fields
     with file.giving(f"weights of {file.arch or 'another model'}"):
         _load_weights(file, task, weights, "task_state")

@@ -21,6 +21,7 @@ from tweo_timm.run.rules import (
     target_format,
 )
 from tweo_timm.train.groups import TrainSettings
+from tweo_timm.train.side_rules import side_rules
 
 
 def check_train_options(options: TrainSettings) -> None:
@@ -29,7 +30,7 @@ def check_train_options(options: TrainSettings) -> None:
     Raises:
         ValueError: the first such setting, with the reason and the remedy.
     """
-    for rule in (_out_of_range, _not_honoured, _incomplete, _contradictory, _tweo_and_fp8):
+    for rule in (_out_of_range, _not_honoured, _incomplete, _contradictory, _tweo_and_fp8, side_rules):
         for complaint in rule(options):
             raise ValueError(complaint)
 
@@ -83,6 +84,8 @@ def _not_honoured(options: TrainSettings) -> Iterator[str]:
 
 def _incomplete(options: TrainSettings) -> Iterator[str]:
     yield from pooling(options)
+    if bool(options.sweep_locks) != bool(options.sweep_attempt):
+        yield "--sweep-locks and --sweep-attempt belong together, as timm's sweep.py gives them; give both or neither"
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
     if options.drop_path_rule == "constant" and not options.drop_path:

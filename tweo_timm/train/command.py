@@ -17,6 +17,7 @@ from tweo_timm.train.folder import find_checkpoint, lies_in, output, run_folder,
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.options import TrainOptions, as_namespace
 from tweo_timm.train.signals import Interrupted, SignalWatch
+from tweo_timm.train.sweep import sweep_attempt
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def train(options: TrainOptions, call: Call) -> int:
         Failure: the training broke, or an image cannot be read.
     """
     try:
-        with joined(options.device) as world, SignalWatch() as signals:
+        with sweep_attempt(options), joined(options.device) as world, SignalWatch() as signals:
             result, folder = _run(options, world, signals)
     except Interrupted as interruption:
         return 128 + interruption.number
@@ -57,11 +58,11 @@ def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dic
     if resumed is not None:
         trainer.resume(resumed)
     session.wrap()
-    with taken(folder, resumed, world):
-        if world.primary:
+    with taken(folder, resumed, world) as mine:
+        if mine is not None:
             Outputs(folder).write("args.yaml", dump_options(options))
             continued = resumed if resumed is not None and lies_in(resumed, folder) else None
-            trainer.open_folder(folder, as_namespace(options), continued)
+            trainer.open_folder(mine, as_namespace(options), continued)
         resumed = continued = None  # as large as the model and its optimizer
         try:
             return trainer.fit(), folder

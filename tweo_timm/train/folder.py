@@ -38,39 +38,66 @@ def run_folder(options: TrainOptions, data_config: dict[str, Any]) -> Path:
     return output(options) / (options.experiment or unnamed)
 
 
+class RunFolder:
+    """The folder that a run has to itself.
+
+    Args:
+        path: of the folder, which exists.
+        held: keeps it open until the run ends, so that no other folder can be taken for it.
+    """
+
+    def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        held.callback(os.close, self._descriptor)
+
+    def require(self) -> None:
+        """Stop before something is written that would make the folder anew, under a name that it no longer has.
+
+        Raises:
+            OSError: somebody has renamed or removed it.
+        """
+        if not _is_still(self.path, self._descriptor):
+            raise OSError(
+                f"the run folder {self.path} was renamed or removed while the run wrote there; nothing more was "
+                "written. Give it its name back and go on with --resume auto, or start anew"
+            )
+
+
 @contextlib.contextmanager
-def taken(folder: Path, resumed: CheckpointFile | None, world: World) -> Iterator[None]:
+def taken(folder: Path, resumed: CheckpointFile | None, world: World) -> Iterator[RunFolder | None]:
     """Have a run folder to oneself: it is made, and an earlier run in it that is not continued is set aside.
 
     Args:
         folder: the run folder.
         resumed: the checkpoint that the run continues from, if any.
-        world: the processes; the first one does it, all raise what it raises.
+        world: the processes; the first one does it and gets the folder, all raise what it raises.
 
     Raises:
         ValueError: if another run has it.
         OSError: if it cannot be made.
     """
     with contextlib.ExitStack() as held:
-        refusal = None
+        refusal, mine = None, None
         try:
             if world.primary:
-                _take(folder, resumed, held)
+                mine = _take(folder, resumed, held)
         except (ValueError, OSError) as error:
             refusal = error
         refusal = world.gather(refusal)[0]
         if refusal is not None:
             raise refusal
-        yield
+        yield mine
 
 
-def _take(folder: Path, resumed: CheckpointFile | None, held: contextlib.ExitStack) -> None:
+def _take(folder: Path, resumed: CheckpointFile | None, held: contextlib.ExitStack) -> RunFolder:
     if folder.exists() and not (resumed is not None and lies_in(resumed, folder)):
         with locked(folder):
             pass
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(folder))
+    return RunFolder(folder, held)
 
 
 @contextlib.contextmanager
@@ -87,7 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with contextlib.suppress(OSError):  # the folder was renamed meanwhile
+            if _is_still(folder / LOCK, descriptor):  # else the folder was renamed, and the name may be another run's
                 os.unlink(folder / LOCK)
             os.close(descriptor)
 
@@ -112,7 +139,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     return False
 

@@ -20,6 +20,7 @@ from tweo_timm.run.progress import ProgressLine
 from tweo_timm.train.build import Session
 from tweo_timm.train.checkpoint import EXACT_KEY, LAST, AtomicSaver, exact_state, restore, training_state
 from tweo_timm.train.exact import Cursor, capture_exact, put_back_statistics, restore_exact
+from tweo_timm.train.folder import RunFolder
 from tweo_timm.train.health import HealthWatch
 from tweo_timm.train.journal import Journal
 from tweo_timm.train.meters import EpochMeters, Pace, block_columns
@@ -49,6 +50,7 @@ class Trainer:
         trained = session.task.get_trainable_module()
         self.health = HealthWatch(trained, names, device, session.options.stop_on_peak)
         self.step = TrainStep(session, self.cursor, self.meters, self.health, self._check_at_once)
+        self.folder: RunFolder | None = None
         self.saver: AtomicSaver | None = None
         self.journal: Journal | None = None
         self._entry: Position | RandomState | None = None
@@ -88,25 +90,28 @@ class Trainer:
             exact = None
         self._remembers = options.sched == "plateau" and exact is not None and exact.has("plateau")
         epoch = restore(file, session.task, optimizer, session.scaler, self._remembers)
-        if exact_state(file) is not None and (changed := changed_settings(before, options)):
+        changed = changed_settings(before, options) if exact_state(file) is not None else ""
+        if changed:
             _logger.warning("%s was written under other settings: %s", file.path, changed)
         self.step.restored = CheckpointFile(file.path, {}) if optimizer is not None else None
         if exact is not None:
             self._entry, self._statistics = restore_exact(file, exact, session, self.cursor, self.meters)
-            _logger.info("Resumed %s exactly: epoch %d, batch %d", file.path, self.cursor.epoch, self.cursor.batch)
+            how = "under other settings" if changed else "exactly"
+            _logger.info("Resumed %s %s: epoch %d, batch %d", file.path, how, self.cursor.epoch, self.cursor.batch)
             return
         self.cursor.epoch = options.start_epoch if options.start_epoch is not None else epoch
         _logger.info("Resumed weights from %s; going on with epoch %d", file.path, self.cursor.epoch)
 
-    def open_folder(self, folder: Path, args: argparse.Namespace, resumed: CheckpointFile | None) -> None:
+    def open_folder(self, run_folder: RunFolder, args: argparse.Namespace, resumed: CheckpointFile | None) -> None:
         """Begin to write: checkpoints and records. Only for the primary process.
 
         Args:
-            folder: the run folder; it exists.
+            run_folder: the run's.
             args: the options as plain values, stored in every checkpoint as timm does.
             resumed: the checkpoint that the run continues from, if it lies in this folder.
         """
         session, options = self.session, self.session.options
+        self.folder, folder = run_folder, run_folder.path
         self.saver = AtomicSaver(folder, args, decreasing=session.falling_metric, max_history=options.checkpoint_hist)
         if resumed is not None:
             self.saver.take_over(resumed)
@@ -142,9 +147,14 @@ class Trainer:
         names = names_by_index(session.data.class_names)
         return {**training_state(session.task, session.optimizer, session.scaler), EXACT_KEY: exact, KEY: names}
 
+    def _require_folder(self) -> None:
+        if self.folder is not None:
+            self.folder.require()
+
     def _save_recovery(self, epoch: int, position: Position | None = None) -> None:
         """Write a checkpoint that the ranking knows nothing of."""
         self._check_weights()
+        self._require_folder()
         content = self._content(position)
         if self.saver is not None:
             # Counted in batches: a stream may end before the updates that it announced. None of the next epoch: all.
@@ -160,6 +170,7 @@ class Trainer:
             self._save_recovery(epoch)
             return
         content = self._content()
+        self._require_folder()
         if self.saver is not None:
             with self.saver.holding(content):
                 self.saver.save_checkpoint(epoch, metric=metric)
@@ -197,6 +208,10 @@ class Trainer:
         """
         session = self.session
         last_epoch = min(session.num_epochs, session.options.stop_epoch or session.num_epochs)
+        if self.cursor.epoch >= last_epoch:
+            _logger.info(
+                "Already finished: %d of %d epochs are done. To go on, give more --epochs", last_epoch, last_epoch
+            )
         self._set_off()
         rows = []
         for epoch in range(self.cursor.epoch, last_epoch):
@@ -252,6 +267,7 @@ class Trainer:
         lr = self._lr()
         if session.scheduler is not None:
             session.scheduler.step(epoch + 1, metric)
+        self._require_folder()
         if self.journal is not None:
             updates = self.cursor.updates
             self.journal.epoch(epoch, train, val, lr, updates, listed=self._is_validated(epoch + 1, last_epoch))
@@ -296,9 +312,13 @@ class Trainer:
                 bar.advance()
                 self._after_batch(images, num_batches, pace)
         if cursor.batch < num_batches:
-            unused = cursor.batch % options.grad_accum_steps
-            lost = f"; the last {unused} made no update: give fewer --workers, or exact lengths" if unused else ""
-            _logger.warning("The training data ended after %d of %d batches%s", cursor.batch, num_batches, lost)
+            last = f"; its last update is of {self.step.waiting} instead of {options.grad_accum_steps}"
+            _logger.warning(
+                "The training data ended after %d of %d batches%s: give fewer --workers, or exact lengths",
+                *(cursor.batch, num_batches, last if self.step.waiting else ""),
+            )
+        if options.grad_accum_steps > 1:
+            self.step.finish_group()
         self._synchronise_lookahead()
         self._check_weights()
         self._share_batch_norm()
@@ -339,6 +359,7 @@ class Trainer:
         if cursor.batch % options.grad_accum_steps and cursor.batch < num_batches:
             return
         if self.journal is not None and self.step.fp8_rows:
+            self._require_folder()
             append_rows(self.journal.health, self.step.fp8_rows)
         if cursor.batch == num_batches:
             return
@@ -394,6 +415,7 @@ class Trainer:
         from torchvision.utils import save_image  # type: ignore[import-untyped]
 
         assert self.journal is not None
+        self._require_folder()
         name = f"train-batch-{self.cursor.epoch}-{self.cursor.batch}.jpg"
         path = self.journal.folder / name
         path.unlink(missing_ok=True)  # a link there would lead the picture elsewhere

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from timm.layers import DropPath, convert_splitbn_model, convert_sync_batchnorm,
 from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
-from tweo_timm.run.checkpoint_file import CheckpointFile, check_finite, load_weights, read
-from tweo_timm.run.model import check_image_size, suggest_model
+from tweo_timm.run.checkpoint_file import CheckpointFile, WeightsFilter, check_finite, load_weights, read
+from tweo_timm.run.model import check_image_size, suggest_model, without_classifier
 from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.options import TrainOptions, as_namespace
+from tweo_timm.train.pretrained import build_from_file
 
 _logger = logging.getLogger(__name__)
 
@@ -33,10 +35,10 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
     """
     if options.fast_norm:
         set_fast_norm()
-    model = _create(options)
+    model = create(options)
     if options.drop_path_rule == "constant":
         _drop_everywhere(model, float(options.drop_path or 0))
-    _initialise_head(model, options)
+    initialise_head(model, options)
     if options.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     if options.split_bn:
@@ -56,18 +58,39 @@ def build_model(options: TrainOptions, world: World) -> nn.Module:
     return model
 
 
-def _create(options: TrainOptions) -> nn.Module:
-    file = {"file": options.pretrained_path, "num_classes": -1} if options.pretrained_path else {}
-    overlay = {**file, **options.pretrained_cfg_overlay}
+def create(options: TrainOptions, headless: bool = False) -> nn.Module:
+    """Create timm's model with its initial weights.
+
+    Args:
+        options: the run's options.
+        headless: without a classifier and without regularization, for a frozen backbone; a classifier among the
+            weights is left out.
+
+    Raises:
+        ValueError: if timm does not know the model, or it does not accept the options or the weights.
+    """
     given = _file_of_weights(options)
+    build = functools.partial(_built, options, headless)
+    model = build() if given is None else build_from_file(given, build)
+    if given is not None:
+        check_finite(model, given.path)
+    if options.initial_checkpoint:
+        _load_initial(model, options, without_classifier if headless else None)
+    return model
+
+
+def _built(options: TrainOptions, headless: bool, file: Mapping[str, Any] | None = None) -> nn.Module:
+    """Let timm make the model; `file` says in its pretrained configuration which weights it begins with."""
+    weights = {**file, "num_classes": -1} if file is not None else {}
+    overlay = {**weights, **options.pretrained_cfg_overlay}
     try:
         arguments = resolve_model_input_args(
             options.model,
             vars(as_namespace(options)),
             pretrained=options.pretrained,
-            num_classes=options.num_classes,
-            drop_rate=options.drop,
-            drop_path_rate=options.drop_path,
+            num_classes=0 if headless else options.num_classes,
+            drop_rate=0.0 if headless else options.drop,
+            drop_path_rate=None if headless else options.drop_path,
             drop_block_rate=options.drop_block,
             global_pool=options.gp,
             bn_momentum=options.bn_momentum,
@@ -78,28 +101,23 @@ def _create(options: TrainOptions) -> nn.Module:
         model: nn.Module = create_model(**arguments)
     except Exception as error:  # whatever odd weights or an odd argument of an architecture lead to
         raise ValueError(_why_not(options, error)) from error
-    if given is not None:
-        given.check(given.weights, model.state_dict())
-        check_finite(model, given.path)
-    if options.initial_checkpoint:
-        _load_initial(model, options)
     return model
 
 
 def _drop_everywhere(model: nn.Module, rate: float) -> None:
     """Give every drop path of the model the same rate; timm's grow with the depth, and the first is none at all."""
     names = ("drop_path", "drop_path1", "drop_path2")
-    places = [(module, name) for module in model.modules() for name in names if hasattr(module, name)]
+    kinds = (DropPath, nn.Identity)
+    places = [(module, n) for module in model.modules() for n in names if isinstance(getattr(module, n, None), kinds)]
     if not places:
         raise ValueError("--drop-path-rule constant: this model has no drop path; leave it out")
     for module, name in places:
-        assert isinstance(getattr(module, name), (DropPath, nn.Identity, type(None))), name
         setattr(module, name, DropPath(rate))
 
 
-def _load_initial(model: nn.Module, options: TrainOptions) -> None:
+def _load_initial(model: nn.Module, options: TrainOptions, filter_fn: WeightsFilter | None) -> None:
     try:
-        load_weights(model, Path(options.initial_checkpoint))
+        load_weights(model, Path(options.initial_checkpoint), filter_fn=filter_fn)
     except RuntimeError as error:
         raise ValueError(_why_not(options, error)) from error
 
@@ -122,20 +140,23 @@ def _why_not(options: TrainOptions, error: Exception) -> str:
     if options.pretrained and isinstance(error, OSError):
         return f"--pretrained: no weights of {options.model} to be had; give --pretrained-path FILE. {text[:400]}"
     if "state_dict" in text or "size mismatch" in text:
-        return f"the weights in {weights} do not fit {options.model}: {text[:400]}{_how_to_resize(options, text)}"
+        reason = " ".join(text.split())[:300]
+        return f"the weights in {weights} do not fit {options.model}: {reason}{_how_to_adapt(options)}"
     if "Conflicting input" in text:
         return f"{text} To let --img-size and --input-size decide, leave img_size out of --model-kwargs"
     return f"{options.model} does not accept these options (--model-kwargs {options.model_kwargs}): {text[:400]}"
 
 
-def _how_to_resize(options: TrainOptions, text: str) -> str:
-    if "pos_embed" not in text or not options.initial_checkpoint:
+def _how_to_adapt(options: TrainOptions) -> str:
+    if not options.initial_checkpoint:
         return ""
-    instead = f"--pretrained --pretrained-path {options.initial_checkpoint}"
-    return f". {instead} would resize them for images of another size"
+    return (
+        f". --pretrained --pretrained-path {options.initial_checkpoint} adapts them: other classes get a new head, "
+        "images of another size resized embeddings"
+    )
 
 
-def _initialise_head(model: Any, options: TrainOptions) -> None:
+def initialise_head(model: Any, options: TrainOptions) -> None:
     """Scale the head's weights and set its bias, as --head-init-scale and --head-init-bias say."""
     if options.head_init_scale is None and options.head_init_bias is None:
         return

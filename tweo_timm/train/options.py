@@ -15,6 +15,7 @@ from typing import Any
 
 from tweo_timm.run.flags import CommandLine, as_namespace, freeze, option_table
 from tweo_timm.run.recipe import naming, require_switches, resolve
+from tweo_timm.run.rules import option_name
 from tweo_timm.settings import Decides
 from tweo_timm.train.checks import check_train_options
 from tweo_timm.train.groups import TrainSettings
@@ -67,7 +68,16 @@ def parse_train_options(argv: Sequence[str] | None = None, prog: str = "train.py
     values, recipe = resolve(TrainOptions, given)
     require_switches(recipe, values)
     with naming(recipe, given):
-        return TrainOptions(**_dependent_defaults(values))
+        options = TrainOptions(**_dependent_defaults(values))
+    _refuse_idle_fp8(options, given)
+    return options
+
+
+def _refuse_idle_fp8(options: TrainOptions, given: Mapping[str, Any]) -> None:
+    """Refuse flags about FP8 where it is off. A file may hold them: by `--fp8 off` the command line overrules it."""
+    idle = [option_name(name) for name in given if name.startswith("fp8_")]
+    if idle and options.fp8 == "off":
+        raise ValueError(f"{', '.join(idle)} does nothing with --fp8 off; give --fp8 auto too, or leave it out")
 
 
 def _dependent_defaults(explicit: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class TrainStep:
     With --fp8-health-interval, `fp8_rows` holds the rows of the latest update; empty unless it was measured.
 
     A group holds `grad_accum_steps` micro-batches, the last group of an epoch what is left. Each is weighed by its
-    group's size, so that the update is that of the one large batch.
+    group's size, so that the update is that of the one large batch. A group that the data did not complete, because a
+    stream was shorter than announced, is weighed anew when it is known to be one: see `finish_group`.
 
     Args:
         session: the run.
@@ -57,6 +58,7 @@ class TrainStep:
         watched = session.fp8 is not None and interval > 0 and session.world.primary
         self._fp8_health = Fp8HealthMonitor(session.model) if watched else None
         self._fp8_ran = session.fp8 is None
+        self.waiting = 0  # micro-batches of this process that no update has used yet
         self.restored: CheckpointFile | None = None  # whose optimizer state was not used yet
 
     def __call__(self, images: Tensor, targets: Tensor) -> None:
@@ -85,6 +87,7 @@ class TrainStep:
             divisor = group_size / session.data.loss_scale(len(targets))
             self._backward(result["loss"] if divisor == 1 else result["loss"] / divisor, completes)
         self.meters.update(result, peaks, len(targets))
+        self.waiting += 1
         if session.tweo is not None and cursor.batch == self._num_batches // 2:
             self.meters.grad_ratio = session.tweo.grad_ratio
         cursor.batch += 1
@@ -98,8 +101,37 @@ class TrainStep:
         """How many micro-batches the present group holds, and whether this one is its last."""
         accumulate = self.session.options.grad_accum_steps
         start = self.cursor.batch - self.cursor.batch % accumulate
-        size = min(accumulate, self._num_batches - start)
+        size = self._group_from(start)
         return size, self.cursor.batch + 1 == start + size
+
+    def _group_from(self, start: int) -> int:
+        return min(self.session.options.grad_accum_steps, self._num_batches - start)
+
+    def finish_group(self) -> None:
+        """Update by the micro-batches of a group that the data did not complete, if there are any. A collective.
+
+        The processes agree on how many there are in all: each of these weighs the same, as in any other update.
+        """
+        world = self.session.world
+        total = sum(world.gather(self.waiting))
+        if total == 0:
+            return
+        self._weigh_anew(total / world.size)
+        self._backward(torch.zeros((), device=world.device, requires_grad=True), completes=True)  # adds no gradient
+        self._after_update()
+
+    def _weigh_anew(self, number: float) -> None:
+        """Make the gradients those of a group of so many micro-batches, on average over the processes."""
+        world, planned = self.session.world, self._group_from(self.cursor.batch - self.waiting)
+        apart = world.distributed and not self.session.options.fsdp  # DDP exchanges the gradients of whole groups alone
+        for parameter in (one for group in self.session.optimizer.param_groups for one in group["params"]):
+            if not self.waiting:  # here, but for other processes
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                continue
+            if apart:
+                torch.distributed.all_reduce(parameter.grad)
+            parameter.grad = parameter.grad * (planned / number / (world.size if apart else 1))
 
     def _recording(self) -> contextlib.AbstractContextManager[Any]:
         recorder = self.meters.recorder
@@ -127,8 +159,11 @@ class TrainStep:
             )
             return
         loss.backward(create_graph=self._second_order)  # type: ignore[no-untyped-call]
-        if not completes:
-            return
+        if completes:
+            self._update()
+
+    def _update(self) -> None:
+        session, options = self.session, self.session.options
         self.health.note_gradients(self.cursor.updates)
         self._check()
         if options.clip_grad is not None:
@@ -147,6 +182,7 @@ class TrainStep:
     def _after_update(self) -> None:
         session, cursor = self.session, self.cursor
         session.optimizer.zero_grad()
+        self.waiting = 0
         if self._fp8_health is not None:
             self.fp8_rows = list(self._fp8_health.rows(cursor.epoch, cursor.updates))
         cursor.updates += 1

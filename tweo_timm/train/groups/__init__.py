@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tweo_timm.config import TweoOptions
 from tweo_timm.fp8.recipe import Fp8Options
 from tweo_timm.run.options import ConfigOptions
+from tweo_timm.side.config import SideOptions
 from tweo_timm.train.groups.data import AugmentOptions, DatasetOptions, ImageSizeOptions, NaflexOptions
 from tweo_timm.train.groups.model import DeviceOptions, EmaOptions, ModelOptions, NormOptions
 from tweo_timm.train.groups.optimizer import DistillationOptions, LossOptions, OptimizerOptions, ScheduleOptions
@@ -18,6 +19,7 @@ class TrainSettings(
     ConfigOptions,
     TweoOptions,
     Fp8Options,
+    SideOptions,
     DatasetOptions,
     ModelOptions,
     DeviceOptions,

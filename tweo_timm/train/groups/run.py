@@ -52,3 +52,18 @@ class RunOptions:
     wandb_tags: list[str] = flag([], "Its tags.")
     wandb_resume_id: str = flag("", "Its run to continue.", decides=Decides.PROCESS)
     tensorboard: bool = flag(False, "Write TensorBoard events.")
+    sweep_locks: list[str] = flag(
+        [],
+        "Given by timm's sweep.py: lock files to hold while training.",
+        metavar="FILE",
+        recorded=False,
+        decides=Decides.PROCESS,
+    )
+    sweep_attempt: list[str] | None = flag(
+        None,
+        "Given by timm's sweep.py: file that names the live attempt, and this one.",
+        nargs=2,
+        metavar="WORD",
+        recorded=False,
+        decides=Decides.PROCESS,
+    )

@@ -1,0 +1,99 @@
+"""The frozen backbone: which it is, and what it computes in.
+
+Weights are named by a fingerprint of their values, not by a path. A quantized backbone is the float one, the scheme and
+the calibration images: these three name it, so that it can be made again where a network is validated.
+
+Refused: whatever `quantize_static` refuses. A backbone that is to be rotated gets a head that returns its features,
+which a rotation needs, and which no side network reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tweo_timm.quant.scheme import Scheme
+from tweo_timm.quant.static import quantize_static
+from tweo_timm.rewrite.head import add_feature_head
+from tweo_timm.side.config import PRECISIONS
+
+CALIBRATION_BATCH = 32
+"""Images in a calibration batch, wherever a backbone is quantized."""
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 hexadecimal digits of the names, types, shapes and values of some tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def prepare(
+    backbone: nn.Module,
+    arch: str,
+    precision: str,
+    calibration: Callable[[], Sequence[Tensor]],
+    seed: int,
+    blocks: str | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Bring a float backbone into its precision.
+
+    Args:
+        backbone: without a head, with its weights; on its device.
+        arch: timm's name of it.
+        precision: "float32", "bfloat16", or a scheme of `quantize_static`.
+        calibration: makes the calibration batches (B, C, H, W); called for schemes only.
+        seed: by which they were chosen.
+        blocks: regular expression naming the transformer blocks by hand.
+
+    Returns:
+        The backbone, and what names it: arch, fingerprint, precision and, for schemes, the calibration's images, seed
+        and fingerprint.
+
+    Raises:
+        ValueError: it cannot be quantized in this way.
+    """
+    record: dict[str, Any] = {
+        "arch": arch,
+        "fingerprint": fingerprint(backbone.state_dict()),
+        "precision": precision,
+        "calibration": None,
+    }
+    if precision == "bfloat16":
+        backbone.to(torch.bfloat16)
+    elif precision not in PRECISIONS:
+        scheme, batches = Scheme.parse(precision), list(calibration())
+        images = {str(index): batch for index, batch in enumerate(batches)}
+        count = sum(len(batch) for batch in batches)
+        record["calibration"] = {"images": count, "seed": seed, "fingerprint": fingerprint(images)}
+        try:
+            if scheme.rotation:
+                add_feature_head(backbone)
+            backbone = quantize_static(backbone, batches, scheme, blocks)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"a backbone in {precision} is not possible for {arch}: {error}") from error
+    return backbone, record
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Say in what two descriptions of a network or a backbone differ: 'arch a, not b; ...'; empty if in nothing."""
+    names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    parts = []
+    for name in names:
+        one, other = mine.get(name), theirs.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            parts.append(differences(one, other))
+        else:
+            parts.append(f"{name} {_shown(one)}, not {_shown(other)}")
+    return "; ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,86 @@
+"""MIET: a large frozen model sends the sum of its streams, and a small network at the edge learns from that alone.
+
+    s = z_0 + ... + z_m,   logits = head(module_T(... module_1(s)))
+
+`features` is what the large model computes, `logits` what the edge does; `message_bytes` is what travels in between.
+Source: arXiv:2406.17559 (its third version calls it MIST, CVPR 2025). Not public there, and ours: the small network,
+which is the low-rank attention of LAST, the head, and the defaults.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tweo_timm.side.config import SideConfig
+from tweo_timm.side.head import Head
+from tweo_timm.side.network import SideNetwork
+
+
+class Miet(SideNetwork):
+    """MIET (arXiv:2406.17559) on a frozen backbone; the defaults are ours, the paper's are not public.
+
+    Args:
+        backbone: any model whose transformer blocks return streams of one shape. It is frozen in place.
+        num_classes: classes.
+        rank: of queries, keys and values.
+        gap: blocks of the backbone between two streams that are added up.
+        modules_per_block: low-rank attention modules in all.
+        num_heads: attention heads, which share the rank.
+        drop: dropout before the classifier.
+        drop_path: stochastic depth of the attention modules.
+        blocks: regular expression naming the backbone's blocks by hand; None finds them by structure.
+
+    Attributes:
+        edge: the attention modules.
+
+    Raises:
+        ValueError: the settings are out of range, or do not fit the backbone.
+    """
+
+    name = "miet"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rank: int = SideConfig.rank,
+        gap: int = SideConfig.gap,
+        modules_per_block: int = SideConfig.modules_per_block,
+        num_heads: int = SideConfig.num_heads,
+        drop: float = SideConfig.drop,
+        drop_path: float = SideConfig.drop_path,
+        blocks: str | None = None,
+    ) -> None:
+        config = SideConfig(rank, gap, modules_per_block, num_heads, drop, drop_path)
+        super().__init__(backbone, num_classes, config, blocks, summed=True)
+        self.edge = nn.Sequential(*self._modules_of(modules_per_block))
+        self.head = Head(backbone, self.reading.dim, num_classes, drop)
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Return the edge's tokens (B, N, C) of the sum (B, 1, N, C)."""
+        tokens: Tensor = self.edge(features[:, 0])
+        return tokens
+
+    def message_bytes(self, bits: int) -> int:
+        """Return the bytes of one image's message at 16 bits, or at 8 with one float32 scale."""
+        _, tokens, dim = self.feature_shape
+        return tokens * dim * bits // 8 + (4 if bits == 8 else 0)
+
+
+def in_transit(message: Tensor, bits: int) -> Tensor:
+    """Return messages as they arrive when they were sent in few bits.
+
+    Args:
+        message: (B, 1, N, C).
+        bits: 16 (float16), or 8: integers within +-127, one scale an image.
+
+    Raises:
+        ValueError: another number of bits.
+    """
+    if bits == 16:
+        return message.half().to(message.dtype)
+    if bits != 8:
+        raise ValueError(f"bits is {bits}; messages are sent in 16 or 8")
+    step = message.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30) / 127
+    return torch.round(message / step) * step
