@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.run.limits import two_seconds
 from tweo_timm.evaluate.cli import main
+from tweo_timm.evaluate.plots import PICTURES
 from tweo_timm.evaluate.probe import PROBES
 from tweo_timm.evaluate.stored import read_reports
 
@@ -151,7 +152,7 @@ def test_every_field_with_each_of_some_values(name, report, tmp_path, capsys):
 
 def test_the_whole_report_is_compared_with_pictures(report, tmp_path, capsys):
     assert check(report, ("command",), "validate.py", tmp_path, capsys, pictures=True) == (0, "")
-    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(PICTURES)
 
 
 @pytest.mark.parametrize("name", PROBES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.evaluate.record import LONG, SIZE, Statistics
+from tweo_timm.evaluate.record import LONG, PERCENT, SIZE, Statistics
 from tweo_timm.records import Fields
 from tweo_timm.schema import Declared, entry
 from tweo_timm.settings import AT_LEAST_0
@@ -31,10 +31,22 @@ class BlockVerdict(Declared):
 
 
 @dataclass(kw_only=True)
+class ArmBlock(Declared):
+    """One block in one arm of the stethoscope; means are over images."""
+
+    name: str = entry("the block")
+    avg_max: float | None = entry("mean of the largest value", default=None)
+    avg_min: float | None = entry("mean of the smallest value", default=None)
+    mean_abs: float | None = entry("mean \\|A\\|", default=None)
+    mean_peak: float | None = entry("mean of the largest magnitude", default=None)
+    peak_abs: float | None = entry("the largest magnitude of any image", default=None)
+
+
+@dataclass(kw_only=True)
 class StethoscopeAnswer(Declared):
     """Do outliers come from the data?"""
 
-    arms: dict[str, Any] = entry(
+    arms: dict[str, list[ArmBlock]] = entry(
         "trained and random weights on real, random and constant images: a row per block", default={}
     )
     verdicts: list[BlockVerdict] = entry("a row per block", some=True)
@@ -81,6 +93,17 @@ class ColinearityAnswer(Declared):
         for name in ("w_dot_u", "v_dot_x"):
             if len(getattr(self, name)) != length:
                 source.refuse(name, getattr(self, name), f"as long as singular_values, {length}")
+
+
+@dataclass(kw_only=True)
+class Zeroed(Declared):
+    """The model without K elements of each block's output: the K largest, and any K as a control."""
+
+    k: float = entry("elements per image; below 1 a share of them; 0 is the model as it is", AT_LEAST_0)
+    score: float | None = entry("Top-1 (or mAP) without the largest, percent", PERCENT)
+    loss: float | None = entry("loss without the largest", SIZE)
+    random_score: float | None = entry("Top-1 (or mAP) without as many at random, percent", PERCENT)
+    random_loss: float | None = entry("loss without as many at random", SIZE)
 
 
 @dataclass(kw_only=True)

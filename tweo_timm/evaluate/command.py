@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def validate(options: ValidateOptions, call: Call) -> int:
     with joined(options.device) as world:
         status = _measured(options, world, records, call)
     if records and world.primary:
-        _report(records, _groups_of(find_sources(options), options), options, call)
+        _report(records, _groups_of(options), options, call)
     return status
 
 
@@ -88,10 +87,9 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
     Returns:
         The exit status: 1 if a checkpoint or a scheme failed, or an exported file is wrong.
     """
-    find, load = (find_files, load_file) if options.onnx else (find_sources, load_subject)
-    status, sources = 0, find(options)
-    _groups_of(sources, options)
-    for source in sources:
+    status, load = 0, load_file if options.onnx else load_subject
+    _groups_of(options)
+    for source in _sources(options):
         random_seed(options.seed, 0)
         try:
             subject = load(source, options, world.device)
@@ -112,8 +110,13 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
     return status
 
 
-def _groups_of(sources: Sequence[Source], options: ValidateOptions) -> dict[str, list[str]]:
-    return read_groups(options.group, {source.name: str(source.path) for source in sources})
+def _sources(options: ValidateOptions) -> list[Source]:
+    return find_files(options) if options.onnx else find_sources(options)
+
+
+def _groups_of(options: ValidateOptions) -> dict[str, list[str]]:
+    """The runs of each group by name, before any is measured and afterwards."""
+    return read_groups(options.group, {source.name: str(source.path) for source in _sources(options)})
 
 
 def _with_retry(subject: Subject, world: World) -> Record:

@@ -71,7 +71,8 @@ def measure(subject: Subject, world: World) -> Record:
     if options.export:
         artefact = Artefact(FLOAT, subject.preprocessing, names, arch=subject.arch)
         record = replace(record, **_exported(subject, None, images, whole, artefact))
-    float_file = _onnx_path(subject, FLOAT) if record.exported else None
+    rival = record.exported is not None and options.export_dtype == FLOAT
+    float_file = _onnx_path(subject, None, FLOAT) if rival else None
     for scheme in options.quantize:
         try:
             record.quantized.append(_quantized(subject, scheme, images, samples, world, names, float_file))
@@ -238,7 +239,7 @@ def _exported(
     Returns:
         The field `exported` of `Scored`, or `not_exported`: what is measured already is not lost over it.
     """
-    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, artefact.scheme)
+    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, quantized, artefact.scheme)
     if scored.not_finite or scored.unscored:
         return {"not_exported": f"{what}: {scored.unscored or 'its logits are not finite'}"}
     try:
@@ -250,6 +251,7 @@ def _exported(
             path,
             float_file=float_file,
             input_dtype=subject.options.export_input,
+            dtype=subject.options.export_dtype,
             artefact=artefact,
         )
     except (RuntimeError, ValueError, OSError) as error:
@@ -263,8 +265,10 @@ def _placed(subject: Subject, images: Images) -> Iterator[tuple[Tensor, Tensor]]
     return ((place(batch, subject.options, device), targets.to(device)) for batch, targets in images.loader)
 
 
-def _onnx_path(subject: Subject, scheme: str) -> Path:
-    """Beside the report, or else beside the checkpoint."""
+def _onnx_path(subject: Subject, quantized: nn.Module | None, scheme: str) -> Path:
+    """Beside the report, or else beside the checkpoint, named by scheme and, of floats, precision."""
+    if subject.options.export_dtype == "float16":
+        scheme = "fp16" if quantized is None else f"{scheme}.fp16"
     beside = subject.path.parent if subject.path is not None else Path()
     folder = Path(subject.options.report) if subject.options.report else beside
     return folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"

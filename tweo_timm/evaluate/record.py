@@ -113,6 +113,9 @@ class OnnxFile(Declared):
         "how far its logits are from the quantized model's, over how far quantization moved those (null: float)",
         SIZE,
     )
+    damage_ratio: float | None = entry(
+        "how far its logits are from the float model's, over the same (null: float)", SIZE, default=None, optional=True
+    )
     fault: str | None = entry("what is wrong with it; null if it is right", LONG, default="", optional=True)
     nodes: Nodes = entry("which nodes run in int8")
 
@@ -124,6 +127,8 @@ class LatencyRow(Declared):
     file: str = entry("float32 ONNX, dynamic int8 ONNX, or a target")
     median_ms: float = entry("of a run, over rounds", SIZE)
     min_ms: float = entry("of a run, over rounds", SIZE)
+    p99_ms: float | None = entry("of a run, over rounds: 99 % of runs are faster", SIZE, default=None, optional=True)
+    size_mb: float | None = entry("megabytes of the file", SIZE, default=None, optional=True)
     images_per_s: float = entry("at the median", SIZE)
     ratio: float = entry("speed where float32 is 1", SIZE)
 

@@ -26,7 +26,7 @@ from tweo_timm.evaluate.columns import columns_of, formatted
 from tweo_timm.evaluate.compare import SCHEMA, Difference, compare, schemes_of
 from tweo_timm.evaluate.groups import Group, describe_groups, group_runs
 from tweo_timm.evaluate.markdown import fields_table, markdown_table, number
-from tweo_timm.evaluate.plots import draw_all
+from tweo_timm.evaluate.plots import Drawn, draw_all
 from tweo_timm.evaluate.probe import described
 from tweo_timm.evaluate.record import Exported, Latency, Quantized, Record, Scored
 from tweo_timm.evaluate.verdict import Verdict, verdict
@@ -146,7 +146,7 @@ def _print_rows(rows: Sequence[dict[str, str]]) -> None:
     console.print(table)
 
 
-def _markdown(report: Report, pictures: Sequence[Path]) -> str:
+def _markdown(report: Report, pictures: Sequence[Drawn]) -> str:
     records = report.checkpoints
     data = records[0].data
     made = ", ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -162,7 +162,8 @@ def _markdown(report: Report, pictures: Sequence[Path]) -> str:
         "`peak` over the images above.",
     ]
     parts += describe_groups(report.groups, records[0].title) or _differences(report)
-    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
+    for drawn in pictures:
+        parts += [f"![{drawn.path.stem.replace('_', ' ')}]({drawn.path.name})", f"*{markdown(drawn.caption)}*"]
     parts += [_details(record) for record in records]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -278,10 +279,13 @@ def _latency_rows(timed: Sequence[tuple[Exported, Latency]]) -> list[dict[str, s
         {
             "scheme": str(export.scheme),
             "batch": str(times.batch),
+            "threads": str(times.threads),
             "rounds": str(times.rounds),
             "file": row.file + (" (wrong)" if row.file in export.wrong_targets() else ""),
             "median ms": f"{row.median_ms:.2f}",
             "min ms": f"{row.min_ms:.2f}",
+            "p99 ms": formatted(row.p99_ms, "{:.2f}"),
+            "MB": formatted(row.size_mb, "{:.3g}"),
             "images/s": f"{row.images_per_s:.1f}",
             "speed, float32 = 1": f"{row.ratio:.2f}",
         }

@@ -8,7 +8,6 @@ is said. Nothing here is about another training with another seed: see groups.py
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -176,13 +175,13 @@ def _speed(record: Record, scheme: str) -> str:
 
 def _next(best: Record, schemes: Sequence[SchemeVerdict]) -> str:
     """The one thing to do."""
-    safe = sorted((found for found in schemes if found.judged == "safe"), key=lambda found: _cost(best, found.scheme))
+    safe = [found for found in schemes if found.judged == "safe"]
     small = max(_peak(best), best.training_peak_abs or 0.0) <= TAU
     gain = f"nothing to gain from TWEO or a rotation, since peaks are below tau ({TAU:g})"
     if not schemes:
         step = "add --quantize w8a8-tt w8a8-tt+res to see what 8 bits cost"
     elif safe:
-        step = _deploy(best, safe[0].scheme)
+        step = _deploy(best, max(safe, key=lambda found: _gain(best, found.scheme)).scheme)
     elif undecided := [found for found in schemes if found.judged == "open" and found.images]:
         step = f"score about {min(found.images or 0 for found in undecided):,} images: {best.data.images} cannot tell"
     elif all(found.judged == "unknown" for found in schemes):
@@ -196,11 +195,10 @@ def _next(best: Record, schemes: Sequence[SchemeVerdict]) -> str:
     return f"{gain}; {step}." if small else f"{step}."
 
 
-def _cost(record: Record, scheme: str) -> tuple[float, float]:
-    """What to sort safe schemes by: the fastest measured first, then the fewest bits."""
+def _gain(record: Record, scheme: str) -> float:
+    """What safe schemes are chosen by: speed where it was measured; of those without, the first asked for."""
     fastest = _fastest(_export_of(record, scheme))
-    bits = re.match(r"w(\d+)a(\d+)", scheme)
-    return (-fastest[1] if fastest else 0.0, float(bits[1]) + float(bits[2]) if bits else math.inf)
+    return fastest[1] if fastest else 0.0
 
 
 def _deploy(record: Record, scheme: str) -> str:
