@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from tests.train.runs import (
     load,
     rows,
     same_tensors,
+    session_of,
     start_together,
     train,
     train_together,
@@ -31,6 +33,7 @@ from tests.train.runs import (
 )
 from tweo_timm.evaluate.cli import main as validate
 from tweo_timm.train.cli import main
+from tweo_timm.train.data import Data
 from tweo_timm.train.replay import ReplayLoader
 
 # The 56 training images are one update: the order in which processes see them does not matter. AdamW would turn the
@@ -94,6 +97,29 @@ def test_data_that_end_inside_a_group_make_the_update_of_what_there_was(
     assert found["exact"]["updates"] == 3
     for key, value in last(reference)["state_dict"].items():
         torch.testing.assert_close(found["state_dict"][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_of_processes_whose_data_end_apart_weigh_the_same(uneven, tmp_path, monkeypatch):
+    """Rank 0 has four micro-batches of a group of five, rank 1 three: the update is the mean over seven."""
+    original, seen = Data.batches, tmp_path / "seen"
+    seen.mkdir()
+
+    def shortened(self):
+        rank = int(os.environ["RANK"])
+        for number, batch in enumerate(itertools.islice(original(self), 4 - rank)):
+            torch.save(batch, seen / f"{rank}-{number}.pt")
+            yield batch
+
+    monkeypatch.setattr(Data, "batches", shortened)
+    monkeypatch.setattr(ReplayLoader, "__len__", lambda self: len(self.loader) + 1)
+    words = [*ONE_UPDATE, "-b", "7", "--grad-accum-steps", "5"]
+    assert train_together(command(uneven, tmp_path, *words)) == [0, 0]
+    session = session_of(uneven, tmp_path, *words)
+    batches = [torch.load(path) for path in sorted(seen.iterdir())]
+    assert len(batches) == 7
+    sum(session.task(*batch)["loss"] / 7 for batch in batches).backward()
+    expected = [parameter.grad.double() for group in session.optimizer.param_groups for parameter in group["params"]]
+    assert farthest(gradients(tmp_path / "run" / "last.pth.tar"), expected) < 1e-5
 
 
 @pytest.mark.parametrize("sharding", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
