@@ -217,8 +217,13 @@ def _quantized(
         **exported,
         calibration=build(Calibration, calibration),
         saturated=build(Saturation | None, saturated),
-        fidelity=build(Fidelity, plain(fidelity(subject.model, model, samples.diagnosis))),
+        fidelity=_fidelity(subject, model, samples, images),
     )
+
+
+def _fidelity(subject: Subject, model: nn.Module, samples: Samples, images: Images) -> Fidelity:
+    found = plain(fidelity(subject.model, model, samples.diagnosis))
+    return build(Fidelity, found if images.classes else found | {"top1_agreement": None})  # type: ignore[no-any-return]
 
 
 def _exported(
@@ -235,8 +240,8 @@ def _exported(
         The field `exported` of `Scored`, or `not_exported`: what is measured already is not lost over it.
     """
     what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, quantized, artefact.scheme)
-    if scored.not_finite:
-        return {"not_exported": f"{what}: its logits are not finite"}
+    if scored.not_finite or scored.unscored:
+        return {"not_exported": f"{what}: {scored.unscored or 'its logits are not finite'}"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = export_record(

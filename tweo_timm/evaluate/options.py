@@ -25,7 +25,7 @@ from tweo_timm.run.rules import (
     scripting,
     target_format,
 )
-from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
+from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 
@@ -161,6 +161,12 @@ class MeasurementOptions:
     colinearity_block: str | None = flag(None, "Block to examine; unset: the one with the peak.", metavar="NAME")
     colinearity_channel: int | None = flag(None, "Channel to examine; unset: that of the peak.", bounds=AT_LEAST_0)
     fp8_readiness: bool = flag(False, "What per-tensor FP8 would do to each tensor.")
+    zero_outliers: list[float] = flag(
+        [],
+        "Top-1 without the K largest elements of each block's output; below 1 a share of them, 0.001 say.",
+        bounds=ABOVE_0,
+        metavar="K",
+    )
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,9 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
         if options.export and getattr(options, dest):
             yield f"--export counts by the data's own labels; leave out {option_name(dest)}"
     yield from _of_onnx_files(options)
+    for k in options.zero_outliers:
+        if k >= 1 and k != int(k):
+            yield f"--zero-outliers {k:g} is no number of elements; give a whole one, or a share of them below 1"
     for dest in ("colinearity_block", "colinearity_channel"):
         if getattr(options, dest) is not None and not options.colinearity:
             yield f"{option_name(dest)} does nothing without --colinearity; add it"

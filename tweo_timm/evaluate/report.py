@@ -202,8 +202,8 @@ def _details(record: Record) -> str:
         parts.append(fields_table(record.blocks, keys))
     parts += [
         f"- {markdown(found.scheme)}: {record.title} {formatted(found.value(record.headline), '{:.2f} %')}, relative "
-        f"error of the logits {number(found.fidelity.relative_error)}, same first guess as in float for "
-        f"{100 * found.fidelity.top1_agreement:.1f} % of {found.fidelity.num_images} images"
+        f"error of the {'features' if found.unscored else 'logits'} {number(found.fidelity.relative_error)}"
+        f"{_agreement(found)}"
         for found in record.quantized
     ]
     parts += [f"- not measured: {markdown(one_line(reason))}" for reason in failures(record)]
@@ -212,6 +212,13 @@ def _details(record: Record) -> str:
         parts += [f"### {heading}", *([markdown(caption)] if caption else []), markdown_table(rows)]
     parts += described(record)
     return "\n\n".join(parts)
+
+
+def _agreement(found: Quantized) -> str:
+    share = found.fidelity.top1_agreement
+    if share is None:
+        return ""
+    return f", same first guess as in float for {100 * share:.1f} % of {found.fidelity.num_images} images"
 
 
 def failures(record: Record) -> list[str]:
