@@ -124,7 +124,8 @@ import tweo_timm
 after = [dict(vars(cls)) for cls in classes], timm.list_models(), list(logging.root.handlers), sys.gettrace()
 assert before == after
 loaded = {name.split(".")[0] for name in sys.modules}
-print(sorted(loaded & {"matplotlib", "transformer_engine", "onnx", "onnxruntime", "tensorboard", "rich"}))
+print(sorted(loaded & {"matplotlib", "transformer_engine", "onnx", "onnxruntime", "tensorboard", "rich",
+                       "lightning", "transformers"}))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
