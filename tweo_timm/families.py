@@ -106,6 +106,12 @@ class _Draft:
         if layer.bias is not None:
             self.stage.writers.append(Port(name, "bias", 0, "writes", scale=scale))
 
+    def norm_writes(self, name: str) -> None:
+        """Add a norm whose output begins the stream."""
+        for parameter in ("weight", "bias"):
+            if getattr(self.model.get_submodule(name), parameter, None) is not None:
+                self.stage.writers.append(Port(name, parameter, 0, "writes"))
+
     def reads(self, name: str, norm: str, shares: tuple[Share, ...] | None = None, copies: int = 1) -> None:
         """Add a Linear layer that reads the stream; unless told otherwise its bias takes constants."""
         layer = self._layer(name)
@@ -328,14 +334,18 @@ def _heads(draft: _Draft, model: Any, norm: str, names: Iterable[str]) -> None:
 
 def _swin(model: Any) -> Stream:
     """Swin: a stream for each stage; patch merging reads four tokens of one stage and begins the next."""
-    stages, undescribed = [], {}
+    stages: list[Stage] = []
+    scalable: list[Stage] = []
+    undescribed: dict[str, str] = {}
     for index, layer in enumerate(model.layers):
         name = f"layers.{index}"
-        if index == 0 and not isinstance(model.patch_embed.norm, nn.Identity):
-            undescribed[name] = f"patch_embed.norm begins this stage's stream: {_NORM_WRITES}"
-            continue
         draft = _Draft(model, name, layer.blocks[0].dim)
-        draft.writes(f"{name}.downsample.reduction" if index else "patch_embed.proj")
+        begun_by_norm = index == 0 and not isinstance(model.patch_embed.norm, nn.Identity)
+        if begun_by_norm:
+            undescribed[name] = f"patch_embed.norm begins this stage's stream: {_NORM_WRITES}"
+            draft.norm_writes("patch_embed.norm")
+        else:
+            draft.writes(f"{name}.downsample.reduction" if index else "patch_embed.proj")
         _blocks(draft, f"{name}.blocks", layer.blocks)
         if index + 1 < len(model.layers):
             merging = f"layers.{index + 1}.downsample"
@@ -343,10 +353,10 @@ def _swin(model: Any) -> Stream:
         else:
             _refuse_pooling(model.head.global_pool.pool_type)
             _heads(draft, model, "norm", ("head.fc",))
-        stages.append(draft.stage)
+        (scalable if begun_by_norm else stages).append(draft.stage)
     if not stages:
         raise Unsupported(f"the only stage cannot be rewritten: {undescribed['layers.0']}")
-    return Stream(stages, undescribed)
+    return Stream(stages, undescribed, scalable)
 
 
 def _post_norm_swin(model: Any) -> Stream:
@@ -390,7 +400,7 @@ def _refuse_shared(model: nn.Module, stream: Stream) -> None:
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    ports = {port.name for stage in stream.stages for port in stage.ports}
+    ports = {port.name for stage in (*stream.stages, *stream.scalable) for port in stage.ports}
     for names in places.values():
         if len(names) > 1 and ports & set(names):
             raise Unsupported(f"{' and '.join(names)} are one tensor: give each its own before the model is rewritten")

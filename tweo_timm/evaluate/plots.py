@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from tweo_timm.evaluate.answers import ColinearityAnswer
 from tweo_timm.evaluate.compare import schemes_of
 from tweo_timm.evaluate.record import Record
+from tweo_timm.evaluate.survey_plot import draw_survey
 from tweo_timm.fp8.cast import E4M3
 from tweo_timm.media import picture
 from tweo_timm.outputs import Outputs
@@ -40,6 +41,7 @@ def draw_all(records: Sequence[Record], outputs: Outputs) -> list[Path]:
         ("histogram", _histogram),
         ("quantized", _quantized),
         ("colinearity", _colinearity),
+        ("survey", draw_survey),
     ):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)

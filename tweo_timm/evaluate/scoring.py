@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tweo_timm.evaluate.compare import packed
 from tweo_timm.evaluate.images import Images
+from tweo_timm.evaluate.neighbours import nearest_are_right
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.run.dataset import place
 from tweo_timm.run.passes import batches
@@ -56,12 +57,14 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     """Run a model over the split.
 
     Args:
-        model: takes (B, C, H, W) and returns logits (B, classes).
-        images: the split.
+        model: takes (B, C, H, W) and returns logits (B, classes), or features where it has no head.
+        images: the split; it remembers the features of the first model without a head that is scored on it.
         options: precision, label spaces and metrics.
         world: device and rank.
         label: for the progress line.
     """
+    if images.headless:
+        return _score_features(model, images, options, world, label)
     several = options.task == "multilabel"
     evaluator = (
         MultiLabelClassificationEvaluator(device=world.device, threshold=options.multilabel_threshold)
@@ -103,6 +106,29 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     if not sound.all():
         return Score(dict.fromkeys(metrics), correct, int((~sound).sum()))
     return Score(metrics, correct)
+
+
+def _score_features(
+    model: Callable[[Tensor], Any], images: Images, options: ValidateOptions, world: World, label: str
+) -> Score:
+    """Score a model without a head by nearest neighbours, among the features of the first one that is scored."""
+    seen: list[Tensor] = []
+    truths: list[Tensor] = []
+    with ProgressLine(label, len(images.loader), world.primary) as bar:
+        for batch, targets, real in batches(images.loader, lambda batch: place(batch, options, world.device)):
+            if real:
+                with _autocast(options, world):
+                    seen.append(model(batch).float())
+                truths.append(targets)
+                bar.advance()
+    features, truth = (_in_order(torch.cat(parts), world) for parts in (seen, truths))
+    if images.bank is None:
+        images.bank = features
+    right = nearest_are_right(features, truth, images.bank)
+    metrics: dict[str, float | None] = {"loss": None}
+    metrics |= {f"top{count}": 100 * float(found.double().mean()) for count, found in right.items()}
+    not_finite = int((~features.isfinite().all(-1)).sum())
+    return Score(dict.fromkeys(metrics) if not_finite else metrics, right[1], not_finite)
 
 
 def _autocast(options: ValidateOptions, world: World) -> contextlib.AbstractContextManager[Any]:
