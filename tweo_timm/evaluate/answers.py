@@ -31,10 +31,22 @@ class BlockVerdict(Declared):
 
 
 @dataclass(kw_only=True)
+class ArmBlock(Declared):
+    """One block in one arm of the stethoscope; means are over images."""
+
+    name: str = entry("the block")
+    avg_max: float | None = entry("mean of the largest value", default=None)
+    avg_min: float | None = entry("mean of the smallest value", default=None)
+    mean_abs: float | None = entry("mean \\|A\\|", default=None)
+    mean_peak: float | None = entry("mean of the largest magnitude", default=None)
+    peak_abs: float | None = entry("the largest magnitude of any image", default=None)
+
+
+@dataclass(kw_only=True)
 class StethoscopeAnswer(Declared):
     """Do outliers come from the data?"""
 
-    arms: dict[str, Any] = entry(
+    arms: dict[str, list[ArmBlock]] = entry(
         "trained and random weights on real, random and constant images: a row per block", default={}
     )
     verdicts: list[BlockVerdict] = entry("a row per block", some=True)
@@ -84,11 +96,35 @@ class ColinearityAnswer(Declared):
 
 
 @dataclass(kw_only=True)
+class Zeroed(Declared):
+    """The model without K elements of each block's output: the K largest, and any K as a control."""
+
+    k: float = entry("elements per image; below 1 a share of them; 0 is the model as it is", AT_LEAST_0)
+    score: float | None = entry("Top-1 (or mAP) without the largest, percent", PERCENT)
+    loss: float | None = entry("loss without the largest", SIZE)
+    random_score: float | None = entry("Top-1 (or mAP) without as many at random, percent", PERCENT)
+    random_loss: float | None = entry("loss without as many at random", SIZE)
+
+
+@dataclass(kw_only=True)
 class ReadinessAnswer(Declared):
     """What each Linear layer would meet in FP8; `layers` has shapes, amax, share above 448, cost of a jump."""
 
     verdict: str = entry("in one sentence", LONG)
     actions: list[str] = entry("what to do", LONG)
+
+
+@dataclass(kw_only=True)
+class SideAnswer(Declared):
+    """What a side network costs, beside its frozen backbone."""
+
+    side: str = entry("which kind")
+    settings: dict[str, int] = entry("size, by name", SIZE)
+    backbone: dict[str, Any] = entry("what it was trained beside: arch, fingerprint of the weights, precision")
+    trained_parameters: int = entry("of side network and classifier", AT_LEAST_0)
+    backbone_values: int = entry("parameters and buffers of the backbone", AT_LEAST_0)
+    seconds: float = entry("of the pass over the split, data included", SIZE)
+    peak_memory_mib: float = entry("the largest of the process, of the GPU where there is one", SIZE)
 
 
 @dataclass(kw_only=True)

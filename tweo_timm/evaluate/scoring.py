@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tweo_timm.evaluate.compare import packed
 from tweo_timm.evaluate.images import Images
-from tweo_timm.evaluate.neighbours import nearest_are_right
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.run.dataset import place
 from tweo_timm.run.passes import batches
@@ -22,6 +21,8 @@ from tweo_timm.run.progress import ProgressLine
 from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
+
+NO_CLASSES = "the model has no head, so there are no classes to score"
 
 
 @dataclass
@@ -35,11 +36,13 @@ class Score:
         correct: whether each image's first guess was right, in the dataset's order, bool (N,); with ReaL labels, of
             the images that have any; with several labels, whether all of them were right.
         not_finite: how many images have logits that are not finite.
+        unscored: why there is nothing to score; None where there is.
     """
 
     metrics: dict[str, float | None]
     correct: Tensor
     not_finite: int = 0
+    unscored: str | None = None
 
     @property
     def count(self) -> int:
@@ -48,8 +51,13 @@ class Score:
 
     def fields(self) -> dict[str, Any]:
         """The fields of `Scored` that it knows: the metrics, one bit per image, how many have no finite logits."""
-        correct = None if self.not_finite else packed(self.correct)
-        return {**self.metrics, "correct": correct, "not_finite": self.not_finite or None}
+        correct = None if self.not_finite or self.unscored else packed(self.correct)
+        return {
+            **self.metrics,
+            "correct": correct,
+            "not_finite": self.not_finite or None,
+            "unscored": self.unscored,
+        }
 
 
 @torch.inference_mode()
@@ -57,14 +65,12 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     """Run a model over the split.
 
     Args:
-        model: takes (B, C, H, W) and returns logits (B, classes), or features where it has no head.
-        images: the split; it remembers the features of the first model without a head that is scored on it.
+        model: takes (B, C, H, W) and returns logits (B, classes).
+        images: the split.
         options: precision, label spaces and metrics.
         world: device and rank.
         label: for the progress line.
     """
-    if images.headless:
-        return _score_features(model, images, options, world, label)
     several = options.task == "multilabel"
     evaluator = (
         MultiLabelClassificationEvaluator(device=world.device, threshold=options.multilabel_threshold)
@@ -85,19 +91,23 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
                 output = model(batch)
             logits = output[0] if isinstance(output, (tuple, list)) else output
             logits = logits.float() if keep is None else logits.float()[:, keep]
+            logits = logits if images.classes else logits.flatten(1)
             if real_labels is not None:
                 real_labels.add_result(logits)
             finite.append(logits.isfinite().all(-1))
-            evaluator.update(logits, targets)
+            if images.classes:
+                evaluator.update(logits, targets)
             guesses.append(logits.sigmoid() >= options.multilabel_threshold if several else logits.argmax(-1))
             truths.append(targets >= 0.5 if several else targets)
             bar.advance()
-            if number % options.log_freq == 0:
+            if images.classes and number % options.log_freq == 0:
                 running = "  ".join(f"{name} {value:.4g}" for name, value in evaluator.summary().items())
                 _logger.info("%s: [%4d/%d]  %s", label, number, len(images.loader), running)
-    metrics: dict[str, float | None] = dict(evaluator.compute(distributed=world.distributed))
     guess, truth, sound = (_in_order(torch.cat(parts), world) for parts in (guesses, truths, finite))
     correct = (guess == truth).view(len(guess), -1).all(-1)
+    if not images.classes:
+        return Score(dict.fromkeys(("loss", "top1", "top5")), correct, int((~sound).sum()), NO_CLASSES)
+    metrics: dict[str, float | None] = dict(evaluator.compute(distributed=world.distributed))
     if real_labels is not None:
         metrics |= {f"top{k}": real_labels.get_accuracy(k=k) for k in (1, 5)}
         correct = torch.tensor(real_labels.is_correct[1])
@@ -106,29 +116,6 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
     if not sound.all():
         return Score(dict.fromkeys(metrics), correct, int((~sound).sum()))
     return Score(metrics, correct)
-
-
-def _score_features(
-    model: Callable[[Tensor], Any], images: Images, options: ValidateOptions, world: World, label: str
-) -> Score:
-    """Score a model without a head by nearest neighbours, among the features of the first one that is scored."""
-    seen: list[Tensor] = []
-    truths: list[Tensor] = []
-    with ProgressLine(label, len(images.loader), world.primary) as bar:
-        for batch, targets, real in batches(images.loader, lambda batch: place(batch, options, world.device)):
-            if real:
-                with _autocast(options, world):
-                    seen.append(model(batch).float())
-                truths.append(targets)
-                bar.advance()
-    features, truth = (_in_order(torch.cat(parts), world) for parts in (seen, truths))
-    if images.bank is None:
-        images.bank = features
-    right = nearest_are_right(features, truth, images.bank)
-    metrics: dict[str, float | None] = {"loss": None}
-    metrics |= {f"top{count}": 100 * float(found.double().mean()) for count, found in right.items()}
-    not_finite = int((~features.isfinite().all(-1)).sum())
-    return Score(dict.fromkeys(metrics) if not_finite else metrics, right[1], not_finite)
 
 
 def _autocast(options: ValidateOptions, world: World) -> contextlib.AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tweo_timm.evaluate.answers import SurveyAnswer, SurveyRow
 from tweo_timm.evaluate.case import Case
 from tweo_timm.evaluate.markdown import markdown_table, number
+from tweo_timm.evaluate.neighbours import NearestNeighbours
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.scoring import score
 from tweo_timm.media import code, markdown
@@ -49,7 +50,7 @@ class Surveyed:
         bench = _bench(case)
         found = survey(bench)
         _logger.info("%s: %s", case.subject.name, found.verdict)
-        judged_by = "nearest neighbour" if case.images.headless else "logits"
+        judged_by = "nearest neighbour" if not case.images.classes else "logits"
         return {**found.to_json(), "judged_by": judged_by, **_exported(case, bench, found)}
 
     def describe(self, found: SurveyAnswer) -> list[str]:
@@ -117,12 +118,16 @@ def _where(row: SurveyRow) -> str:
 def _bench(case: Case) -> Bench:
     subject, options = case.subject, case.options
     model = copy.deepcopy(subject.model).eval()
-    if case.images.headless:
+    if not case.images.classes:
         with contextlib.suppress(ValueError):  # a model that cannot be described cannot be rotated: the survey says why
             add_feature_head(model)
     samples = list(torch.split(case.samples.diagnosis, _SAMPLES))
 
+    neighbours = NearestNeighbours(case.images, options, case.world)
+
     def judge(model: nn.Module, label: str) -> Outcome:
+        if not case.images.classes:
+            return neighbours(model)
         return score(model, case.images, options, case.world, f"{subject.name} {label}")
 
     return Bench(
@@ -133,7 +138,7 @@ def _bench(case: Case) -> Bench:
         others=_at_other_sizes(model, samples, options.survey_sizes),
         max_drop=options.max_drop,
         blocks=options.tweo_blocks,
-        features=case.images.headless,
+        features=not case.images.classes,
         seed=options.seed,
         say=lambda line: _logger.info("%s: %s", subject.name, line),
     )
