@@ -73,7 +73,11 @@ def _cache(options: Any) -> Iterator[str]:
     if not options.side_cache:
         if options.side_augmentations:
             yield f"--side-augmentations {options.side_augmentations} is about a cache: give --side-cache DIR too"
+        if options.side_grid:
+            yield "--side-grid trains from features that are computed once: give --side-cache DIR too"
         return
+    if options.side_grid and not options.experiment:
+        yield "--side-grid makes a folder for each combination: name theirs by --experiment NAME"
     if options.no_aug == bool(options.side_augmentations):
         yield (
             "--side-cache computes features once: give --no-aug for images as they are, or --side-augmentations N for "
