@@ -25,7 +25,7 @@ LAYERS = [
     ["task", "penalty", "upstream"],
     ["measurement"],
     ["outliers"],
-    ["tap", "blocks", "families", "stats", "loss", "balance", "fp8.*"],
+    ["tap", "blocks", "families", "prenorm", "draft", "stats", "loss", "balance", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.evaluate.record import LONG, SIZE, Statistics
+from tweo_timm.evaluate.record import LONG, PERCENT, SIZE, Statistics
 from tweo_timm.records import Fields
 from tweo_timm.schema import Declared, entry
 from tweo_timm.settings import AT_LEAST_0
@@ -93,6 +93,17 @@ class ColinearityAnswer(Declared):
         for name in ("w_dot_u", "v_dot_x"):
             if len(getattr(self, name)) != length:
                 source.refuse(name, getattr(self, name), f"as long as singular_values, {length}")
+
+
+@dataclass(kw_only=True)
+class Zeroed(Declared):
+    """The model without K elements of each block's output: the K largest, and any K as a control."""
+
+    k: float = entry("elements per image; below 1 a share of them; 0 is the model as it is", AT_LEAST_0)
+    score: float | None = entry("Top-1 (or mAP) without the largest, percent", PERCENT)
+    loss: float | None = entry("loss without the largest", SIZE)
+    random_score: float | None = entry("Top-1 (or mAP) without as many at random, percent", PERCENT)
+    random_loss: float | None = entry("loss without as many at random", SIZE)
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,7 @@ PROBES = {
     "colinearity": Entry("tweo_timm.evaluate.probes:Colinearity"),
     "fp8_readiness": Entry("tweo_timm.evaluate.probes:Readiness"),
     "side": Entry("tweo_timm.evaluate.side_cost:SideCost"),
+    "zero_outliers": Entry("tweo_timm.evaluate.probes:ZeroOutliers"),
     "sites": Entry("tweo_timm.evaluate.probes:Sites"),
 }
 """The `Probe` classes by name, which is the field of report.json for what they find, in the order of the report."""

@@ -118,7 +118,7 @@ class EpochMeters:
             "sums": torch.tensor(self._sums, dtype=torch.float64),
             "counts": list(self._counts),
             "peaks": self._peaks.cpu().clone(),
-            "grad_ratio": None if self.grad_ratio is None else float(self.grad_ratio),
+            "balance": self.balance(),
             "outliers": {name: _pack(stats.state()) for name, stats in recorded.items() if stats is not None},
         }
 
@@ -133,8 +133,9 @@ class EpochMeters:
         if not len(self._sums) == len(self._counts) == len(LOSSES) or state["peaks"].shape != self._peaks.shape:
             raise ValueError(f"sums of {len(self._sums)} losses and peaks of {len(state['peaks'])} blocks")
         self._peaks = state["peaks"].to(self._device, copy=True)
-        if state.get("grad_ratio") is not None:
-            self.grad_ratio = torch.tensor(float(state["grad_ratio"]), device=self._device)
+        balance = state.get("balance", {})
+        self.weight, ratio = balance.get("tweo_weight"), balance.get("tweo_grad_ratio")
+        self.grad_ratio = None if ratio is None else torch.tensor(float(ratio), device=self._device)
         if self.recorder is not None:
             for name, counted in state["outliers"].items():
                 if name not in self.recorder.stats:
