@@ -91,7 +91,7 @@ class SideOptions:
         [],
         "Train all combinations of these settings from one --side-cache, e.g. lr=1e-3,3e-3 rank=8,16.",
         metavar="NAME=VALUES",
-        decides=Decides.PROCESS,
+        decides=Decides.RECORDS,
     )
 
     def side_config(self, drop: float, drop_path: float) -> SideConfig:

@@ -89,6 +89,7 @@ def _cache(options: Any) -> Iterator[str]:
 
 
 def _useless(options: Any) -> Iterator[str]:
-    for item in flag_fields(SideOptions):
-        if item.name != "side" and getattr(options, item.name) != item.default:
+    unset = SideOptions()
+    for item in flag_fields(unset):
+        if item.name != "side" and getattr(options, item.name) != getattr(unset, item.name):
             yield f"{option_name(item.name)} does nothing without --side; add --side last, or leave it out"
