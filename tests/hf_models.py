@@ -36,7 +36,7 @@ MODELS = {
 def make(name, **kwargs):
     """A model in evaluation mode whose parameters are drawn again, so that gains, shifts and scales are not trivial."""
     transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install 'tweo-timm[transformers]'"
+        "transformers", reason="transformers is not installed: pip install '.[transformers]'"
     )
     cls, config, sizes, _ = MODELS[name]
     torch.manual_seed(0)

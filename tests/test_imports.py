@@ -18,18 +18,19 @@ LAYERS = [
     ["train", "evaluate", "repair"],
     ["run"],
     ["side"],
+    ["survey"],
     ["quant", "diagnose"],
     ["rewrite", "fp8.patch", "fp8.health", "fp8"],
     ["callbacks"],
     ["task", "penalty", "upstream"],
     ["measurement"],
     ["outliers"],
-    ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
+    ["tap", "blocks", "families", "prenorm", "draft", "stats", "loss", "balance", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
     ["settings", "photos", "records", "schema"],
-    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]

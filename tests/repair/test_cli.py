@@ -50,10 +50,12 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2 giant", "siglip", "distilled", "swin", "eva02", "dinov3", "cait"])
-def test_plain_timm_loads_the_output_and_it_computes_the_same(family, tmp_path):
+def test_plain_timm_loads_the_output_and_it_computes_the_same(family, tmp_path, caplog):
+    caplog.set_level("INFO")
     model = saved(family, tmp_path)
     out = tmp_path / "new" / "out.safetensors"
     assert main(arguments(family, tmp_path / "in.pth", out)) == 0
+    assert f"The folder of --output {out} is not there, and will be made" in caplog.text
     assert relative(model, rebuilt(family, out), make_images(family).float()) < 1e-5
     assert not torch.equal(load_file(out)["patch_embed.proj.weight"], model.patch_embed.proj.weight) or "swin" in family
     assert sorted(path.name for path in out.parent.iterdir()) == ["config.json", "out.md", "out.safetensors"]

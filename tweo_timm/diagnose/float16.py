@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from tweo_timm.flow import name_of, tensors_in
 from tweo_timm.layers import projections_called, sees_images
+from tweo_timm.modes import evaluating
 
 LARGEST = 65504.0
 """The largest number of float16."""
@@ -91,22 +92,18 @@ def float16_readings(model: nn.Module, batches: Iterable[Tensor]) -> Float16Read
     """Read what float16 would have to hold.
 
     Args:
-        model: a float model; run in evaluation mode and left in the mode it had.
+        model: a float model; run in evaluation mode, and every module keeps its own.
         batches: preprocessed images (B, C, H, W), of one size or of several; at least one.
 
     Raises:
         ValueError: without images.
     """
     bare, num_images = unwrap_model(model), 0
-    was_training, device = bare.training, next(bare.parameters()).device
-    with _Reader(bare) as reader, torch.no_grad(), projections_called(bare):
-        try:
-            bare.eval()
-            for images in batches:
-                num_images += len(images)
-                bare(images.to(device))
-        finally:
-            bare.train(was_training)
+    device = next(bare.parameters()).device
+    with evaluating(bare), _Reader(bare) as reader, torch.no_grad(), projections_called(bare):
+        for images in batches:
+            num_images += len(images)
+            bare(images.to(device))
     if not num_images:
         raise ValueError("float16 is read on at least one image")
     return reader.found()

@@ -134,6 +134,9 @@ class OutputOptions:
         "What exported files take: normalized images, or pixels (batch, H, W, C), normalized in the graph.",
         choices=("float32", "uint8"),
     )
+    export_dtype: str = flag(
+        "float32", "Precision of what stays float in exported files, scales included.", choices=("float32", "float16")
+    )
 
 
 @dataclass(frozen=True)
@@ -264,8 +267,9 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
 def _of_onnx_files(options: ValidateOptions) -> Iterator[str]:
     """What --onnx and --export do not allow of each other and of the rest."""
     default = {name: option.default for name, option in option_table(ValidateOptions).items()}
-    if options.export_input != "float32" and not options.export:
-        yield f"--export-input {options.export_input} does nothing without --export onnx; add it"
+    for dest in ("export_input", "export_dtype"):
+        if getattr(options, dest) != "float32" and not options.export:
+            yield f"{option_name(dest)} {getattr(options, dest)} does nothing without --export onnx; add it"
     if options.export and options.tf_preprocessing:
         yield "--export: a file cannot say that TensorFlow prepares its images; leave out --tf-preprocessing"
     if not options.onnx:

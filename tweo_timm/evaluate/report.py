@@ -204,8 +204,8 @@ def _details(record: Record) -> str:
         parts.append(fields_table(record.blocks, keys))
     parts += [
         f"- {markdown(found.scheme)}: {record.title} {formatted(found.value(record.headline), '{:.2f} %')}, relative "
-        f"error of the logits {number(found.fidelity.relative_error)}, same first guess as in float for "
-        f"{100 * found.fidelity.top1_agreement:.1f} % of {found.fidelity.num_images} images"
+        f"error of the {'features' if found.unscored else 'logits'} {number(found.fidelity.relative_error)}"
+        f"{_agreement(found)}"
         for found in record.quantized
     ]
     parts += [f"- not measured: {markdown(one_line(reason))}" for reason in failures(record)]
@@ -214,6 +214,13 @@ def _details(record: Record) -> str:
         parts += [f"### {heading}", *([markdown(caption)] if caption else []), markdown_table(rows)]
     parts += described(record)
     return "\n\n".join(parts)
+
+
+def _agreement(found: Quantized) -> str:
+    share = found.fidelity.top1_agreement
+    if share is None:
+        return ""
+    return f", same first guess as in float for {100 * share:.1f} % of {found.fidelity.num_images} images"
 
 
 def failures(record: Record) -> list[str]:
@@ -274,10 +281,13 @@ def _latency_rows(timed: Sequence[tuple[Exported, Latency]]) -> list[dict[str, s
         {
             "scheme": str(export.scheme),
             "batch": str(times.batch),
+            "threads": str(times.threads),
             "rounds": str(times.rounds),
             "file": row.file + (" (wrong)" if row.file in export.wrong_targets() else ""),
             "median ms": f"{row.median_ms:.2f}",
             "min ms": f"{row.min_ms:.2f}",
+            "p99 ms": formatted(row.p99_ms, "{:.2f}"),
+            "MB": formatted(row.size_mb, "{:.3g}"),
             "images/s": f"{row.images_per_s:.1f}",
             "speed, float32 = 1": f"{row.ratio:.2f}",
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ _logger = logging.getLogger(__name__)
 # What timm leaves out of --model all: pretrained weights named after other classes than ImageNet's 1000, or none.
 _NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
 _CHECKPOINTS = ("*.pth.tar", "*.pth", "*.safetensors")
+# File names that say nothing of what is in them: those of a run, and of a model's repository.
+_NAMELESS = re.compile(r"(last|checkpoint|recovery|milestone)([-.].*)?|model_best|model|pytorch_model|weights")
 
 
 @dataclass
@@ -135,12 +138,18 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
+def _stem(path: Path) -> str:
+    return re.sub(r"(\.pth)?\.(tar|pth|pt|bin|safetensors|npz|npy)$", "", path.name)
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Name each checkpoint by its folder, with as much of its file name and path as tells it from the others."""
-    names = [path.resolve().parent.name for path in paths]
+    """Name each checkpoint by its file, or by its folder where the file's name says nothing; by more if need be."""
+    folders = [path.resolve().parent.name for path in paths]
+    stems = [_stem(path) for path in paths]
+    pairs = list(zip(folders, stems, strict=True))
+    names = [folder if _NAMELESS.fullmatch(stem) else stem for folder, stem in pairs]
     if len(set(names)) < len(names):
-        stems = [path.name.split(".")[0] for path in paths]
-        names = [f"{name}/{stem}" for name, stem in zip(names, stems, strict=True)]
+        names = [f"{folder}/{stem}" for folder, stem in pairs]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     return names
@@ -310,7 +319,9 @@ def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_
     try:
         load_weights(model, path, use_ema, _without_split_statistics)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {arch}: {str(error)[:400]}") from error
+        reason = str(error)[:400].rstrip(". ")
+        headless = ". A model without a head takes --num-classes 0" if "Missing key" in reason else ""
+        raise ValueError(f"the weights in {path} do not fit {arch}: {reason}{headless}") from error
 
 
 def _without_split_statistics(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:

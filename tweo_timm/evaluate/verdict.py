@@ -51,7 +51,9 @@ def verdict(records: Sequence[Record]) -> Verdict:
     schemes = [judge(record, quantized) for record in records for quantized in record.quantized]
     best = _best(records)
     if best is None:
-        line = "No checkpoint can be scored: the logits of all of them are not finite."
+        reasons = [record.unscored for record in records if record.unscored]
+        why = reasons[0] if len(reasons) == len(records) else "the logits of all of them are not finite"
+        line = f"No checkpoint can be scored: {why}."
         return Verdict(lines=[line], schemes=schemes)
     own = [scheme for scheme in schemes if scheme.name == best.name]
     lines = [_which(best, records), _precision(best, own), f"Next: {_next(best, own)}"]

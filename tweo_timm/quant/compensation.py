@@ -10,7 +10,7 @@ the error there. `compensate` fits them in the order of execution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -19,34 +19,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tweo_timm.quant.quantizer import QuantizedLayer, along
-
-_CHUNK = 16
-"""Images turned into float64 at a time."""
+from tweo_timm.quant.twins import CHUNK
 
 
 @dataclass
 class Pair:
-    """What a layer or block gives in both models for all images, and which images are held out.
+    """What a layer or block gives in both models, and which images are held out.
 
     Attributes:
-        target: output of the float model.
-        got: output of the quantized model, in the same shape.
-        entered: what entered it in the quantized model.
+        read: takes numbers of images; returns what entered it in the quantized model, the output of the float model,
+            and the output of the quantized model, in the same shape. Each call computes them.
         held: (images,), which ones take no part in a fit.
         axis: of the channels.
     """
 
-    target: Tensor
-    got: Tensor
-    entered: Tensor
+    read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     held: Tensor
     axis: int
 
+    def first(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return entered, target and got of one image, channels last."""
+        entered, target, got = (x.movedim(self.axis, -1) for x in self.read(torch.tensor([0])))
+        return entered, target, got
+
     def chunks(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield entered, target and got of the chosen images as float64 (tokens, channels), a few images at a time."""
-        for index in torch.split(chosen.nonzero().flatten(), _CHUNK):
-            entered, target, got = (x[index].movedim(self.axis, -1) for x in (self.entered, self.target, self.got))
-            yield entered.flatten(0, -2).double(), target.flatten(0, -2).double(), got.flatten(0, -2).double()
+        for index in torch.split(chosen.nonzero().flatten(), CHUNK):
+            entered, target, got = (x.movedim(self.axis, -1).flatten(0, -2).double() for x in self.read(index))
+            yield entered, target, got
 
 
 @dataclass
@@ -160,8 +160,9 @@ class LinearCompensation(nn.Module):
     @classmethod
     def fit(cls, pair: Pair) -> tuple[nn.Module | None, Fit]:
         """Least squares of a block's error on its input, by the normal equations in float64."""
-        channels = pair.got.shape[pair.axis]
-        if pair.entered.movedim(pair.axis, -1).shape[:-1] != pair.got.movedim(pair.axis, -1).shape[:-1]:
+        entered, _, got = pair.first()
+        channels = got.shape[-1]
+        if entered.shape[:-1] != got.shape[:-1]:
             return None, Fit(0.0, 0, channels, "its input and output have different tokens")
         gram: Tensor | float = 0.0
         cross: Tensor | float = 0.0
@@ -199,11 +200,11 @@ class _ChannelSums:
     """Per channel, what the least squares of y on y_q needs, in float64."""
 
     def __init__(self, pair: Pair, chosen: Tensor) -> None:
-        self._sums = torch.zeros(5, pair.got.shape[pair.axis], dtype=torch.float64, device=pair.got.device)
+        self._sums: Tensor = torch.zeros(())
         self._count = 0
         for _, y, q in pair.chunks(chosen):
-            self._sums += torch.stack([y.sum(0), q.sum(0), (y * q).sum(0), q.square().sum(0), y.square().sum(0)])
-            self._count += len(y)
+            sums = torch.stack([y.sum(0), q.sum(0), (y * q).sum(0), q.square().sum(0), y.square().sum(0)])
+            self._sums, self._count = sums if self._count == 0 else self._sums + sums, self._count + len(y)
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """Return gain and shift of the least squares; gain 1 where y_q does not vary."""

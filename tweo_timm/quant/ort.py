@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tweo_timm import machine
+from tweo_timm.extras import installation
 
 try:
     import onnx
@@ -32,7 +33,7 @@ try:
     from onnxscript import rewriter
     from onnxscript.rewriter import pattern
 except ImportError as error:
-    raise ImportError(f"onnxruntime and its tools are missing ({error}): pip install 'tweo-timm[export]'") from error
+    raise ImportError(f"onnxruntime and its tools are missing ({error}): {installation('export')}") from error
 
 _MICROSOFT = "com.microsoft"
 _INT8 = {

@@ -35,6 +35,8 @@ def repair(options: RepairOptions, call: Call) -> int:
     if output.exists() and output.samefile(options.checkpoint):
         raise ValueError(f"--output {output} is the checkpoint itself: name another file")
     Outputs(output.parent).check("--output", output.name)
+    if not output.parent.exists():
+        _logger.info("The folder of --output %s is not there, and will be made", output)
     source = read_source(options)
     _say_what_is_taken(source.taken, source.dropped)
     source.model.to(_checked_device(options.device))
