@@ -74,7 +74,7 @@ def test_its_training_and_its_repair_say_what_they_begin_with_and_end_in_a_plain
 
 @pytest.mark.slow
 def test_its_four_commands_lead_from_own_images_to_checked_int8_files(tmp_path, monkeypatch):
-    prepare(tmp_path, {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}, (32, 30), 2, 6, monkeypatch)
+    prepare(tmp_path, {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}, (32, 30), 2, 12, monkeypatch)
     for words in commands():
         run(*words)
     original, mended = json.loads(Path("result/report.json").read_text())["checkpoints"]
