@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tweo_timm.quant.quantizer import QuantizedLayer, along
+from tweo_timm.wide import wide
 
 _CHUNK = 16
 """Images turned into float64 at a time."""
@@ -46,7 +47,7 @@ class Pair:
         """Yield entered, target and got of the chosen images as float64 (tokens, channels), a few images at a time."""
         for index in torch.split(chosen.nonzero().flatten(), _CHUNK):
             entered, target, got = (x[index].movedim(self.axis, -1) for x in (self.entered, self.target, self.got))
-            yield entered.flatten(0, -2).double(), target.flatten(0, -2).double(), got.flatten(0, -2).double()
+            yield wide(entered.flatten(0, -2)), wide(target.flatten(0, -2)), wide(got.flatten(0, -2))
 
 
 @dataclass
@@ -117,7 +118,7 @@ class ChannelAffine(nn.Module):
             return None, Fit(0.0, 0, len(keep), "no channel gains on held-out images")
         gain, shift = torch.where(keep, gain, one), torch.where(keep, shift, zero)
         explained = _share(before.sum(), held.error(gain, shift).sum())
-        return cls(gain, shift, pair.axis), Fit(explained, int(keep.sum()), len(keep))
+        return cls(gain, shift, pair.axis).to(pair.got.device), Fit(explained, int(keep.sum()), len(keep))
 
     def forward(self, entered: Tensor, output: Tensor) -> Tensor:
         """Return gain * output + shift in the output's dtype."""
@@ -176,7 +177,7 @@ class LinearCompensation(nn.Module):
             after = after + (y - y_q - x @ weight.T - bias).square().sum()
         if not after < before:
             return None, Fit(0.0, 0, channels, "the fit does not lower the error on held-out images")
-        return cls(weight, bias, pair.axis), Fit(_share(before, after), channels, channels)
+        return cls(weight, bias, pair.axis).to(pair.got.device), Fit(_share(before, after), channels, channels)
 
     def forward(self, entered: Tensor, output: Tensor) -> Tensor:
         """Return the compensated output, in its dtype."""
@@ -192,7 +193,7 @@ class _ChannelSums:
     """Per channel, what the least squares of y on y_q needs, in float64."""
 
     def __init__(self, pair: Pair, chosen: Tensor) -> None:
-        self._sums = torch.zeros(5, pair.got.shape[pair.axis], dtype=torch.float64, device=pair.got.device)
+        self._sums = wide(pair.got.new_zeros(5, pair.got.shape[pair.axis]))
         self._count = 0
         for _, y, q in pair.chunks(chosen):
             self._sums += torch.stack([y.sum(0), q.sum(0), (y * q).sum(0), q.square().sum(0), y.square().sum(0)])
