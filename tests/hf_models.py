@@ -36,7 +36,7 @@ MODELS = {
 def make(name, **kwargs):
     """A model in evaluation mode whose parameters are drawn again, so that gains, shifts and scales are not trivial."""
     transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install 'tweo-timm[transformers]'"
+        "transformers", reason="transformers is not installed: pip install '.[transformers]'"
     )
     cls, config, sizes, _ = MODELS[name]
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def make(name, **kwargs):
     return model
 
 
-def images(count=8, seed=1):
+def images(count=4, seed=1):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 

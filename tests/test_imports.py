@@ -18,18 +18,19 @@ LAYERS = [
     ["train", "evaluate", "repair"],
     ["run"],
     ["side"],
+    ["survey"],
     ["quant", "diagnose"],
     ["rewrite", "fp8.patch", "fp8.health", "fp8"],
     ["callbacks"],
     ["task", "penalty", "upstream"],
     ["measurement"],
     ["outliers"],
-    ["tap", "blocks", "families", "stats", "loss", "fp8.*"],
+    ["tap", "blocks", "families", "prenorm", "draft", "stats", "loss", "balance", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
-    ["fp8.cast", "fp8.recipe", "config", "side.config"],
+    ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
     ["settings", "photos", "records", "schema"],
-    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "needs", "wide"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras", "needs", "wide"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
@@ -124,7 +125,8 @@ import tweo_timm
 after = [dict(vars(cls)) for cls in classes], timm.list_models(), list(logging.root.handlers), sys.gettrace()
 assert before == after
 loaded = {name.split(".")[0] for name in set(sys.modules) - known}
-print(sorted(loaded & {"matplotlib", "transformer_engine", "onnx", "onnxruntime", "tensorboard", "rich"}))
+print(sorted(loaded & {"matplotlib", "transformer_engine", "onnx", "onnxruntime", "tensorboard", "rich",
+                       "lightning", "transformers"}))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -76,7 +76,7 @@ def test_a_session_is_told_to_be_exact_where_products_saturate_and_only_there(sa
 
 def test_without_the_extra_the_command_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'tweo-timm\[export\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install '\.\[export\]' in the clone"):
         machine.int8_saturates()
 
 

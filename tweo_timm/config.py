@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from tweo_timm.settings import (
     ABOVE_0,
@@ -24,6 +25,9 @@ from tweo_timm.settings import (
 
 SCHEDULES = ("constant", "cosine", "linear")
 REDUCTIONS = ("block", "element")
+AUTO = "auto"
+AUTO_BALANCE = 0.1
+"""The share of the task's gradient that `--tweo-weight auto` allows the penalty's."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class TweoConfig:
             the small last stages of a hierarchical model do not count eight times as much per element as the first.
         start: fraction of the training at which the weight begins to move.
         end: fraction of the training at which it has reached `end_weight`.
+        balance: r, above 0: the weight is lower where the penalty's gradient would be more than this share of the
+            task's (`tweo_timm.balance`); 0: the weight is what the schedule says. Not the paper's.
 
     Raises:
         ValueError: for a value out of range; the message names it and what is accepted.
@@ -56,6 +62,7 @@ class TweoConfig:
     reduction: str = setting("block", choices=REDUCTIONS)
     start: float = setting(0.0, FRACTION)
     end: float = setting(1.0, FRACTION)
+    balance: float = setting(0.0, AT_LEAST_0, hint="0: off; 0.1 under --tweo-weight auto")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -98,7 +105,9 @@ class TweoOptions:
 
     DECIDES = Decides.TRAINING
 
-    tweo_weight: float = flag(0.0, "Weight of the penalty; 0: off, the paper: 0.01.")
+    tweo_weight: float | Literal["auto"] = flag(
+        0.0, "Weight of the penalty; 0: off, the paper: 0.01, auto: less where it would pull harder than the task."
+    )
     tweo_tau: float = flag(TweoConfig.tau, "Magnitude above which activations cost.")
     tweo_power: float = flag(TweoConfig.power, "Power of the cost; above 1.")
     tweo_schedule: str = flag(TweoConfig.schedule, "Course of the weight over the run.", choices=SCHEDULES)
@@ -116,6 +125,11 @@ class TweoOptions:
     )
     stop_on_peak: float | None = flag(None, "Stop the run when an activation exceeds this magnitude.", bounds=ABOVE_0)
 
+    @property
+    def tweo_acts(self) -> bool:
+        """Whether the penalty has a weight at some time."""
+        return self.tweo_weight == AUTO or float(self.tweo_weight) > 0 or self.tweo_end_weight > 0
+
     def tweo_config(self) -> TweoConfig:
         """The settings of the penalty.
 
@@ -123,7 +137,10 @@ class TweoOptions:
             ValueError: for a value that is not accepted; the message names the flag.
         """
         names = ("weight", "tau", "power", "schedule", "end_weight", "reduction", "start", "end")
+        values = {name: getattr(self, f"tweo_{name}") for name in names}
+        if values["weight"] == AUTO:
+            values |= {"weight": TweoConfig.weight, "balance": AUTO_BALANCE}
         try:
-            return TweoConfig(**{name: getattr(self, f"tweo_{name}") for name in names})
+            return TweoConfig(**values)
         except SettingError as error:
             raise ValueError(error.spelled(f"--tweo-{error.name.replace('_', '-')}")) from error

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tweo_timm.extras import installation
+
 _CPUINFO = Path("/proc/cpuinfo")
 _INSTRUCTIONS = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "avx512_bf16", "amx_bf16"),
@@ -80,7 +82,7 @@ def int8_saturates() -> bool:
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
     except ImportError as error:
-        remedy = "pip install 'tweo-timm[export]'"
+        remedy = installation("export")
         raise RuntimeError(f"int8 products are tried in onnxruntime, which is missing ({error}): {remedy}") from error
 
     depth, width = 64, 32

@@ -39,12 +39,17 @@ class Tweo(Scheduled):
             for a ViT, class token included; None: all. It leaves out padding, or what a masked autoencoder hides.
 
     Raises:
-        ValueError: if the model has no transformer blocks.
+        ValueError: if the model has no transformer blocks, or the weight is to follow the task's gradient.
         RuntimeError: if the model checkpoints activations with reentrant checkpoints.
     """
 
     def __init__(self, model: nn.Module, config: TweoConfig | None = None, blocks: str | None = None) -> None:
         super().__init__(config if config is not None else TweoConfig())
+        if self.config.balance:
+            raise ValueError(
+                f"TweoConfig.balance is {self.config.balance:g}, and this penalty does not know the task's loss; leave "
+                "it out, or attach_tweo to a timm task"
+            )
         self._measurement = Measurement(model, self.config, blocks)
         self.block_names = self._measurement.names
         self.mask: Tensor | None = None

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tweo_timm.extras import installation
+
 TILE = 64
 CROP = 32
 MARKER = "photos.json"
@@ -76,7 +78,7 @@ def photographs() -> dict[str, Image.Image]:
         from sklearn.datasets import load_sample_image
     except ImportError as error:
         raise ValueError(
-            f"the photographs ship with scikit-image and scikit-learn ({error}): pip install 'tweo-timm[quickstart]'"
+            f"the photographs ship with scikit-image and scikit-learn ({error}): {installation('quickstart')}"
         ) from error
     found: dict[str, Image.Image] = {}
     for source, name in _SKIMAGE:

@@ -84,6 +84,8 @@ def shown(value: Any) -> str:
         except ValueError:  # Python refuses to write integers of thousands of digits
             return "an integer of thousands of digits"
         return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, (list, tuple, dict)) and not value:
+        return f"an empty {type(value).__name__}"
     return f"of type {type(value).__name__}"
 
 

@@ -129,7 +129,7 @@ def read_value(kind: Any, source: Fields, name: str, bounds: Bounds | None = Non
     if typing.get_origin(inner) is list:
         inside = source.inside(name)
         if some and not inside.mapping:
-            source.refuse(name, [], "a list of one entry at least")
+            source.refuse(name, [], "a list with one entry or more")
         return [read_value(typing.get_args(inner)[0], inside, key, bounds) for key in inside.mapping]
     if typing.get_origin(inner) is dict:
         inside = source.fields(name)

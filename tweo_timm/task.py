@@ -8,15 +8,19 @@ would get the wrong weight under distillation.) A bare model in another loop tak
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from tweo_timm.balance import Balance, Norms, gradient_norms
 from tweo_timm.config import TweoConfig
 from tweo_timm.measurement import Measurement, Scheduled
 
@@ -27,7 +31,8 @@ def attach_tweo(task: TrainingTask, config: TweoConfig, blocks: str | None = Non
     """Add `weight * L_TWEO` to the loss of a timm training task.
 
     In training, the dict that the task returns gains `task_loss` (what the task alone returned), `tweo_loss` (L_TWEO,
-    unweighted), `tweo_weight` (float) and `peak_abs` (max |A| over all blocks), all detached; `loss` is their sum.
+    unweighted), `tweo_weight` (float; a scalar tensor where gradients decide it) and `peak_abs` (max |A| over all
+    blocks), all detached; `loss` is their sum.
     Without gradients or with the model in eval mode the task's result is passed on untouched. A weight of 0 measures,
     and leaves the loss bit for bit as it was.
 
@@ -56,6 +61,10 @@ class TweoHandle(Scheduled):
         block_names: names of the blocks, in forward order.
         block_peaks: max |A| of each block in the latest training step, float32 (L,) on the device; 0 for blocks in
             eval mode; None before the first step.
+        balance: what lowers the weight, with `config.balance`; else None.
+        grad_ratio: the norm of the weighted penalty's gradient over that of the task's, float32 scalar on the device,
+            in the latest step that `measure_gradients` asked for; None before.
+        apart: makes the context of the extra backward passes that find gradients; it is to undo what else they do.
     """
 
     def __init__(self, task: TrainingTask, config: TweoConfig, blocks: str | None = None) -> None:
@@ -70,18 +79,31 @@ class TweoHandle(Scheduled):
             )
         super().__init__(config)
         self.block_peaks: Tensor | None = None
-        self._measurement = Measurement(unwrap_model(task.get_eval_model()), config, blocks)
+        self.balance = Balance(config.balance) if config.balance else None
+        self.grad_ratio: Tensor | None = None
+        self.apart: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self._is_asked = False
+        self._model: nn.Module = unwrap_model(task.get_eval_model())
+        self._measurement = Measurement(self._model, config, blocks)
         self.block_names = self._measurement.names
         self._handles = self._hook_task(task)
         acts = config.weight > 0 or config.end_weight > 0
         _logger.info(
             "%s %d blocks, %s to %s%s",
-            "TWEO on" if acts else "No TWEO; peaks are watched on",
+            "TWEO on" if acts else "No penalty: L_TWEO and peaks are measured only, on",
             len(self.block_names),
             self.block_names[0],
             self.block_names[-1],
             f": {config}" if acts else "",
         )
+
+    def measure_gradients(self) -> None:
+        """Find `grad_ratio` in the coming step, by two more backward passes; the step itself is as it would be.
+
+        Nothing is found where the penalty has no weight. Not for compiled or sharded models, whose graphs allow one
+        backward pass only.
+        """
+        self._is_asked = True
 
     def remove(self) -> None:
         """Take every hook off the task and its blocks; a second call does nothing."""
@@ -115,16 +137,46 @@ class TweoHandle(Scheduled):
             return result
         self.block_peaks = found.peaks
         acting, task_loss = self._weight > 0, result["loss"]
+        weight = self._found_weight(task_loss, found.tweo) if acting else self._weight
+        if self._is_asked:  # no penalty, no gradient of it
+            self.grad_ratio, self._is_asked = None, False
         values = {
             # A copy where it is the loss itself: training loops divide that in place when they accumulate gradients.
             "task_loss": task_loss.detach() if acting else task_loss.detach().clone(),
             "tweo_loss": found.tweo.detach(),
-            "tweo_weight": self._weight,
+            "tweo_weight": weight,
             "peak_abs": found.peaks.amax(),
         }
-        if acting:
-            values["loss"] = torch.add(task_loss, found.tweo, alpha=self._weight)
+        if isinstance(weight, Tensor):
+            values["loss"] = task_loss + weight * found.tweo
+        elif acting:
+            values["loss"] = torch.add(task_loss, found.tweo, alpha=weight)
         return {**result, **values}
+
+    def _found_weight(self, task_loss: Tensor, tweo: Tensor) -> float | Tensor:
+        """The weight of this step, from the gradients where they decide it, which are measured now and then."""
+        asked, self._is_asked = self._is_asked, False
+        due = self.balance is not None and self.balance.due()
+        norms = self._norms(task_loss, tweo) if asked or due else None
+        if norms is not None and due and self.balance is not None:
+            self.balance.note(norms)
+        weight = self._weight if self.balance is None else self.balance.weight(self._weight)
+        if norms is not None and asked:
+            self.grad_ratio = weight * norms.penalty / norms.task
+        return weight
+
+    def _norms(self, task_loss: Tensor, tweo: Tensor) -> Norms:
+        """The norms of both gradients, as one process with the batches of all would find them."""
+        together = dist.is_available() and dist.is_initialized()
+        with self.apart():
+            return gradient_norms(task_loss, tweo, self._model.parameters(), _average if together else None)
+
+
+def _average(gradient: Tensor) -> Tensor:
+    """The mean of a gradient over the processes."""
+    total = gradient.contiguous().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def _is_attached(task: nn.Module) -> bool:

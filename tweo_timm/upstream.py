@@ -49,7 +49,7 @@ from tweo_timm.task import TweoHandle, attach_tweo
 _logger = logging.getLogger(__name__)
 
 # eps is a guard against tau = 0, which is refused anyway: it has no variable.
-_SETTINGS = {f"TWEO_{item.name.upper()}": item.name for item in fields(TweoConfig) if item.name != "eps"}
+_SETTINGS = {f"TWEO_{it.name.upper()}": it.name for it in fields(TweoConfig) if it.name not in ("eps", "balance")}
 _BLOCKS = "TWEO_BLOCKS"
 VARIABLES = (*_SETTINGS, _BLOCKS)
 """Every environment variable that is read; another that begins with TWEO_ is an error."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tests.models import batch, tiny_vit
 from tweo_timm import Tweo, TweoConfig
 
-pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed: pip install 'tweo-timm[lightning]'")
+pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed: pip install '.[lightning]'")
 
 # What Lightning 2.6 says of torch 2.14, and of loaders without workers.
 pytestmark = [

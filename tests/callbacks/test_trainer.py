@@ -8,7 +8,7 @@ import torch
 from tests.models import batch
 from tweo_timm import Tweo, TweoConfig
 
-reason = "transformers is not installed: pip install 'tweo-timm[transformers]'"
+reason = "transformers is not installed: pip install '.[transformers]'"
 transformers = pytest.importorskip("transformers", reason=reason)
 pytest.importorskip("accelerate", reason=reason)
 

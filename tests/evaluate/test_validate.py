@@ -13,6 +13,8 @@ from PIL import Image
 
 from tests.evaluate.conftest import ARCH, KWARGS, make_model, run, save_checkpoint
 from tests.evaluate.reference import timm_top1
+from tweo_timm.evaluate.options import parse_validate_options
+from tweo_timm.evaluate.subject import find_sources
 
 
 def test_top1_and_peak_equal_timms_own_parts(capsys, checkpoints, common, photos):
@@ -112,11 +114,28 @@ def test_results_of_a_folder_are_a_list_as_timm_writes_it(capsys, checkpoints, c
     assert {Path(row["checkpoint"]).name for row in rows} == {"a.pth.tar", "b1.pth.tar", "b2.pth.tar", "b3.pth.tar"}
 
 
-def test_folder_of_checkpoints_stands_for_all_in_it_under_unique_names(capsys, checkpoints, common, tmp_path):
-    for name in ("one", "two"):
+def test_folder_of_checkpoints_stands_for_all_in_it_under_its_name(capsys, checkpoints, common, tmp_path):
+    for name in ("one", "planted.v2"):
         shutil.copy(checkpoints[0], tmp_path / f"{name}.pth.tar")
     _, result, _ = run(capsys, "--checkpoint", tmp_path, *common)
-    assert sorted(entry["name"] for entry in result) == [f"{tmp_path.name}/one", f"{tmp_path.name}/two"]
+    assert sorted(entry["name"] for entry in result) == ["one", "planted.v2"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        ("/a/last.pth.tar /b/checkpoint-3.pth.tar /b/planted.pth /c/model.safetensors", "a b planted c"),
+        ("/a/last.pth.tar /a/model_best.pth.tar", "a/last a/model_best"),
+        ("/x/a/last.pth.tar /y/a/last.pth.tar", "/x/a/last.pth.tar /y/a/last.pth.tar"),
+    ],
+)
+def test_a_checkpoint_is_called_by_its_file_or_by_its_folder_where_that_says_nothing(paths, names, tmp_path):
+    given = [tmp_path / path[1:] for path in paths.split()]
+    for path in given:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = find_sources(parse_validate_options(["--checkpoint", *map(str, given)]))
+    assert [source.name.replace(str(tmp_path), "") for source in found] == names.split()
 
 
 def test_results_file_is_timms(capsys, checkpoints, common, tmp_path):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tests.quant.families import make_images, make_model
 from tweo_timm import machine
 from tweo_timm.quant import export
-from tweo_timm.quant.deploy import Agreement, OnnxModel, _self_error_ratio, export_record, fault_of
+from tweo_timm.quant.deploy import Agreement, _self_error_ratio, export_record, fault_of
 from tweo_timm.quant.export import export_onnx, require_export_extra
+from tweo_timm.quant.onnx_file import OnnxModel
 from tweo_timm.quant.qdq import _patch_size, _patches
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantization_scales, quantize_static
@@ -313,7 +314,7 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(tmp_path: Path
 
 def test_without_the_extra_one_message_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(RuntimeError, match=r"needs onnxscript: pip install 'tweo-timm\[export\]'"):
+    with pytest.raises(RuntimeError, match=r"needs onnxscript: pip install '\.\[export\]' in the clone"):
         export_onnx(make_model("vit"), tmp_path / "x.onnx", make_images("vit"))
     with pytest.raises(RuntimeError, match="onnxscript"):
         OnnxModel("x.onnx")
@@ -324,7 +325,7 @@ def test_without_the_extra_one_message_names_the_command(monkeypatch: pytest.Mon
 def test_the_module_of_onnxruntime_names_the_command_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tweo_timm.quant.ort")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"pip install 'tweo-timm\[export\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[export\]' in the clone"):
         importlib.import_module("tweo_timm.quant.ort")
 
 

@@ -50,16 +50,19 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2 giant", "siglip", "distilled", "swin", "eva02", "dinov3", "cait"])
-def test_plain_timm_loads_the_output_and_it_computes_the_same(family, tmp_path):
+def test_plain_timm_loads_the_output_and_it_computes_the_same(family, tmp_path, caplog):
+    caplog.set_level("INFO")
     model = saved(family, tmp_path)
     out = tmp_path / "new" / "out.safetensors"
     assert main(arguments(family, tmp_path / "in.pth", out)) == 0
+    assert f"The folder of --output {out} is not there, and will be made" in caplog.text
     assert relative(model, rebuilt(family, out), make_images(family).float()) < 1e-5
     assert not torch.equal(load_file(out)["patch_embed.proj.weight"], model.patch_embed.proj.weight) or "swin" in family
     assert sorted(path.name for path in out.parent.iterdir()) == ["config.json", "out.md", "out.safetensors"]
 
 
-def test_the_file_says_what_it_is_and_a_folder_is_enough_to_load_it(tmp_path):
+def test_the_file_says_what_it_is_and_a_folder_is_enough_to_load_it(tmp_path, caplog):
+    caplog.set_level("INFO")
     model = saved("vit", tmp_path)
     out = tmp_path / "new" / "model.safetensors"
     assert main(arguments("vit", tmp_path / "in.pth", out, "--method", "hadamard", "--seed", "3")) == 0
@@ -74,6 +77,9 @@ def test_the_file_says_what_it_is_and_a_folder_is_enough_to_load_it(tmp_path):
     card = out.with_suffix(".md").read_text()
     assert len([line for line in card.splitlines() if line]) <= 10
     assert "vit_tiny_patch16_224" in card
+    (line,) = [line for line in card.splitlines() if line.startswith("Largest activation of the residual stream ")]
+    assert ", of the norms that read it " in line
+    assert line in caplog.text
 
 
 def test_averaged_weights_are_taken_and_what_is_dropped_is_said(tmp_path, caplog):

@@ -50,6 +50,13 @@ def test_the_first_rate_is_that_of_the_command(settings, rate, images, tmp_path,
     assert [group["lr"] for group in groups] == pytest.approx([rate] * len(groups), rel=1e-12)
 
 
+@pytest.mark.parametrize(("lr", "how"), [("2e-3", "exactly"), ("1e-3", "under other settings")])
+def test_only_a_run_under_the_same_settings_goes_on_exactly(lr, how, images, tmp_path, finished, caplog):
+    caplog.set_level("INFO")
+    resumed_groups(images, tmp_path, finished / "last.pth.tar", *WARMUP, "--lr", lr)
+    assert f"Resumed {finished / 'last.pth.tar'} {how}: epoch" in caplog.text
+
+
 def test_begun_again_from_a_checkpoint_a_run_writes_the_rates_of_a_new_one(images, tmp_path, finished):
     words = command(images, tmp_path, *WARMUP, "--resume", str(finished / "last.pth.tar"), "--start-epoch", "0")
     assert main(words) == 0

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from tweo_timm.blocks import find_blocks
 from tweo_timm.config import TweoConfig
+from tweo_timm.extras import installation
 from tweo_timm.penalty import Tweo
 
 try:
     from lightning.pytorch import Callback
 except ImportError as error:
-    raise ImportError(f"Lightning is missing ({error}): pip install 'tweo-timm[lightning]'") from error
+    raise ImportError(f"Lightning is missing ({error}): {installation('lightning')}") from error
 
 
 class TweoCallback(Callback):  # type: ignore[misc, unused-ignore]

@@ -17,12 +17,13 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from tweo_timm.config import TweoConfig
+from tweo_timm.extras import installation
 from tweo_timm.penalty import Tweo
 
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError(f"transformers is missing ({error}): pip install 'tweo-timm[transformers]'") from error
+    raise ImportError(f"transformers is missing ({error}): {installation('transformers')}") from error
 
 _IGNORED = -100
 """The label that torch's cross-entropy leaves out, and the Trainer does not count."""

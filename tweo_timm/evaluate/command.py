@@ -9,13 +9,15 @@ from pathlib import Path
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
 from tweo_timm.evaluate.columns import formatted
+from tweo_timm.evaluate.groups import read_groups
 from tweo_timm.evaluate.measure import measure
+from tweo_timm.evaluate.onnx_subject import find_files, load_file
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.record import Record
-from tweo_timm.evaluate.report import failures, faults, print_table, write_report
+from tweo_timm.evaluate.report import failures, faults, make_report, print_table, print_verdict, write_report
 from tweo_timm.evaluate.results import Results
 from tweo_timm.evaluate.stored import read_reports
-from tweo_timm.evaluate.subject import Subject, find_sources, load_subject
+from tweo_timm.evaluate.subject import Source, Subject, find_sources, load_subject
 from tweo_timm.outputs import Outputs
 from tweo_timm.run.command import Call, printing
 from tweo_timm.run.failure import Failure
@@ -39,17 +41,20 @@ def validate(options: ValidateOptions, call: Call) -> int:
         ValueError: a setting or a file is wrong, and nothing was measured.
         OSError: the report cannot be written.
     """
-    if options.compare_reports and options.checkpoint:
-        raise ValueError("--compare-reports validates nothing: leave out --checkpoint, and compare its --report")
+    for flag, given in (("--checkpoint", options.checkpoint), ("--onnx", options.onnx)):
+        if options.compare_reports and given:
+            raise ValueError(f"--compare-reports validates nothing: leave out {flag}, and compare its --report")
     if options.compare_reports:
         _check_outputs(options)
-        _report(read_reports(options.compare_reports), options, call)
+        stored = read_reports(options.compare_reports)
+        groups = read_groups(options.group, {record.name: record.checkpoint for record in stored})
+        _report(stored, groups, options, call)
         return 0
     records: list[Record] = []
     with joined(options.device) as world:
         status = _measured(options, world, records, call)
     if records and world.primary:
-        _report(records, options, call)
+        _report(records, _groups_of(options), options, call)
     return status
 
 
@@ -82,11 +87,12 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
     Returns:
         The exit status: 1 if a checkpoint or a scheme failed, or an exported file is wrong.
     """
-    status = 0
-    for source in find_sources(options):
+    status, load = 0, load_file if options.onnx else load_subject
+    _groups_of(options)
+    for source in _sources(options):
         random_seed(options.seed, 0)
         try:
-            subject = load_subject(source, options, world.device)
+            subject = load(source, options, world.device)
             record = _with_retry(subject, world) if options.retry else measure(subject, world)
         except (ValueError, OSError) as error:
             status = call.fail(error)
@@ -104,6 +110,15 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
     return status
 
 
+def _sources(options: ValidateOptions) -> list[Source]:
+    return find_files(options) if options.onnx else find_sources(options)
+
+
+def _groups_of(options: ValidateOptions) -> dict[str, list[str]]:
+    """The runs of each group by name, before any is measured and afterwards."""
+    return read_groups(options.group, {source.name: str(source.path) for source in _sources(options)})
+
+
 def _with_retry(subject: Subject, world: World) -> Record:
     """Measure with ever smaller batches until one fits into memory, in timm's steps."""
     while True:
@@ -117,16 +132,20 @@ def _with_retry(subject: Subject, world: World) -> Record:
             subject.options = replace(subject.options, batch_size=smaller)
 
 
-def _report(records: list[Record], options: ValidateOptions, call: Call) -> None:
+def _report(records: list[Record], groups: dict[str, list[str]], options: ValidateOptions, call: Call) -> None:
     """Write the files, then print: neither a full disk nor a closed pipe takes what the other would have kept."""
-    results = Results(records, options)
+    results, report = Results(records, options), None
     try:
         if options.results_file:
             results.write(Path(options.results_file), options.results_format)
-        if options.report:
-            write_report(records, Path(options.report), str(call))
+        if options.report or groups or all(record.data.same_as(records[0].data) for record in records):
+            report = make_report(records, str(call), groups)
+        if options.report and report is not None:
+            write_report(report, Path(options.report))
             _logger.info("Report: %s", Path(options.report) / "report.md")
     finally:
         with printing():
+            if report is not None:
+                print_verdict(report)
             print_table(records)
             print(f"--result\n{results}")

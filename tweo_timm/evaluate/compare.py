@@ -1,8 +1,10 @@
 """Several records side by side: differences on the same images, with what chance alone could do.
 
-Two models that are scored on the same N images differ in Top-1 by (n10 - n01) / N, where n10 and n01 count the images
-only one of them gets right. The interval is Wald's for paired proportions, the p-value is McNemar's exact test.
-Records of different data are not compared.
+Two models that are scored on the same N images differ in Top-1 by (n01 - n10) / N, where n10 and n01 count the images
+only one of them gets right. The interval is Wald's for paired proportions after half an image was added to each of the
+four cells (Agresti and Min, Statistics in Medicine 2005): without that, two models that agree on 20 images would differ
+by 0 exactly. The p-value is McNemar's exact test. Both are about these two files and other images, not about another
+training. Records of different data are not compared.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tweo_timm.evaluate.record import Record
+from tweo_timm.evaluate.record import Record, Scored
 from tweo_timm.schema import Declared, entry, written
 
 SCHEMA = 1
@@ -29,7 +31,9 @@ class Difference(Declared):
     name: str = entry("of the checkpoint")
     against: str = entry("the first")
     top1_difference: float | None = entry("Top-1 minus the first's, in points", default=None)
-    ci95: list[float] | None = entry("its 95 % interval, Wald's for paired proportions", default=None)
+    ci95: list[float] | None = entry(
+        "its 95 % interval over images, that of Agresti and Min for paired proportions", default=None
+    )
     mcnemar_p: float | None = entry("McNemar's exact test", default=None)
     map_difference: float | None = entry(
         "in their place with `--task multilabel`: mAP is no mean over images", default=None
@@ -81,12 +85,12 @@ def check_same_data(records: Sequence[Record]) -> None:
     """
     check_same_task(records)
     first = records[0]
-    for record in records[1:]:
-        if not record.data.same_as(first.data):
-            raise ValueError(
-                f"{first.name} and {record.name} were validated on different data ({written(first.data)} and "
-                f"{written(record.data)}): validate both on the same split"
-            )
+    other = next((record for record in records if not record.data.same_as(first.data)), None)
+    if other is not None:
+        raise ValueError(
+            f"{first.name} and {other.name} were validated on different data ({written(first.data)} and "
+            f"{written(other.data)}): validate both on the same split"
+        )
 
 
 def compare(records: Sequence[Record]) -> list[Difference]:
@@ -114,32 +118,45 @@ def _difference(first: Record, other: Record) -> Difference:
     if first.headline == "map":
         if first.map is not None and other.map is not None:
             found.map_difference = other.map - first.map
-    elif first.correct is not None and other.correct is not None:
-        a, b = (unpacked(correct, first.data.images) for correct in (first.correct, other.correct))
-        found.top1_difference, low, high, found.mcnemar_p = paired_difference(a, b)
-        found.ci95 = [low, high]
+    elif paired := paired_records(first, other, first.data.images):
+        found.top1_difference, found.mcnemar_p = paired.difference, paired.p
+        found.ci95 = [paired.low, paired.high]
     return found
 
 
-def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
+class Paired(NamedTuple):
+    """Two models on the same images: Top-1 of the second minus the first's, points; its 95 % interval; McNemar's p."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_records(first: Scored, other: Scored, images: int) -> Paired | None:
+    """Compare two passes over the same images; None where one has no finite logits."""
+    if first.correct is None or other.correct is None:
+        return None
+    return paired_difference(unpacked(first.correct, images), unpacked(other.correct, images))
+
+
+def paired_difference(a: Tensor, b: Tensor) -> Paired:
     """Compare two models image by image.
 
     Args:
         a: whether the first model is right, bool (N,).
         b: the same of the second, on the same images.
 
-    Returns:
-        Top-1 of b minus a in points, the ends of its 95 % interval, and the two-sided p-value of McNemar's exact test.
     """
     count = len(a)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    difference = (only_b - only_a) / count
-    spread = math.sqrt(max(only_a + only_b - (only_b - only_a) ** 2 / count, 0.0)) / count
+    centre = (only_b - only_a) / (count + 2)
+    spread = math.sqrt(only_a + only_b + 1 - centre**2 * (count + 2)) / (count + 2)
     reach = NormalDist().inv_cdf(0.975) * spread
-    return (
-        100 * difference,
-        100 * (difference - reach),
-        100 * (difference + reach),
+    return Paired(
+        100 * (only_b - only_a) / count,
+        100 * (centre - reach),
+        100 * (centre + reach),
         mcnemar_p(only_a, only_b),
     )
 

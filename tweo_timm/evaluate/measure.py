@@ -13,16 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.artefact import FLOAT, Artefact
 from tweo_timm.evaluate.case import Case, Samples, num_classes_of
 from tweo_timm.evaluate.images import Images, open_images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.probe import Asked
-from tweo_timm.evaluate.record import Block, Calibration, Data, Epoch, Exported, Fidelity, Quantized, Record, Saturation
+from tweo_timm.evaluate.record import (
+    Block,
+    Calibration,
+    Compensated,
+    Data,
+    Epoch,
+    Exported,
+    Fidelity,
+    Quantized,
+    Record,
+    Saturation,
+)
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.quant.compensation import added_parameters
 from tweo_timm.quant.deploy import export_record
-from tweo_timm.quant.export import FLOAT, require_export_extra
+from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.float8 import saturation
 from tweo_timm.quant.scheme import Scheme
@@ -31,7 +44,6 @@ from tweo_timm.records import plain
 from tweo_timm.run.class_names import check_same_names, names_by_index
 from tweo_timm.run.classes import class_names
 from tweo_timm.run.dataset import place
-from tweo_timm.run.precision import precision_of
 from tweo_timm.run.world import World
 from tweo_timm.schema import build
 
@@ -69,11 +81,13 @@ def measure(subject: Subject, world: World) -> Record:
         training=_training_peaks(subject),
     )
     if options.export:
-        record = replace(record, **_exported(subject, None, images, whole, FLOAT))
-    float_file = _onnx_path(subject, FLOAT) if record.exported else None
+        artefact = Artefact(FLOAT, subject.preprocessing, names, arch=subject.arch)
+        record = replace(record, **_exported(subject, None, images, whole, artefact))
+    rival = record.exported is not None and options.export_dtype == FLOAT
+    float_file = _onnx_path(subject, None, FLOAT) if rival else None
     for scheme in options.quantize:
         try:
-            record.quantized.append(_quantized(subject, scheme, images, samples, world, float_file))
+            record.quantized.append(_quantized(subject, scheme, images, samples, world, names, float_file))
         except ValueError as error:  # what is measured already is not lost over it
             record.not_quantized[scheme] = str(error)
     record.answers = asked.measure()
@@ -88,11 +102,12 @@ def _prepared(subject: Subject) -> dict[str, Any]:
         "arch": subject.arch,
         "checkpoint": str(subject.path) if subject.path else None,
         "task": subject.options.task,
-        "param_count_m": round(sum(p.numel() for p in subject.model.parameters()) / 1e6, 2),
+        "param_count_m": round(subject.param_count / 1e6, 2),
         "img_size": config["input_size"][-1],
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
-        "precision": precision_of(subject.options),
+        "preprocessing": subject.preprocessing.to_json(),
+        "precision": subject.precision,
     }
 
 
@@ -188,7 +203,13 @@ def _training_peaks(subject: Subject) -> list[Epoch]:
 
 
 def _quantized(
-    subject: Subject, scheme: str, images: Images, samples: Samples, world: World, float_file: Path | None
+    subject: Subject,
+    scheme: str,
+    images: Images,
+    samples: Samples,
+    world: World,
+    names: list[str | None] | None,
+    float_file: Path | None,
 ) -> Quantized:
     """Metrics of a statically quantized copy, and how faithful it is; exported files race `float_file`."""
     options, batches = subject.options, samples.calibration
@@ -198,17 +219,30 @@ def _quantized(
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
     saturated = saturation(model)
-    exported = _exported(subject, model, images, result, scheme, float_file) if options.export else {}
+    count = sum(len(batch) for batch in batches)
+    calibration = {"split": options.calibration_split, "images": count, "seed": options.seed}
+    artefact = Artefact(scheme, subject.preprocessing, names, calibration, subject.arch)
+    exported = _exported(subject, model, images, result, artefact, float_file) if options.export else {}
     return Quantized(
         scheme=scheme,
         **result.fields(),
         **exported,
-        calibration=Calibration(
-            split=options.calibration_split, images=sum(len(batch) for batch in batches), seed=options.seed
-        ),
+        calibration=build(Calibration, calibration),
         saturated=build(Saturation | None, saturated),
-        fidelity=build(Fidelity, plain(fidelity(subject.model, model, samples.diagnosis))),
+        fidelity=_fidelity(subject, model, samples, images),
+        compensation=_compensated(model),
     )
+
+
+def _compensated(model: nn.Module) -> Compensated | None:
+    """What compensations add to a quantized model; None for one without."""
+    parameters, left = added_parameters(model)
+    return Compensated(parameters=parameters, left_after_folding=left) if parameters else None
+
+
+def _fidelity(subject: Subject, model: nn.Module, samples: Samples, images: Images) -> Fidelity:
+    found = plain(fidelity(subject.model, model, samples.diagnosis))
+    return build(Fidelity, found if images.classes else found | {"top1_agreement": None})  # type: ignore[no-any-return]
 
 
 def _exported(
@@ -216,7 +250,7 @@ def _exported(
     quantized: nn.Module | None,
     images: Images,
     scored: Score,
-    scheme: str,
+    artefact: Artefact,
     float_file: Path | None = None,
 ) -> dict[str, Any]:
     """Write ONNX files of the model and run them over the split; those of the float model come first.
@@ -224,14 +258,23 @@ def _exported(
     Returns:
         The field `exported` of `Scored`, or `not_exported`: what is measured already is not lost over it.
     """
-    if scored.not_finite:
-        return {"not_exported": f"--export onnx, {subject.name} {scheme}: its logits are not finite"}
-    path = _onnx_path(subject, scheme)
+    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, quantized, artefact.scheme)
+    if scored.not_finite or scored.unscored:
+        return {"not_exported": f"{what}: {scored.unscored or 'its logits are not finite'}"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = export_record(subject.model, quantized, _placed(subject, images), path, float_file=float_file)
+        found = export_record(
+            subject.model,
+            quantized,
+            _placed(subject, images),
+            path,
+            float_file=float_file,
+            input_dtype=subject.options.export_input,
+            dtype=subject.options.export_dtype,
+            artefact=artefact,
+        )
     except (RuntimeError, ValueError, OSError) as error:
-        return {"not_exported": f"--export onnx, {subject.name} {scheme}: {error}"}
+        return {"not_exported": f"{what}: {error}"}
     return {"exported": build(Exported, plain(found))}
 
 
@@ -241,8 +284,10 @@ def _placed(subject: Subject, images: Images) -> Iterator[tuple[Tensor, Tensor]]
     return ((place(batch, subject.options, device), targets.to(device)) for batch, targets in images.loader)
 
 
-def _onnx_path(subject: Subject, scheme: str) -> Path:
-    """Beside the report, or else beside the checkpoint."""
+def _onnx_path(subject: Subject, quantized: nn.Module | None, scheme: str) -> Path:
+    """Beside the report, or else beside the checkpoint, named by scheme and, of floats, precision."""
+    if subject.options.export_dtype == "float16":
+        scheme = "fp16" if quantized is None else f"{scheme}.fp16"
     beside = subject.path.parent if subject.path is not None else Path()
     folder = Path(subject.options.report) if subject.options.report else beside
     return folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"

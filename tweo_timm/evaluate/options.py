@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tweo_timm.run import options as shared
-from tweo_timm.run.flags import CommandLine, as_namespace, freeze
+from tweo_timm.run.flags import CommandLine, as_namespace, freeze, option_table
 from tweo_timm.run.readers import dataset_rules
 from tweo_timm.run.recipe import naming, resolve
 from tweo_timm.run.rules import (
@@ -25,9 +25,17 @@ from tweo_timm.run.rules import (
     scripting,
     target_format,
 )
-from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
+from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
+
+_OF_A_CHECKPOINT = (
+    *("model", "pretrained", "checkpoint", "use_ema", "test_pool", "reparam", "gp", "in_chans", "model_kwargs"),
+    *("pretrained_cfg_overlay", "bn_eps", "use_train_size", "tf_preprocessing", "tweo_blocks", "quantize", "export"),
+    *("stethoscope", "colinearity", "fp8_readiness", "amp", "model_dtype", "channels_last", "fast_norm"),
+    "torchcompile",
+)
+"""What builds, changes or looks into a model, which an ONNX file does not allow."""
 
 _DESCRIPTION = (
     "Validate timm models: accuracy, activation outliers, quantization. "
@@ -66,6 +74,9 @@ class ModelOptions(shared.ModelOptions):
     )
     side_backbone: str = flag(
         "", "Weights of the frozen backbone, for checkpoints of side networks.", metavar="FILE|pretrained"
+    )
+    onnx: list[str] = flag(
+        [], "ONNX files to score and compare, by what they say of themselves; they run on the CPU.", metavar="FILE"
     )
     use_ema: bool = flag(False, "The moving average of the weights, where the checkpoint holds one.")
     test_pool: bool = flag(False, "Test-time pooling, for models that support it.")
@@ -114,7 +125,18 @@ class OutputOptions:
     )
     report: str | None = flag(None, "Folder for report.json, report.md, report.csv and plots.", metavar="DIR")
     compare_reports: list[str] = flag([], "Compare these report.json files; nothing is validated.", metavar="FILE")
+    group: list[str] = flag(
+        [], "Runs that differ by their seed alone, as one: mean, range, intervals between runs.", metavar="NAME=RUN,..."
+    )
     export: str | None = flag(None, "Export the model, quantized if --quantize is given.", choices=("onnx",))
+    export_input: str = flag(
+        "float32",
+        "What exported files take: normalized images, or pixels (batch, H, W, C), normalized in the graph.",
+        choices=("float32", "uint8"),
+    )
+    export_dtype: str = flag(
+        "float32", "Precision of what stays float in exported files, scales included.", choices=("float32", "float16")
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +160,18 @@ class MeasurementOptions:
     colinearity: bool = flag(False, "Which singular direction of an MLP makes its largest activation.")
     colinearity_block: str | None = flag(None, "Block to examine; unset: the one with the peak.", metavar="NAME")
     colinearity_channel: int | None = flag(None, "Channel to examine; unset: that of the peak.", bounds=AT_LEAST_0)
+    survey: bool = flag(False, "What the model survives: float16, FP8, INT8; where it breaks, and the smallest fix.")
+    max_drop: float = flag(1.0, "Points of Top-1 that a format may lose in --survey.", bounds=Bounds(0, 100))
+    survey_sizes: list[int] = flag(
+        [], "Image sizes at which --survey reads float16 too.", bounds=Bounds(1, 8192), metavar="PIXELS"
+    )
     fp8_readiness: bool = flag(False, "What per-tensor FP8 would do to each tensor.")
+    zero_outliers: list[float] = flag(
+        [],
+        "Top-1 without the K largest elements of each block's output; below 1 a share of them, 0.001 say.",
+        bounds=ABOVE_0,
+        metavar="K",
+    )
 
 
 @dataclass(frozen=True)
@@ -169,6 +202,8 @@ class ValidateOptions(
         if self.data:
             object.__setattr__(self, "data_dir", self.data_dir or self.data)
         object.__setattr__(self, "data", None)
+        if self.onnx and "device" not in self.given:
+            object.__setattr__(self, "device", "cpu")
         for name in ("model_kwargs", "pretrained_cfg_overlay"):
             object.__setattr__(self, name, freeze(getattr(self, name)))
         for complaint in _complaints(self):
@@ -225,6 +260,34 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     for dest in ("real_labels", "valid_labels"):
         if options.export and getattr(options, dest):
             yield f"--export counts by the data's own labels; leave out {option_name(dest)}"
+    for dest, default in (("max_drop", 1.0), ("survey_sizes", [])):
+        if getattr(options, dest) != default and not options.survey:
+            yield f"{option_name(dest)} does nothing without --survey; add it"
+    if options.survey and options.task == "multilabel":
+        yield "--survey counts one label an image; leave it out with --task multilabel"
+    yield from _of_onnx_files(options)
+    for k in options.zero_outliers:
+        if k >= 1 and k != int(k):
+            yield f"--zero-outliers {k:g} is no number of elements; give a whole one, or a share of them below 1"
     for dest in ("colinearity_block", "colinearity_channel"):
         if getattr(options, dest) is not None and not options.colinearity:
             yield f"{option_name(dest)} does nothing without --colinearity; add it"
+
+
+def _of_onnx_files(options: ValidateOptions) -> Iterator[str]:
+    """What --onnx and --export do not allow of each other and of the rest."""
+    default = {name: option.default for name, option in option_table(ValidateOptions).items()}
+    for dest in ("export_input", "export_dtype"):
+        if getattr(options, dest) != "float32" and not options.export:
+            yield f"{option_name(dest)} {getattr(options, dest)} does nothing without --export onnx; add it"
+    if options.export and options.tf_preprocessing:
+        yield "--export: a file cannot say that TensorFlow prepares its images; leave out --tf-preprocessing"
+    if not options.onnx:
+        return
+    for dest in _OF_A_CHECKPOINT:
+        if getattr(options, dest) != default[dest]:
+            yield f"--onnx scores files as they are; leave out {option_name(dest)}"
+    if options.sites != "blocks":
+        yield f"--onnx: a file shows its logits alone; leave out --sites {options.sites}"
+    if options.device.split(":")[0] != "cpu":
+        yield f"--device {options.device}: --onnx runs files in onnxruntime's CPU provider; leave out --device"

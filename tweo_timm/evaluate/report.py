@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,10 +24,13 @@ from rich.text import Text
 from tweo_timm import machine
 from tweo_timm.evaluate.columns import columns_of, formatted
 from tweo_timm.evaluate.compare import SCHEMA, Difference, compare, schemes_of
+from tweo_timm.evaluate.groups import Group, describe_groups, group_runs
 from tweo_timm.evaluate.markdown import fields_table, markdown_table, number
-from tweo_timm.evaluate.plots import draw_all
-from tweo_timm.evaluate.probe import described
+from tweo_timm.evaluate.plots import Drawn, draw_all
+from tweo_timm.evaluate.probe import described, tables
 from tweo_timm.evaluate.record import Exported, Latency, Quantized, Record, Scored
+from tweo_timm.evaluate.scheme_tables import describe_schemes
+from tweo_timm.evaluate.verdict import Verdict, verdict
 from tweo_timm.media import cell, code, markdown, one_line, terminal
 from tweo_timm.outputs import Outputs
 from tweo_timm.records import plain
@@ -45,7 +48,9 @@ class Report(Declared):
     versions: dict[str, str] = entry("of tweo_timm, timm and torch, and the git revision")
     machine: dict[str, Any] = entry("the processor that it was made on")
     checkpoints: list[Record] = entry("a record per checkpoint", some=True)
-    comparison: list[Difference] = entry("of every checkpoint with the first")
+    verdict: Verdict = entry("what to do, on these images")
+    comparison: list[Difference] = entry("of every checkpoint with the first: two files on these images")
+    groups: list[Group] = entry("with `--group`: what runs of one recipe have in common", default=[])
 
     def as_json(self) -> dict[str, Any]:
         """Return what report.json holds."""
@@ -55,26 +60,34 @@ class Report(Declared):
         return found
 
 
-def write_report(records: Sequence[Record], folder: Path, command: str) -> None:
-    """Write report.json, report.md, report.csv and the pictures.
+def make_report(records: Sequence[Record], command: str, groups: Mapping[str, Sequence[str]]) -> Report:
+    """Compare records, and judge them.
 
     Args:
         records: as `measure` returns them; those of the same data are compared with the first.
-        folder: made if it is not there.
         command: what was run, for the record.
+        groups: see `read_groups`.
 
     Raises:
         ValueError: if the records are of different data.
     """
-    report = Report(
+    comparison = compare(records)
+    return Report(
         schema=SCHEMA,
         command=command,
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions(),
         machine=machine.describe(),
         checkpoints=list(records),
-        comparison=compare(records),
+        verdict=verdict(records),
+        comparison=comparison,
+        groups=group_runs(groups, records),
     )
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md, report.csv and the pictures into a folder, which is made if it is not there."""
+    records = report.checkpoints
     outputs = Outputs(folder)
     outputs.write("report.json", json.dumps(plain(report.as_json()), indent=1))
     outputs.write("report.csv", csv_text(_csv_rows(records)))
@@ -103,6 +116,14 @@ def table_of(records: Sequence[Record]) -> list[dict[str, str]]:
     return rows
 
 
+def print_verdict(report: Report) -> None:
+    """Print what to do, and what groups of runs have in common."""
+    print("\n".join(map(terminal, report.verdict.lines)))
+    for paragraph in describe_groups(report.groups, report.checkpoints[0].title):
+        print(f"\n{paragraph}")
+    print()
+
+
 def print_table(records: Sequence[Record]) -> None:
     """Print the comparison table, then those of exported files: drawn on a terminal, Markdown elsewhere."""
     _print_rows(table_of(records))
@@ -110,6 +131,9 @@ def print_table(records: Sequence[Record]) -> None:
         for heading, caption, rows in _export_tables(record):
             line = f"{record.name}: {heading}. {caption}".rstrip()
             print(f"\n{terminal(line)}")
+            _print_rows(rows)
+        for sentence, rows in tables(record):
+            print(f"\n{terminal(f'{record.name}: {sentence}')}")
             _print_rows(rows)
 
 
@@ -126,12 +150,13 @@ def _print_rows(rows: Sequence[dict[str, str]]) -> None:
     console.print(table)
 
 
-def _markdown(report: Report, pictures: Sequence[Path]) -> str:
+def _markdown(report: Report, pictures: Sequence[Drawn]) -> str:
     records = report.checkpoints
     data = records[0].data
     made = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     parts = [
         "# Validation report",
+        "\n".join(f"- {markdown(line)}" for line in report.verdict.lines),
         code(report.command),
         f"{data.images} images of split {code(data.split)}, fingerprint {code(data.fingerprint)}. "
         f"In {markdown(records[0].precision)} on {markdown(report.machine['processor'])}, "
@@ -140,23 +165,39 @@ def _markdown(report: Report, pictures: Sequence[Path]) -> str:
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",
     ]
-    for found in report.comparison:
-        ratio = f", peak x {found.peak_ratio:.3g}" if found.peak_ratio is not None else ""
-        points = found.top1_difference if records[0].headline == "top1" else found.map_difference
-        parts.append(
-            f"**{markdown(found.name)}** against {markdown(found.against)}: "
-            f"{records[0].title} {formatted(points, '{:+.2f} points')}{_interval(found)}{ratio}."
-        )
-    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
+    parts += describe_schemes(records)
+    parts += describe_groups(report.groups, records[0].title) or _differences(report)
+    for drawn in pictures:
+        parts += [f"![{drawn.path.stem.replace('_', ' ')}]({drawn.path.name})", f"*{markdown(drawn.caption)}*"]
     parts += [_details(record) for record in records]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _differences(report: Report) -> list[str]:
+    """Each file against the first, which says nothing about the recipes behind them."""
+    if not report.comparison:
+        return []
+    title, lines = report.checkpoints[0].title, []
+    for found in report.comparison:
+        ratio = f", peak x {found.peak_ratio:.3g}" if found.peak_ratio is not None else ""
+        points = found.map_difference if found.top1_difference is None else found.top1_difference
+        lines.append(
+            f"- **{markdown(found.name)}** against {markdown(found.against)}: "
+            f"{title} {formatted(points, '{:+.2f} points')}{_interval(found)}{ratio}."
+        )
+    return [
+        "These files on these images, two at a time. The same recipe trained with another seed moves too, by more than "
+        "these intervals may say: for a word about trainings give several runs of each to `--group`.",
+        "\n".join(lines),
+    ]
 
 
 def _interval(found: Difference) -> str:
     if found.ci95 is None:
         return ""
     low, high = found.ci95
-    return f" (95 % interval {low:+.2f} to {high:+.2f}, McNemar p = {found.mcnemar_p:.2g})"
+    interval = f"95 % interval over images {low:+.2f} to {high:+.2f}"
+    return f" ({interval}; for these two files McNemar's p is {found.mcnemar_p:.2g})"
 
 
 def _details(record: Record) -> str:
@@ -166,8 +207,8 @@ def _details(record: Record) -> str:
         parts.append(fields_table(record.blocks, keys))
     parts += [
         f"- {markdown(found.scheme)}: {record.title} {formatted(found.value(record.headline), '{:.2f} %')}, relative "
-        f"error of the logits {number(found.fidelity.relative_error)}, same first guess as in float for "
-        f"{100 * found.fidelity.top1_agreement:.1f} % of {found.fidelity.num_images} images"
+        f"error of the {'features' if found.unscored else 'logits'} {number(found.fidelity.relative_error)}"
+        f"{_agreement(found)}"
         for found in record.quantized
     ]
     parts += [f"- not measured: {markdown(one_line(reason))}" for reason in failures(record)]
@@ -176,6 +217,13 @@ def _details(record: Record) -> str:
         parts += [f"### {heading}", *([markdown(caption)] if caption else []), markdown_table(rows)]
     parts += described(record)
     return "\n\n".join(parts)
+
+
+def _agreement(found: Quantized) -> str:
+    share = found.fidelity.top1_agreement
+    if share is None:
+        return ""
+    return f", same first guess as in float for {100 * share:.1f} % of {found.fidelity.num_images} images"
 
 
 def failures(record: Record) -> list[str]:
@@ -236,10 +284,13 @@ def _latency_rows(timed: Sequence[tuple[Exported, Latency]]) -> list[dict[str, s
         {
             "scheme": str(export.scheme),
             "batch": str(times.batch),
+            "threads": str(times.threads),
             "rounds": str(times.rounds),
             "file": row.file + (" (wrong)" if row.file in export.wrong_targets() else ""),
             "median ms": f"{row.median_ms:.2f}",
             "min ms": f"{row.min_ms:.2f}",
+            "p99 ms": formatted(row.p99_ms, "{:.2f}"),
+            "MB": formatted(row.size_mb, "{:.3g}"),
             "images/s": f"{row.images_per_s:.1f}",
             "speed, float32 = 1": f"{row.ratio:.2f}",
         }

@@ -61,7 +61,7 @@ def _read(path: str) -> list[Record]:
     schema = report.integer("schema")
     if schema != SCHEMA:
         raise ValueError(f"{where} has schema {schema}, this version reads {SCHEMA}")
-    checkpoints = report.each("checkpoints") or report.refuse("checkpoints", [], "a list of one entry at least")
+    checkpoints = report.each("checkpoints") or report.refuse("checkpoints", [], "a list with one entry or more")
     return [_record(checkpoint) for checkpoint in checkpoints]
 
 

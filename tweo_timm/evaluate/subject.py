@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.models import create_model, list_models, resolve_model_input_args
 from timm.utils import reparameterize_model
 from torch import nn
 
+from tweo_timm.artefact import Preprocessing
 from tweo_timm.evaluate.inheritance import inherit, recorded_settings
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.evaluate.side import build_side
@@ -26,6 +28,7 @@ from tweo_timm.run.class_map import find_class_map
 from tweo_timm.run.class_names import recorded_names
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
+from tweo_timm.run.precision import precision_of
 from tweo_timm.suggestion import suggest_path
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ _logger = logging.getLogger(__name__)
 # What timm leaves out of --model all: pretrained weights named after other classes than ImageNet's 1000, or none.
 _NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
 _CHECKPOINTS = ("*.pth.tar", "*.pth", "*.safetensors")
+# File names that say nothing of what is in them: those of a run, and of a model's repository.
+_NAMELESS = re.compile(r"(last|checkpoint|recovery|milestone)([-.].*)?|model_best|model|pytorch_model|weights")
 
 
 @dataclass
@@ -48,6 +53,8 @@ class Subject:
         path: its file; None for timm's pretrained weights.
         training: rows of the run's outliers.jsonl; empty where there is none beside the checkpoint.
         class_names: by index, as the checkpoint has them; None if it does not say.
+        precision: of its forward passes, for the record.
+        param_count: how many numbers it holds.
     """
 
     name: str
@@ -58,6 +65,16 @@ class Subject:
     path: Path | None
     training: list[dict[str, Any]]
     class_names: list[str | None] | None
+    precision: str
+    param_count: int
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared, as the files that are made of it say."""
+        options, usual = self.options, "RGB" if self.data_config["input_size"][0] == 3 else "L"
+        mode = None if options.input_img_mode == usual else options.input_img_mode
+        rarely = {"exif": options.exif, "crop_border_pixels": options.crop_border_pixels}
+        return Preprocessing.of(self.data_config, image_mode=mode, **rarely)
 
     @property
     def training_peak_abs(self) -> float | None:
@@ -121,12 +138,18 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
+def _stem(path: Path) -> str:
+    return re.sub(r"(\.pth)?\.(tar|pth|pt|bin|safetensors|npz|npy)$", "", path.name)
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Name each checkpoint by its folder, with as much of its file name and path as tells it from the others."""
-    names = [path.resolve().parent.name for path in paths]
+    """Name each checkpoint by its file, or by its folder where the file's name says nothing; by more if need be."""
+    folders = [path.resolve().parent.name for path in paths]
+    stems = [_stem(path) for path in paths]
+    pairs = list(zip(folders, stems, strict=True))
+    names = [folder if _NAMELESS.fullmatch(stem) else stem for folder, stem in pairs]
     if len(set(names)) < len(names):
-        stems = [path.name.split(".")[0] for path in paths]
-        names = [f"{name}/{stem}" for name, stem in zip(names, stems, strict=True)]
+        names = [f"{folder}/{stem}" for folder, stem in pairs]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     return names
@@ -173,7 +196,18 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         model.to(memory_format=torch.channels_last)
     check_image_size(arch, model, data_config["input_size"])
     training = _training_rows(source.path.parent / "outliers.jsonl") if source.path is not None else []
-    return Subject(source.name, arch, model, data_config, options, source.path, training, recorded_names(content))
+    return Subject(
+        name=source.name,
+        arch=arch,
+        model=model,
+        data_config=data_config,
+        options=options,
+        path=source.path,
+        training=training,
+        class_names=recorded_names(content),
+        precision=precision_of(options),
+        param_count=sum(parameter.numel() for parameter in model.parameters()),
+    )
 
 
 def _say_test_size(path: Path, now: dict[str, Any], trained: dict[str, Any]) -> None:
@@ -285,7 +319,9 @@ def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_
     try:
         load_weights(model, path, use_ema, _without_split_statistics)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {arch}: {str(error)[:400]}") from error
+        reason = str(error)[:400].rstrip(". ")
+        headless = ". A model without a head takes --num-classes 0" if "Missing key" in reason else ""
+        raise ValueError(f"the weights in {path} do not fit {arch}: {reason}{headless}") from error
 
 
 def _without_split_statistics(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:

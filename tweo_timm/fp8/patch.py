@@ -12,8 +12,9 @@ forward raises if a converted layer did not run.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -158,6 +159,16 @@ def load_fp8_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         ValueError: the state belongs to other layers, another history length or another scaling.
     """
     patch_of(model).region.load_state(state)
+
+
+@contextlib.contextmanager
+def held_fp8(model: nn.Module) -> Iterator[None]:
+    """Let backward passes inside the context leave scales and histories as they are."""
+    state = fp8_state(model)
+    try:
+        yield
+    finally:
+        load_fp8_state(model, state)
 
 
 def check_fp8_ran(model: nn.Module) -> None:

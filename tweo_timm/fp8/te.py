@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tweo_timm.extras import installation
 from tweo_timm.fp8.recipe import Fp8Recipe
 from tweo_timm.fp8.region import check_same_layout
 from tweo_timm.fp8.te_checkpoint import checkpoint, replaced_checkpoint
@@ -48,7 +49,7 @@ def obstacle(recipe: Fp8Recipe) -> str | None:
     if recipe.scaling == "current" and recipe.margin:
         return "Transformer Engine's current scaling has no margin"
     if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed; pip install 'tweo-timm[te]'"
+        return f"Transformer Engine is not installed; {installation('te')}"
     try:
         available, reason = _te().is_fp8_available(return_reason=True)
     except (ImportError, RuntimeError, OSError, AttributeError) as error:

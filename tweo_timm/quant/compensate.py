@@ -1,33 +1,37 @@
 """Fitting compensations in a quantized model: what `compensation` describes, layer after layer, block after block.
 
-Fits run in the order of execution, each on what the compensated layers before it deliver. Both models run once, in
-step, with all calibration images as one batch. `fold_compensation` merges into the layers what costs nothing there.
+Fits run in the order of execution, each on what the compensated layers before it deliver. Both models advance together
+(twins.py), so that memory is bounded by what enters one block, for all calibration images; within the block a layer's
+outputs are computed a few images at a time, again for each of its layers. `fold_compensation` merges into the layers
+what costs nothing there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tweo_timm.quant.compensation import Compensation, Pair
+from tweo_timm.blocks import find_blocks
+from tweo_timm.quant.compensation import Compensation, Fit, Pair
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.scheme import suffixes_of
 from tweo_timm.quant.stream import StreamQuantizer
-from tweo_timm.stream import stream_of, with_stream
+from tweo_timm.quant.twins import Unit, visit_units
 
 _HELD_OUT = 4
 """Every fourth image decides whether a fit is kept, and takes no part in it."""
 
 
 def compensate(
-    reference: nn.Module, quantized: nn.Module, batches: Sequence[Tensor], kind: str
+    reference: nn.Module,
+    quantized: nn.Module,
+    batches: Sequence[Tensor],
+    kind: str,
+    blocks: str | None = None,
 ) -> list[dict[str, Any]]:
     """Fit and install compensations in a quantized model, in place.
 
@@ -36,6 +40,7 @@ def compensate(
         quantized: its quantized copy; for the block kinds, one whose blocks have StreamQuantizers.
         batches: calibration images; at least two images, a few hundred are usual.
         kind: a suffix that names one, "qwt" say.
+        blocks: regular expression naming the blocks by hand; None finds them by structure.
 
     Returns:
         One dict a layer or block, in the order of execution: name, explained (the share of the squared error on
@@ -43,45 +48,48 @@ def compensate(
 
     Raises:
         ValueError: for another kind, or with fewer than two images.
+        RuntimeError: if the two do not run the same layers.
     """
     compensation = compensation_named(kind)
     device = next(reference.parameters()).device
     images = torch.cat([batch.to(device) for batch in batches])
     if len(images) < 2:
         raise ValueError("compensation needs at least 2 calibration images: some are held out")
-    held = torch.arange(len(images), device=device) % _HELD_OUT == _HELD_OUT - 1
+    held = torch.arange(len(images)) % _HELD_OUT == _HELD_OUT - 1
     held[-1] |= not held.any()
-    modules = _PLACES[compensation.place](quantized)
-    rows: dict[str, dict[str, Any]] = {}
+    places = _PLACES[compensation.place](quantized)
+    rows: dict[str, Fit] = {}
 
-    def place(name: str, module: Any) -> Callable[..., Tensor]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if name in rows:  # a layer that runs twice keeps its first fit, which its forward has applied
-                targets.next(name)
-                return output
-            entered = kwargs[module.stream] if isinstance(module.stream, str) else args[module.stream]
-            with torch._C.DisableTorchFunction():  # a StreamQuantizer counts additions, and these are not the block's
-                got = stream_of(output, layer)
-                pair = Pair(targets.next(name), got, entered, held, module.channel_axis)
-                module.compensation, fit = compensation.fit(pair)
-                rows[name] = asdict(fit)
-                if module.compensation is None:
-                    return output
-                return with_stream(output, module.compensation(entered, got), layer)
+    def visit(unit: Unit) -> None:
+        for name in _inside(unit, quantized, places):
+            if not unit.takes_images:
+                rows[name] = Fit(0.0, 0, 0, "no image enters it")
+            elif name not in rows:  # a layer that runs twice keeps its first fit, which its forward applies
+                pair = _pair(unit, reference, quantized, name, places[name], held)
+                fitted, rows[name] = compensation.fit(pair)  # on the CPU, where the device has no float64
+                places[name].compensation = fitted and fitted.to(next(quantized.buffers()).device)
 
-        return hook
+    visit_units(reference, quantized, find_blocks(reference, blocks), images, visit)
+    return [{"name": name, **asdict(fit)} for name, fit in rows.items()]
 
-    handles = [
-        quantized.get_submodule(name).register_forward_hook(place(name, module), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    try:
-        with torch.no_grad(), _Targets(reference, modules, images) as targets:
-            quantized(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [{"name": name, **row} for name, row in rows.items()]
+
+def _inside(unit: Unit, quantized: nn.Module, places: dict[str, Any]) -> list[str]:
+    """The names of the places in a unit, in the order of execution."""
+    names = [name for name in places if name == unit.name or name.startswith(f"{unit.name}.")]
+    return unit.order({quantized.get_submodule(name): name for name in names}) if names else []
+
+
+def _pair(unit: Unit, reference: nn.Module, quantized: nn.Module, name: str, place: Any, held: Tensor) -> Pair:
+    """What a layer gives in both models, computed as it is asked for."""
+
+    def read(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        got = unit.passing(quantized.get_submodule(name), place.stream, True, images)
+        target = unit.passing(reference.get_submodule(name), place.stream, False, images)
+        if got is None or target is None:
+            raise RuntimeError(f"the quantized model runs {name!r}, and the float model does not")
+        return got[0], target[1], got[1]
+
+    return Pair(read, held, place.channel_axis)
 
 
 def compensation_named(kind: str) -> type[Compensation]:
@@ -125,62 +133,3 @@ def fold_compensation(model: nn.Module) -> dict[str, list[str]]:
             kept.append(name)
     kept += [name for name, block in _blocks(model).items() if block.compensation is not None]
     return {"folded": folded, "kept": kept}
-
-
-class _Stopped(Exception):  # noqa: N818 - it ends a forward pass early, and is no error
-    """Nobody waits for further outputs."""
-
-
-class _Targets:
-    """The outputs of the float model's layers, one by one as the quantized model asks for them.
-
-    The two models run in step, the float one in a thread: it computes one layer ahead and waits. So each model runs
-    once, and only one pair of outputs is alive, where a list of all outputs would not fit and a forward pass for each
-    fit would take the square of the time.
-    """
-
-    def __init__(self, model: nn.Module, names: Iterable[str], images: Tensor) -> None:
-        self._model, self._names, self._images = model, list(names), images
-        self._ready: queue.Queue[tuple[str, Tensor | BaseException]] = queue.Queue(maxsize=1)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Targets:
-        self._handles = [self._model.get_submodule(n).register_forward_hook(self._hook(n)) for n in self._names]
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stop.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.01)
-        for handle in self._handles:
-            handle.remove()
-
-    def next(self, name: str) -> Tensor:
-        """Wait for the next output; it must be that of `name`."""
-        reached, target = self._ready.get()
-        if isinstance(target, BaseException):
-            raise target
-        if reached != name:
-            raise RuntimeError(f"the quantized model runs {name!r} where the float model runs {reached!r}")
-        return target
-
-    def _run(self) -> None:
-        try:
-            with torch.no_grad():
-                self._model(self._images)
-            self._ready.put(("its end", RuntimeError("the float model ran fewer layers than the quantized one")))
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._ready.put(("", error))
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._stop.is_set():
-                raise _Stopped
-            self._ready.put((name, stream_of(output, module)))
-
-        return hook

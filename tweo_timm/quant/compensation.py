@@ -10,7 +10,7 @@ the error there. `compensate` fits them in the order of execution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -19,35 +19,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tweo_timm.quant.quantizer import QuantizedLayer, along
+from tweo_timm.quant.twins import CHUNK
 from tweo_timm.wide import wide
-
-_CHUNK = 16
-"""Images turned into float64 at a time."""
 
 
 @dataclass
 class Pair:
-    """What a layer or block gives in both models for all images, and which images are held out.
+    """What a layer or block gives in both models, and which images are held out.
 
     Attributes:
-        target: output of the float model.
-        got: output of the quantized model, in the same shape.
-        entered: what entered it in the quantized model.
+        read: takes numbers of images; returns what entered it in the quantized model, the output of the float model,
+            and the output of the quantized model, in the same shape. Each call computes them.
         held: (images,), which ones take no part in a fit.
         axis: of the channels.
     """
 
-    target: Tensor
-    got: Tensor
-    entered: Tensor
+    read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     held: Tensor
     axis: int
 
+    def first(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return entered, target and got of one image, channels last."""
+        entered, target, got = (x.movedim(self.axis, -1) for x in self.read(torch.tensor([0])))
+        return entered, target, got
+
     def chunks(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield entered, target and got of the chosen images as float64 (tokens, channels), a few images at a time."""
-        for index in torch.split(chosen.nonzero().flatten(), _CHUNK):
-            entered, target, got = (x[index].movedim(self.axis, -1) for x in (self.entered, self.target, self.got))
-            yield wide(entered.flatten(0, -2)), wide(target.flatten(0, -2)), wide(got.flatten(0, -2))
+        for index in torch.split(chosen.nonzero().flatten(), CHUNK):
+            entered, target, got = (wide(x.movedim(self.axis, -1).flatten(0, -2)) for x in self.read(index))
+            yield entered, target, got
 
 
 @dataclass
@@ -118,7 +118,7 @@ class ChannelAffine(nn.Module):
             return None, Fit(0.0, 0, len(keep), "no channel gains on held-out images")
         gain, shift = torch.where(keep, gain, one), torch.where(keep, shift, zero)
         explained = _share(before.sum(), held.error(gain, shift).sum())
-        return cls(gain, shift, pair.axis).to(pair.got.device), Fit(explained, int(keep.sum()), len(keep))
+        return cls(gain, shift, pair.axis), Fit(explained, int(keep.sum()), len(keep))
 
     def forward(self, entered: Tensor, output: Tensor) -> Tensor:
         """Return gain * output + shift in the output's dtype."""
@@ -161,8 +161,9 @@ class LinearCompensation(nn.Module):
     @classmethod
     def fit(cls, pair: Pair) -> tuple[nn.Module | None, Fit]:
         """Least squares of a block's error on its input, by the normal equations in float64."""
-        channels = pair.got.shape[pair.axis]
-        if pair.entered.movedim(pair.axis, -1).shape[:-1] != pair.got.movedim(pair.axis, -1).shape[:-1]:
+        entered, _, got = pair.first()
+        channels = got.shape[-1]
+        if entered.shape[:-1] != got.shape[:-1]:
             return None, Fit(0.0, 0, channels, "its input and output have different tokens")
         gram: Tensor | float = 0.0
         cross: Tensor | float = 0.0
@@ -177,7 +178,7 @@ class LinearCompensation(nn.Module):
             after = after + (y - y_q - x @ weight.T - bias).square().sum()
         if not after < before:
             return None, Fit(0.0, 0, channels, "the fit does not lower the error on held-out images")
-        return cls(weight, bias, pair.axis).to(pair.got.device), Fit(_share(before, after), channels, channels)
+        return cls(weight, bias, pair.axis), Fit(_share(before, after), channels, channels)
 
     def forward(self, entered: Tensor, output: Tensor) -> Tensor:
         """Return the compensated output, in its dtype."""
@@ -189,15 +190,22 @@ class LinearCompensation(nn.Module):
         return False
 
 
+def added_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the numbers that compensations of a quantized model hold, and those of them that cannot be folded away."""
+    found = [module for module in model.modules() if isinstance(module, (ChannelAffine, LinearCompensation))]
+    sizes = [(sum(values.numel() for values in module.buffers()), module.place) for module in found]
+    return sum(size for size, _ in sizes), sum(size for size, place in sizes if place == "block")
+
+
 class _ChannelSums:
     """Per channel, what the least squares of y on y_q needs, in float64."""
 
     def __init__(self, pair: Pair, chosen: Tensor) -> None:
-        self._sums = wide(pair.got.new_zeros(5, pair.got.shape[pair.axis]))
+        self._sums: Tensor = torch.zeros(())
         self._count = 0
         for _, y, q in pair.chunks(chosen):
-            self._sums += torch.stack([y.sum(0), q.sum(0), (y * q).sum(0), q.square().sum(0), y.square().sum(0)])
-            self._count += len(y)
+            sums = torch.stack([y.sum(0), q.sum(0), (y * q).sum(0), q.square().sum(0), y.square().sum(0)])
+            self._sums, self._count = sums if self._count == 0 else self._sums + sums, self._count + len(y)
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """Return gain and shift of the least squares; gain 1 where y_q does not vary."""

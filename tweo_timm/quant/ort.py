@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tweo_timm import machine
+from tweo_timm.extras import installation
 
 try:
     import onnx
@@ -32,7 +33,7 @@ try:
     from onnxscript import rewriter
     from onnxscript.rewriter import pattern
 except ImportError as error:
-    raise ImportError(f"onnxruntime and its tools are missing ({error}): pip install 'tweo-timm[export]'") from error
+    raise ImportError(f"onnxruntime and its tools are missing ({error}): {installation('export')}") from error
 
 _MICROSOFT = "com.microsoft"
 _INT8 = {
@@ -276,16 +277,12 @@ def run_onnx(path: str | Path, batches: Tensor | Iterable[Tensor], threads: int 
         ValueError: without images.
     """
     session = open_session(path, threads)
+    name = session.get_inputs()[0].name
     batches = [batches] if isinstance(batches, Tensor) else batches
-    outputs = [run_session(session, images) for images in batches]
+    outputs = [session.run(None, {name: images.detach().float().cpu().numpy()})[0] for images in batches]
     if not outputs:
         raise ValueError("there are no images to run the file on")
-    return torch.cat(outputs)
-
-
-def run_session(session: Any, images: Tensor) -> Tensor:
-    """Run an open session on images (B, C, H, W), on any device; the outputs (B, classes), float32, are on the CPU."""
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.detach().float().cpu().numpy()})[0])
+    return torch.from_numpy(np.concatenate(outputs))
 
 
 def node_census(path: str | Path) -> dict[str, Any]:

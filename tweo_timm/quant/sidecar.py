@@ -15,6 +15,7 @@ from typing import Any
 from timm.utils import unwrap_model
 from torch import nn
 
+from tweo_timm.artefact import Artefact
 from tweo_timm.outputs import Outputs
 from tweo_timm.quant.compensate import fold_compensation
 from tweo_timm.quant.quantizer import QuantizedLayer
@@ -23,7 +24,7 @@ from tweo_timm.quant.static import quantization_scales
 SCHEMA = 1
 
 
-def write_scales(model: nn.Module, path: str | Path) -> dict[str, Any]:
+def write_scales(model: nn.Module, path: str | Path, artefact: Artefact | None = None) -> dict[str, Any]:
     """Write every scale of a quantized model as JSON; docs/export.md describes the fields.
 
     Compensations are folded first, as in an exported file; a layer whose bias changed by that has it in its entry.
@@ -31,9 +32,11 @@ def write_scales(model: nn.Module, path: str | Path) -> dict[str, Any]:
     Args:
         model: what `quantize_static` returned; it is not changed.
         path: the file to write.
+        artefact: what the exported file says of itself, which this one then says too.
 
     Returns:
-        What was written: schema, scheme, calibration_images, unused_layers and scales (by module name).
+        What was written: schema, scheme, calibration_images, unused_layers, scales (by module name), and the fields of
+        the artefact.
 
     Raises:
         ValueError: if the model has no quantized layer.
@@ -49,6 +52,7 @@ def write_scales(model: nn.Module, path: str | Path) -> dict[str, Any]:
     report: Any = getattr(working, "quantization", {})
     content = {
         "schema": SCHEMA,
+        **({} if artefact is None else artefact.to_json()),
         "scheme": report.get("scheme"),
         "calibration_images": report.get("calibration_images"),
         "unused_layers": report.get("unused_layers", []),

@@ -90,7 +90,7 @@ def quantize_static(
     base.by.load()(quantized, found, observation, scheme, keep_float)
     quantized.eval().requires_grad_(False)
     if reference is not None:
-        report["compensation"] = compensate(reference, quantized, batches, scheme.compensation)
+        report["compensation"] = compensate(reference, quantized, batches, scheme.compensation, blocks)
     quantized.quantization = report  # type: ignore[assignment]
     return quantized
 

@@ -11,7 +11,7 @@ import torch
 from tweo_timm.outputs import Outputs
 from tweo_timm.repair.images import read_images
 from tweo_timm.repair.options import RepairOptions
-from tweo_timm.repair.output import rotation_path, write_repaired
+from tweo_timm.repair.output import peaks_line, rotation_path, write_repaired
 from tweo_timm.repair.source import read_source
 from tweo_timm.rewrite.change import generated_images, run
 from tweo_timm.rewrite.head import add_feature_head
@@ -35,6 +35,8 @@ def repair(options: RepairOptions, call: Call) -> int:
     if output.exists() and output.samefile(options.checkpoint):
         raise ValueError(f"--output {output} is the checkpoint itself: name another file")
     Outputs(output.parent).check("--output", output.name)
+    if not output.parent.exists():
+        _logger.info("The folder of --output %s is not there, and will be made", output)
     source = read_source(options)
     _say_what_is_taken(source.taken, source.dropped)
     source.model.to(_checked_device(options.device))
@@ -53,9 +55,7 @@ def repair(options: RepairOptions, call: Call) -> int:
     for stage, reason in report.left.items():
         _logger.info("%s is not rotated: %s", stage, reason)
     error = write_repaired(output, source, report, batches, reference)
-    before = max(site.before.peak_abs for site in report.sites)
-    after = max(site.after.peak_abs for site in report.sites)
-    _logger.info("largest activation of stream and norms: %.3g before, %.3g after", before, after)
+    _logger.info(peaks_line(report))
     _logger.info("outputs of %d images differ by %.1e at most (relatively)", report.images, error)
     if report.rotated_features:
         _logger.info("features are in another basis: %s takes them back", rotation_path(output))

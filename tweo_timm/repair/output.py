@@ -136,9 +136,6 @@ def _write_config(outputs: Outputs, config: dict[str, Any]) -> None:
 
 
 def _card(output: Path, source: Source, report: RotationReport, error: float) -> str:
-    stream = [site for site in report.sites if "norm" not in site.name.rsplit(".", 1)[-1]]
-    worst = max(stream, key=lambda site: site.before.peak_abs)
-    largest = max(site.after.peak_abs for site in stream)
     shown = {name: value for name, value in source.arguments.items() if not name.startswith("pretrained_cfg")}
     build = "".join(f", {name}={value!r}" for name, value in shown.items())
     lines = [
@@ -147,12 +144,25 @@ def _card(output: Path, source: Source, report: RotationReport, error: float) ->
         f"{source.arch}, made from {source.path.name} (SHA-256 {source.digest[:16]}) by tweo_timm {__version__}:",
         f"residual stream rotated exactly, method {report.method}, seed {report.seed}; no training.",
         f"Outputs differ from the original's by {error:.1e} (relatively, the largest of {report.images} images).",
-        f"Largest value of the stream: {worst.before.peak_abs:.3g} ({worst.name}) before, {largest:.3g} after.",
+        peaks_line(report),
         f"Not rotated: {', '.join(report.left) or 'nothing'}.",
         f"Load: `timm.create_model({source.arch!r}{build}, checkpoint_path={output.name!r})`.",
         _features_line(output, report),
     ]
     return "\n".join(lines) + "\n"
+
+
+def peaks_line(report: RotationReport) -> str:
+    """Say in a sentence how large activations were before and after: those of the stream, and those of its norms."""
+    norms = [site for site in report.sites if "norm" in site.name.rsplit(".", 1)[-1]]
+    stream = [site for site in report.sites if site not in norms]
+    parts = []
+    for what, sites in (("the residual stream", stream), ("the norms that read it", norms)):
+        if sites:
+            worst = max(sites, key=lambda site: site.before.peak_abs)
+            after = max(site.after.peak_abs for site in sites)
+            parts.append(f"of {what} {worst.before.peak_abs:.3g} ({worst.name}) before and {after:.3g} after")
+    return f"Largest activation {', '.join(parts)}."
 
 
 def _features_line(output: Path, report: RotationReport) -> str:

@@ -21,7 +21,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from tweo_timm.settings import Decides, Flag, flag_fields
 from tweo_timm.suggestion import suggest
@@ -34,7 +34,10 @@ _SINGULAR = {bool: "true or false", int: "an integer", float: "a number", str: "
 
 @dataclass(frozen=True)
 class Option:
-    """One flag with its type resolved: ``scalar`` is bool, int, float or str, of which a list holds several."""
+    """One flag with its type resolved: ``scalar`` is bool, int, float or str, of which a list holds several.
+
+    ``words`` are accepted beside a number: those of ``float | Literal["auto"]``.
+    """
 
     dest: str
     group: str
@@ -45,6 +48,7 @@ class Option:
     optional: bool
     default: Any
     decides: Decides | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,7 +80,7 @@ class Option:
             count = f"{self.flag.nargs} " if isinstance(self.flag.nargs, int) else ""
             words = f"a list of {count}{_PLURAL[self.scalar]}"
         else:
-            words = _SINGULAR[self.scalar]
+            words = " or ".join([_SINGULAR[self.scalar], *map(repr, self.words)])
         return words + (" or null" if self.optional else "")
 
 
@@ -84,13 +88,14 @@ def _resolve(dest: str, group: type, annotation: Any, entry: Flag, default: Any)
     arguments = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
     optional = type(None) in arguments
     inner = next((kind for kind in arguments if kind is not type(None)), annotation)
+    words = tuple(word for kind in arguments if typing.get_origin(kind) is Literal for word in typing.get_args(kind))
     is_list, is_mapping = typing.get_origin(inner) is list, typing.get_origin(inner) is dict
     scalar = typing.get_args(inner)[0] if is_list or is_mapping else inner
     if scalar not in _SINGULAR:
         where = f"{group.__name__}.{dest}"
         raise TypeError(f"{where}: {annotation} is no type of a flag; use bool, int, float, str, list or dict")
     decides = entry.decides or vars(group).get("DECIDES")
-    return Option(dest, _title(group), entry, scalar, is_list, is_mapping, optional, default, decides)
+    return Option(dest, _title(group), entry, scalar, is_list, is_mapping, optional, default, decides, words)
 
 
 def option_table(options: type) -> dict[str, Option]:
@@ -179,11 +184,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} -h lists every flag)\n")
 
 
-def _number_or_none(scalar: type) -> Any:
+def _number_or_word(option: Option) -> Any:
     def convert(text: str) -> Any:
-        return None if text.lower() == "none" else scalar(text)
+        if option.optional and text.lower() == "none":
+            return None
+        return text if text in option.words else option.scalar(text)
 
-    convert.__name__ = scalar.__name__
+    convert.__name__ = " or ".join([option.scalar.__name__, *option.words])
     return convert
 
 
@@ -200,9 +207,10 @@ def _add(group: Any, option: Option) -> None:
     elif option.is_mapping:
         group.add_argument(*option.names, action=_KeyValues, nargs="*", metavar="NAME=VALUE", **arguments)
     else:
-        scalar = _number_or_none(option.scalar) if option.optional and option.scalar is not str else option.scalar
+        scalar = option.scalar if option.scalar is str else _number_or_word(option)
         nargs = entry.nargs or ("+" if option.is_list else None)
-        metavar = entry.metavar or (None if entry.choices else {int: "N", float: "F", str: "TEXT"}[option.scalar])
+        value = "|".join([{int: "N", float: "F", str: "TEXT"}[option.scalar], *option.words])
+        metavar = entry.metavar or (None if entry.choices else value)
         extra = {"const": entry.const} if entry.const is not None else {}
         group.add_argument(
             *option.names, type=scalar, nargs=nargs, metavar=metavar, choices=entry.choices, **extra, **arguments
@@ -294,6 +302,8 @@ def _convert_null(option: Option) -> Any:
 
 def _convert_scalar(option: Option, value: Any) -> Any:
     choices = option.flag.choices
+    if value in option.words:
+        return value
     if choices is not None and isinstance(value, bool):
         value = next((word for word in (("off", "none"), ("on",))[value] if word in choices), value)
     converted = _as_type(option.scalar, value)

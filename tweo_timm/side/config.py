@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.settings import AT_LEAST_1, Bounds, Decides, SettingError, check_settings, flag, setting
+from tweo_timm.settings import AT_LEAST_0, AT_LEAST_1, Bounds, Decides, SettingError, check_settings, flag, setting
 from tweo_timm.tables import Entry, Names
 
 SIDES = {"last": Entry("tweo_timm.side.last:Last"), "miet": Entry("tweo_timm.side.miet:Miet")}
@@ -75,6 +75,23 @@ class SideOptions:
     )
     side_calibration_images: int = flag(
         512, "Training images that fix the scales of a quantized backbone.", bounds=AT_LEAST_1
+    )
+
+    side_cache: str = flag(
+        "", "Folder for the backbone's features, computed once.", metavar="DIR", decides=Decides.RECORDS
+    )
+    side_augmentations: int = flag(
+        0,
+        "Fixed augmentations of each training image in --side-cache; 0: none, with --no-aug.",
+        bounds=AT_LEAST_0,
+        decides=Decides.DATA,
+    )
+
+    side_grid: list[str] = flag(
+        [],
+        "Train all combinations of these settings from one --side-cache, e.g. lr=1e-3,3e-3 rank=8,16.",
+        metavar="NAME=VALUES",
+        decides=Decides.RECORDS,
     )
 
     def side_config(self, drop: float, drop_path: float) -> SideConfig:

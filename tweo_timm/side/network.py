@@ -37,6 +37,7 @@ class SideNetwork(nn.Module, abc.ABC):
         head: the trained `Head`.
         config: the settings.
         reading: what is read of the backbone.
+        summed: whether the features are the sum of the streams alone.
         from_cache: whether the input of the network are features in place of images.
         num_classes: classes.
         in_chans: channels of images.
@@ -62,7 +63,7 @@ class SideNetwork(nn.Module, abc.ABC):
         self.reading = Reading(backbone, config.gap, blocks)
         self.num_classes = num_classes
         self.from_cache = False
-        self._summed = summed
+        self.summed = summed
         self.backbone_record: dict[str, Any] = {}
         image = get_model_input_config(backbone)
         self.in_chans = image["input_size"][0]
@@ -86,7 +87,7 @@ class SideNetwork(nn.Module, abc.ABC):
         Returns:
             What the side network reads, without a graph: (B, K, N, C), in the dtype of the side network.
         """
-        found: Tensor = self.reading.streams(self.backbone, images, self.head.fc.weight.dtype, self._summed)
+        found: Tensor = self.reading.streams(self.backbone, images, self.head.fc.weight.dtype, self.summed)
         return found
 
     @abc.abstractmethod
@@ -109,7 +110,7 @@ class SideNetwork(nn.Module, abc.ABC):
     @property
     def feature_shape(self) -> tuple[int, int, int]:
         """Shape (K, N, C) of the features of one image of the backbone's own size."""
-        return (1 if self._summed else self.reading.count, self.reading.tokens, self.reading.dim)
+        return (1 if self.summed else self.reading.count, self.reading.tokens, self.reading.dim)
 
     def describe(self) -> dict[str, Any]:
         """Return what weights of the network belong to: its name, settings and blocks, and the backbone's record."""
@@ -118,6 +119,7 @@ class SideNetwork(nn.Module, abc.ABC):
             "settings": self.config.of_weights(),
             "num_classes": self.num_classes,
             "reads": [self.reading.first, *self.reading.names],
+            "features": list(self.feature_shape),
             "backbone": self.backbone_record,
         }
 

@@ -26,7 +26,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tweo_timm.blocks import find_blocks
-from tweo_timm.fp8.patch import patch_fp8
+from tweo_timm.config import AUTO
+from tweo_timm.fp8.patch import held_fp8, patch_fp8
 from tweo_timm.needs import require
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.run.class_names import names_by_index
@@ -44,6 +45,7 @@ from tweo_timm.train.pretrained import settle_head
 from tweo_timm.train.rate import batch_remark, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
 from tweo_timm.train.side import build_side
+from tweo_timm.train.side_data import cached_datasets
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class Session:
         scaler: timm's NativeScaler for float16 on CUDA, else None.
         autocast: makes the context of every forward pass.
         fp8: the report of the FP8 conversion; None in full precision.
+        gradients_apart: whether the gradients of task and penalty can be found each for itself.
         num_epochs: epochs to train, cooldown and warm-up prefix included.
         updates_per_epoch: optimizer updates in an epoch.
     """
@@ -87,6 +90,7 @@ class Session:
     scaler: Any
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     fp8: Any
+    gradients_apart: bool
     num_epochs: int
     updates_per_epoch: int
 
@@ -151,8 +155,10 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_image_sizes(options, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
-    data = open_data(options, data_config, num_classes, world)
-    settle_head(options, model, names_by_index(data.class_names))
+    features_of = cached_datasets(options, model, data_config, world) if options.side_cache else None
+    data = open_data(options, data_config, num_classes, world, features_of)
+    if options.side == "off":  # the head beside a frozen backbone is always new
+        settle_head(options, model, names_by_index(data.class_names))
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
@@ -168,6 +174,8 @@ def build_session(options: TrainOptions, world: World) -> Session:
             shard(unit, [unit.get_submodule(name) for name in blocks], world)
     recorder = functools.partial(OutlierRecorder, blocks=options.tweo_blocks)
     tweo = _attach(options, task) if blocks else None
+    if tweo is not None and fp8 is not None:
+        tweo.apart = functools.partial(held_fp8, model)
     namespace.lr = _learning_rate(options, data.batch_size * world.size * options.grad_accum_steps, world)
     optimizer = build_optimizer(options, namespace, task.get_trainable_module())
     scheduler, num_epochs = create_scheduler_v2(
@@ -201,6 +209,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         scaler=_scaler(options, world),
         autocast=_autocast(options, world),
         fp8=fp8,
+        gradients_apart=_gradients_apart(options, world, fp8),
         num_epochs=num_epochs,
         updates_per_epoch=updates_per_epoch,
     )
@@ -230,12 +239,28 @@ def _updates_per_epoch(options: TrainOptions, data: Data) -> int:
 
 def _attach(options: TrainOptions, task: TrainingTask) -> TweoHandle | None:
     """Attach TWEO, or what watches alone; None if nothing is to be watched."""
-    if not (options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.outlier_interval > 0):
+    if not (options.tweo_acts or options.outlier_interval > 0):
         return None
     try:
         return attach_tweo(task, options.tweo_config(), options.tweo_blocks)
     except RuntimeError as error:
         raise ValueError(f"{error} (or watch nothing: --tweo-weight 0 --outlier-interval 0)") from error
+
+
+def _gradients_apart(options: TrainOptions, world: World, fp8: Any) -> bool:
+    """Whether a step's graph allows more than one backward pass; where not, that is said, or refused."""
+    reasons = {
+        "--torchcompile frees what a second backward pass needs": bool(options.torchcompile),
+        "--fsdp shards weights again in the backward pass": options.fsdp,
+        "Transformer Engine has not been tried with two backward passes": getattr(fp8, "backend", "") == "te",
+        "the loss scaler of float16 keeps its scale for itself": _scaler(options, world) is not None,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
+    if reason and options.tweo_weight == AUTO:
+        raise ValueError(f"--tweo-weight auto finds the gradients of task and penalty, and {reason}; give a number")
+    if reason and options.tweo_acts:
+        _logger.info("The gradients of task and penalty are not compared: %s", reason)
+    return not reason
 
 
 def _check_differentiable_twice(session: Session) -> None:
@@ -364,7 +389,7 @@ def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:
     try:
         return find_blocks(model, options.tweo_blocks)
     except ValueError as error:
-        if options.tweo_weight > 0 or options.tweo_end_weight > 0 or options.tweo_blocks or options.fsdp:
+        if options.tweo_acts or options.tweo_blocks or options.fsdp:
             raise
         _logger.info("No outlier statistics: %s", str(error).split(":")[0])
         return {}

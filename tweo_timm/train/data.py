@@ -74,7 +74,13 @@ class Data:
         self.alterations.report()
 
 
-def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: int, world: World) -> Data:
+def open_data(
+    options: TrainOptions,
+    data_config: dict[str, Any],
+    num_classes: int,
+    world: World,
+    features_of: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+) -> Data:
     """Build both loaders of a training run.
 
     Args:
@@ -82,6 +88,7 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
         data_config: timm's resolved input size, mean, std, interpolation and crop.
         num_classes: of the model.
         world: device and rank.
+        features_of: makes of the two splits what is read in place of images; None for images.
 
     Raises:
         ValueError: if data is missing, or its classes do not fit the model.
@@ -91,6 +98,9 @@ def open_data(options: TrainOptions, data_config: dict[str, Any], num_classes: i
     require_known("--train-interpolation", options.train_interpolation or "random", (*RESAMPLINGS, "random"))
     train_set, val_set = _datasets(options, data_config, num_classes)
     _check_shards(options, train_set, world)
+    if features_of is not None:
+        train_set, val_set = features_of(train_set, val_set)
+        options = replace(options, no_prefetcher=True)  # timm's prefetcher would normalize what is no image
     mixup_kwargs = _mixup_kwargs(options, num_classes)
     collate = FastCollateMixup(**mixup_kwargs) if mixup_kwargs and not options.no_prefetcher else None
     try:
@@ -132,9 +142,19 @@ def calibration_images(
     """
     details = {"num_samples": options.train_num_samples, **target_details(options, num_classes)}
     dataset = open_dataset(options, options.train_split, data_config, exif=options.exif, **details)
-    plain = replace(options, workers=0, no_prefetcher=True, aug_splits=0, mixup=0.0, cutmix=0.0, cutmix_minmax=None)
-    _val_loader(plain, data_config, dataset, World(torch.device("cpu")))  # gives the data set its transform
+    set_transform(options, data_config, dataset, training=False)
     return fixed_sample(dataset, count, batch_size, options.seed, options.workers)
+
+
+def set_transform(options: TrainOptions, data_config: dict[str, Any], dataset: Any, training: bool) -> None:
+    """Let a data set return images as the model takes them, normalized: timm's loaders say how when they are made."""
+    plain = replace(options, workers=0, no_prefetcher=True, aug_splits=0, mixup=0.0, cutmix=0.0, cutmix_minmax=None)
+    here = World(torch.device("cpu"))
+    with _posterizing_to_black():
+        if training:
+            _train_loader(plain, data_config, dataset, None, here)
+        else:
+            _val_loader(plain, data_config, dataset, here)
 
 
 def _datasets(options: TrainOptions, data_config: dict[str, Any], num_classes: int) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from timm.utils import unwrap_model
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from tweo_timm.balance import Balance
 from tweo_timm.fp8.patch import fp8_state, load_fp8_state
 from tweo_timm.records import Fields
 from tweo_timm.run.checkpoint_file import CheckpointFile
@@ -62,6 +63,7 @@ def capture_exact(
     """
     mine: dict[str, Any] = {
         "fp8": fp8_state(session.model) if session.fp8 is not None else None,
+        "balance": balance.state() if (balance := _balance(session)) is not None else None,
         **{name: generator.get_state() for name, generator in _generators(session).items()},
     }
     if cursor.batch:
@@ -130,6 +132,9 @@ def restore_exact(
     if session.fp8 is not None and mine.has("fp8"):
         with file.giving("the FP8 scales"):
             load_fp8_state(session.model, dict(mine.fields("fp8").mapping))
+    if (balance := _balance(session)) is not None and mine.has("balance"):
+        with file.giving("the weight's memory"):
+            balance.load_state(mine.fields("balance").mapping, world.device)
     for name, generator in _generators(session).items():
         if mine.has(name):
             with file.giving(f"the random state {name}"):
@@ -232,6 +237,10 @@ def _remember_plateau(plateau: Any, before: Mapping[str, Any]) -> None:
     """Give a plateau schedule its memory back, unless it was of a metric that rises where this one falls."""
     if before["mode"] == plateau.mode:
         plateau.load_state_dict({name: before[name] for name in _PLATEAU_MEMORY if name in before})
+
+
+def _balance(session: Session) -> Balance | None:
+    return session.tweo.balance if session.tweo is not None else None
 
 
 def _plateau(session: Session) -> Any:

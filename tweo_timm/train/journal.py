@@ -2,7 +2,8 @@
 
     args.yaml         the resolved options, readable by timm and by --config
     summary.csv       one row an epoch: timm's columns, then train_task_loss, train_tweo_loss, train_peak_abs,
-                      eval_peak_abs
+                      eval_peak_abs, train_tweo_weight (in the last batch), train_tweo_grad_ratio (of the middle one;
+                      nan where it cannot be measured)
     outliers.jsonl    one row an epoch and block
     fp8_health.jsonl  one row a report and FP8 layer, with --fp8-health-interval
     events.*          TensorBoard, with --tensorboard; its steps are optimizer updates
@@ -26,7 +27,10 @@ from tweo_timm.stats import ActivationStats
 
 _logger = logging.getLogger(__name__)
 
-OWN_COLUMNS = ("train_task_loss", "train_tweo_loss", "train_peak_abs", "eval_peak_abs")
+OWN_COLUMNS = (
+    *("train_task_loss", "train_tweo_loss", "train_peak_abs", "eval_peak_abs"),
+    *("train_tweo_weight", "train_tweo_grad_ratio"),
+)
 
 
 class Journal:
@@ -78,7 +82,8 @@ class Journal:
 
         Args:
             epoch: number of the epoch, from 0.
-            train: metrics of training without their prefix: loss, task_loss, tweo_loss, peak_abs.
+            train: metrics of training without their prefix: loss, task_loss, tweo_loss, peak_abs,
+                tweo_weight, tweo_grad_ratio.
             val: metrics of validation without their prefix; empty when the epoch was not validated.
             lr: learning rate used in the epoch.
             updates: optimizer updates since the run began.

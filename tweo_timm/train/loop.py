@@ -12,6 +12,7 @@ import torch
 from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 
+from tweo_timm.config import AUTO
 from tweo_timm.records import append_rows
 from tweo_timm.run.checkpoint_file import CheckpointFile
 from tweo_timm.run.class_names import KEY, check_same_names, names_by_index, recorded_names
@@ -89,12 +90,14 @@ class Trainer:
             exact = None
         self._remembers = options.sched == "plateau" and exact is not None and exact.has("plateau")
         epoch = restore(file, session.task, optimizer, session.scaler, self._remembers)
-        if exact_state(file) is not None and (changed := changed_settings(before, options)):
+        changed = changed_settings(before, options) if exact_state(file) is not None else ""
+        if changed:
             _logger.warning("%s was written under other settings: %s", file.path, changed)
         self.step.restored = CheckpointFile(file.path, {}) if optimizer is not None else None
         if exact is not None:
             self._entry, self._statistics = restore_exact(file, exact, session, self.cursor, self.meters)
-            _logger.info("Resumed %s exactly: epoch %d, batch %d", file.path, self.cursor.epoch, self.cursor.batch)
+            how = "under other settings" if changed else "exactly"
+            _logger.info("Resumed %s %s: epoch %d, batch %d", file.path, how, self.cursor.epoch, self.cursor.batch)
             return
         self.cursor.epoch = options.start_epoch if options.start_epoch is not None else epoch
         _logger.info("Resumed weights from %s; going on with epoch %d", file.path, self.cursor.epoch)
@@ -319,7 +322,7 @@ class Trainer:
         self._synchronise_lookahead()
         self._check_weights()
         self._share_batch_norm()
-        return self.meters.means(world.distributed)
+        return self.meters.means(world.distributed) | self.meters.balance()
 
     def _synchronise_lookahead(self) -> None:
         """Take the weights half the way back to Lookahead's slow ones, as timm's train.py means to.
@@ -385,6 +388,11 @@ class Trainer:
         if not world.primary:
             return
         own = f"  TWEO: {means['tweo_loss']:#.3g}  Peak: {max(peaks):#.3g}" if peaks else ""
+        balance = self.meters.balance()
+        if self.session.options.tweo_weight == AUTO:
+            own += f"  Weight: {balance['tweo_weight']:#.3g}"
+        if balance["tweo_weight"] and not math.isnan(balance["tweo_grad_ratio"]):
+            own += f"  Gradients: {balance['tweo_grad_ratio']:#.3g}"
         _logger.info(
             "Train: %d [%4d/%d (%3.0f%%)]  Loss: %#.3g%s  %s  LR: %.3e",
             self.cursor.epoch,
@@ -398,6 +406,7 @@ class Trainer:
         )
         if self.journal is not None:
             values = {"step/loss": means["loss"], "step/tweo_loss": means["tweo_loss"], "step/lr": self._lr()}
+            values |= {f"step/{name}": value for name, value in balance.items()}
             if peaks:
                 values["step/peak_abs"] = max(peaks)
             self.journal.scalars(values, self.cursor.updates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,11 @@ class EpochMeters:
         block_names: the blocks whose peaks are followed.
         device: where the losses live.
         recorder: counts block outputs in the steps in which it is armed; None where nothing is counted.
+
+    Attributes:
+        grad_ratio: the norm of the weighted penalty's gradient over that of the task's in the middle batch, a scalar;
+            None before it, and where it is not measured.
+        weight: of the penalty in the latest micro-batch, a number or a scalar on the device; None without TWEO.
     """
 
     def __init__(self, block_names: list[str], device: torch.device, recorder: OutlierRecorder | None = None) -> None:
@@ -39,6 +45,8 @@ class EpochMeters:
         self._sums = [0.0] * len(LOSSES)
         self._counts = [0] * len(LOSSES)
         self._peaks = torch.zeros(len(self.block_names), device=self._device)
+        self.grad_ratio: Tensor | None = None
+        self.weight: float | Tensor | None = None
         if self.recorder is not None:
             self.recorder.reset()
 
@@ -52,6 +60,7 @@ class EpochMeters:
         """
         loss = result["loss"]
         losses = [loss, result.get("task_loss", loss), *([result["tweo_loss"]] if "tweo_loss" in result else [])]
+        self.weight = result.get("tweo_weight")
         self._pending.append((samples, torch.stack([each.detach() for each in losses]).float()))
         if peaks is not None:
             self._peaks = torch.maximum(self._peaks, peaks)
@@ -74,6 +83,13 @@ class EpochMeters:
             torch.distributed.all_reduce(everyone)
             sums, counts = everyone.tolist()
         return {name: total / max(count, 1) for name, total, count in zip(LOSSES, sums, counts, strict=True)}
+
+    def balance(self) -> dict[str, float]:
+        """Return tweo_weight and tweo_grad_ratio: 0 where the penalty does not act, NaN where it was not measured."""
+        if not self.weight:
+            return {"tweo_weight": 0.0, "tweo_grad_ratio": 0.0}
+        ratio = math.nan if self.grad_ratio is None else float(self.grad_ratio)
+        return {"tweo_weight": float(self.weight), "tweo_grad_ratio": ratio}
 
     def peaks(self, distributed: bool = False) -> list[float]:
         """Return the largest |A| of each block in all steps, over all processes if `distributed`."""
@@ -105,6 +121,7 @@ class EpochMeters:
             "sums": torch.tensor(self._sums, dtype=torch.float64),
             "counts": list(self._counts),
             "peaks": self._peaks.cpu().clone(),
+            "balance": self.balance(),
             "outliers": {name: _pack(stats.state()) for name, stats in recorded.items() if stats is not None},
         }
 
@@ -119,6 +136,9 @@ class EpochMeters:
         if not len(self._sums) == len(self._counts) == len(LOSSES) or state["peaks"].shape != self._peaks.shape:
             raise ValueError(f"sums of {len(self._sums)} losses and peaks of {len(state['peaks'])} blocks")
         self._peaks = state["peaks"].to(self._device, copy=True)
+        balance = state.get("balance", {})
+        self.weight, ratio = balance.get("tweo_weight"), balance.get("tweo_grad_ratio")
+        self.grad_ratio = None if ratio is None else torch.tensor(float(ratio), device=self._device)
         if self.recorder is not None:
             for name, counted in state["outliers"].items():
                 if name not in self.recorder.stats:

@@ -44,7 +44,11 @@ def build_side(options: TrainOptions, world: World) -> nn.Module:
     """
     if options.fast_norm:
         set_fast_norm()
-    backbone = create(options, headless=True).to(world.device)
+    if not (options.pretrained or options.initial_checkpoint):
+        _logger.warning("The frozen backbone has random weights: give --initial-checkpoint FILE or --pretrained")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(options.seed)  # the same in every process
+        backbone = create(options, headless=True).to(world.device)
     num_classes = int(options.num_classes or _as_trained(backbone))
     data_config = preprocessing(as_namespace(options), backbone)
 

@@ -25,9 +25,22 @@ _OF_A_TRAINED_BACKBONE = {
     "layer_decay": (None, "the frozen backbone's layers have no learning rate"),
     "fsdp": (False, "the side network is small, and the frozen backbone has no gradients to share"),
     "drop_block": (None, "the frozen backbone is in eval mode"),
+    "drop_path_rule": ("linear", "every attention module of the side network has the rate of --drop-path"),
     "bn_momentum": (None, "the frozen backbone is in eval mode"),
     "sync_bn": (False, "the frozen backbone is in eval mode"),
     "split_bn": (False, "the frozen backbone is in eval mode"),
+}
+
+# What is done to batches of images -> its value when it is off.
+_OF_IMAGES = {
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "cutmix_minmax": None,
+    "aug_splits": 0,
+    "aug_repeats": 0.0,
+    "train_img_sizes": None,
+    "save_images": False,
+    "kd_model_name": None,
 }
 
 
@@ -42,6 +55,7 @@ def side_rules(options: Any) -> Iterator[str]:
         if value != off and not (dest == "model_dtype" and value == "float32"):
             given = "" if value is True else f" {value}"
             yield f"{option_name(dest)}{given} does not go with --side {options.side}: {reason}; leave it out"
+    yield from _cache(options)
     if options.kd_model_name is not None and options.kd_distill_type != "logit":
         yield (
             f"--kd-distill-type {options.kd_distill_type} reads features of the model, and --side {options.side} has "
@@ -54,7 +68,28 @@ def side_rules(options: Any) -> Iterator[str]:
             yield f"--side-precision {options.side_precision} is not {' or '.join(PRECISIONS)}, and no scheme: {error}"
 
 
+def _cache(options: Any) -> Iterator[str]:
+    """A complaint for each setting that asks for images where there are only features."""
+    if not options.side_cache:
+        if options.side_augmentations:
+            yield f"--side-augmentations {options.side_augmentations} is about a cache: give --side-cache DIR too"
+        if options.side_grid:
+            yield "--side-grid trains from features that are computed once: give --side-cache DIR too"
+        return
+    if options.side_grid and not options.experiment:
+        yield "--side-grid makes a folder for each combination: name theirs by --experiment NAME"
+    if options.no_aug == bool(options.side_augmentations):
+        yield (
+            "--side-cache computes features once: give --no-aug for images as they are, or --side-augmentations N for "
+            "N fixed augmentations of each, not both"
+        )
+    for dest, off in _OF_IMAGES.items():
+        if getattr(options, dest) != off:
+            yield f"{option_name(dest)} needs images, and --side-cache has their features only; leave one out"
+
+
 def _useless(options: Any) -> Iterator[str]:
-    for item in flag_fields(SideOptions):
-        if item.name != "side" and getattr(options, item.name) != item.default:
+    unset = SideOptions()
+    for item in flag_fields(unset):
+        if item.name != "side" and getattr(options, item.name) != getattr(unset, item.name):
             yield f"{option_name(item.name)} does nothing without --side; add --side last, or leave it out"

@@ -73,6 +73,8 @@ class TrainStep:
         images, targets = session.place(images), targets.to(session.world.device)
         if session.tweo is not None:
             session.tweo.set_progress(min(cursor.updates / self._num_updates, 1.0))
+            if session.gradients_apart and cursor.batch == self._num_batches // 2:
+                session.tweo.measure_gradients()
         if self._fp8_health is not None and completes and cursor.updates % session.options.fp8_health_interval == 0:
             self._fp8_health.arm()
         with contextlib.nullcontext() if completes else session.task.no_sync():
@@ -86,6 +88,8 @@ class TrainStep:
             self._backward(result["loss"] if divisor == 1 else result["loss"] / divisor, completes)
         self.meters.update(result, peaks, len(targets))
         self.waiting += 1
+        if session.tweo is not None and cursor.batch == self._num_batches // 2:
+            self.meters.grad_ratio = session.tweo.grad_ratio
         cursor.batch += 1
         if completes:
             self._after_update()

@@ -1,0 +1,181 @@
+"""Features from a cache are those of this backbone and these images, whole or not at all."""
+
+import json
+import logging
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.runs import (
+    command,
+    last,
+    same_tensors,
+    session_of,
+    start,
+    train,
+    train_together,
+    wait_until,
+)
+from tests.train.test_resume import assert_same_run
+from tweo_timm.side.cache import FeatureCache
+from tweo_timm.side.network import SideNetwork
+from tweo_timm.train.cli import main
+
+SIDE = ["--side", "last", "--side-gap", "1", "--side-rank", "4", "--drop-path", "0.1"]
+
+
+def cached(folder, *words):
+    return [*SIDE, "--no-aug", "--side-cache", str(folder), *words]
+
+
+@pytest.fixture(scope="module")
+def cache(images, tmp_path_factory):
+    """A cache, and the run that wrote it."""
+    root = tmp_path_factory.mktemp("cache")
+    return root / "features", train(images, root, *cached(root / "features"))
+
+
+@pytest.mark.parametrize("kind", ["last", "miet"])
+def test_a_run_from_a_cache_is_the_run_from_images(kind, images, tmp_path):
+    words = ["--side", kind, *SIDE[2:], "--no-aug", "--opt", "sgd", "--lr", "0.1"]  # AdamW would enlarge rounding
+    live = train(images, tmp_path, *words, name="live")
+    from_cache = train(images, tmp_path, *words, "--side-cache", str(tmp_path / "features"), name="cache")
+    for name, value in last(live)["state_dict"].items():
+        torch.testing.assert_close(last(from_cache)["state_dict"][name], value, rtol=1e-5, atol=1e-6)
+    assert last(live)["metric"] == last(from_cache)["metric"]
+
+
+def test_the_backbone_is_not_run_again(cache, images, tmp_path, monkeypatch):
+    compute = SideNetwork.features
+
+    def features(self, images):
+        assert len(images) == 1, "the backbone was run on more than the blank image that tries its size"
+        return compute(self, images)
+
+    session = session_of(images, tmp_path, *cached(cache[0]))
+    monkeypatch.setattr(SideNetwork, "features", features)
+    assert session.model.from_cache
+    again = train(images, tmp_path, *cached(cache[0]))
+    assert same_tensors(last(again)["state_dict"], last(cache[1])["state_dict"])
+
+
+def test_the_size_is_said_before_anything_is_written(images, tmp_path, caplog, monkeypatch):
+    written = []
+    monkeypatch.setattr(FeatureCache, "begin", lambda self: (written.append(caplog.text), 1 / 0))
+    with caplog.at_level(logging.INFO), pytest.raises(ZeroDivisionError):
+        session_of(images, tmp_path, *cached(tmp_path / "features"))
+    assert "split train: 56 images x 1 of 3x17x32, 0.000 GB" in written[0]
+
+
+def test_a_cache_that_does_not_fit_is_refused(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert main(command(images, tmp_path, *cached(tmp_path / "features"))) == 1
+    assert "do not fit" in capsys.readouterr().err
+
+
+def test_a_cache_whose_writing_was_killed_is_written_anew(cache, images, tmp_path):
+    words = command(images, tmp_path, *cached(tmp_path / "features"))
+    process = start(words)
+    wait_until((tmp_path / "features" / "train.features").exists, [process])
+    process.kill()
+    process.join()
+    assert main(words) == 0
+    assert same_tensors(last(tmp_path / "run")["state_dict"], last(cache[1])["state_dict"])
+
+
+def test_a_cache_without_its_description_is_not_believed(cache, images, tmp_path):
+    folder = shutil.copytree(cache[0], tmp_path / "features")
+    (folder / "train.json").unlink()
+    (folder / "train.features").write_bytes(b"half")
+    again = train(images, tmp_path, *cached(folder))
+    assert same_tensors(last(again)["state_dict"], last(cache[1])["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--seed", "7"], "fingerprint"),  # another backbone: it has no weights of its own
+        (["--side-precision", "bfloat16"], "precision float32, not bfloat16"),
+        (["--side-gap", "2"], "reads"),
+        (["--mean", "0.1", "0.2", "0.3"], "images"),
+        (["--crop-pct", "0.5"], "split validation is of something else: images"),
+    ],
+)
+def test_features_of_something_else_are_refused(words, part, cache, images, tmp_path, capsys):
+    assert main(command(images, tmp_path, *cached(cache[0]), *words)) == 1
+    said = capsys.readouterr().err
+    assert "is of something else" in said
+    assert part in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_of_other_images_are_refused_and_so_are_changed_files(cache, images, tmp_path, capsys):
+    other = shutil.copytree(images, tmp_path / "images")
+    one, two = sorted(other.glob("train/*/*.png"))[:2]
+    pixels = two.read_bytes()
+    two.write_bytes(one.read_bytes())
+    one.write_bytes(pixels)
+    assert main(command(other, tmp_path, *cached(cache[0]))) == 1
+    assert "data" in capsys.readouterr().err
+    folder = shutil.copytree(cache[0], tmp_path / "features")
+    values = np.fromfile(folder / "train.features", np.float32)
+    values[1000] += 1
+    values.tofile(folder / "train.features")
+    assert main(command(images, tmp_path, *cached(folder))) == 1
+    assert "train.features is not as it was written" in capsys.readouterr().err
+    (folder / "train.json").write_text("{")
+    assert main(command(images, tmp_path, *cached(folder))) == 1
+    assert "description cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_from_a_cache_continues_bit_for_bit(images, tmp_path, interrupt):
+    words = [*SIDE, "--side-cache", str(tmp_path / "features"), "--side-augmentations", "2", "--model-ema"]
+    words += ["--grad-accum-steps", "2", "--reprob", "0.5", "--aa", "rand-m9-mstd0.5"]
+    whole = train(images, tmp_path / "whole", *words)
+    words = command(images, tmp_path, *words, "--resume", "auto")
+    interrupt(10)
+    assert main(words) == 128 + signal.SIGTERM
+    assert main(words) == 0
+    for folder in (whole, tmp_path / "run"):
+        (folder / "outliers.jsonl").touch()
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_augmentations_are_fixed_and_each_epoch_reads_another(images, tmp_path):
+    words = [*SIDE, "--side-augmentations", "2", "--side-cache"]
+    one, two = (
+        session_of(images, tmp_path, *words, str(tmp_path / name), "-j", workers).data.replay.loader.dataset
+        for name, workers in (("a", "0"), ("b", "2"))
+    )
+    assert torch.equal(one[5][0], two[5][0])  # whoever reads it
+    first = one[5][0]
+    one.set_epoch(1)
+    assert not torch.equal(one[5][0], first)
+    one.set_epoch(2)
+    assert torch.equal(one[5][0], first)
+
+
+def test_two_processes_write_the_cache_of_one(cache, images, tmp_path):
+    assert train_together(command(images, tmp_path, *cached(tmp_path / "both"))) == [0, 0]
+    for split, dtype in (("train", np.float32), ("validation", np.float32)):
+        theirs = np.fromfile(cache[0] / f"{split}.features", dtype)
+        np.testing.assert_allclose(np.fromfile(tmp_path / "both" / f"{split}.features", dtype), theirs, rtol=1e-5)
+        keys = [json.loads((folder / f"{split}.json").read_text())["of"] for folder in (cache[0], tmp_path / "both")]
+        assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--side", "last", "--side-cache", "x"], "give --no-aug"),
+        (["--side", "last", "--side-cache", "x", "--no-aug", "--mixup", "0.1"], "--mixup needs images"),
+        (["--side", "last", "--side-augmentations", "2"], "give --side-cache DIR"),
+        (["--side-cache", "x"], "does nothing without --side"),
+    ],
+)
+def test_settings_that_need_images_are_refused(words, part, images, tmp_path, capsys):
+    assert main(command(images, tmp_path, *words)) == 1
+    assert part in capsys.readouterr().err

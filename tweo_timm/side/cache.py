@@ -1,0 +1,177 @@
+"""Features on the disk: what a frozen backbone computes of a split, written once and read by memory mapping.
+
+A cache is two files and a description, which is written last, in one step, when the others are on the disk: a cache
+that a crash left half written has none, and is written anew. The description says of what the features are: backbone,
+streams, preprocessing, data. Features of anything else are refused, and so are files that were changed: their checksums
+are compared when a cache is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tweo_timm.outputs import Outputs
+from tweo_timm.records import Fields
+from tweo_timm.settings import AT_LEAST_0
+from tweo_timm.side.backbone import differences
+
+_DTYPE = np.dtype("<f4")
+_CHUNK = 1 << 24
+KEY, SUMS = "of", "checksums"
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """The features of one split, in a folder.
+
+    Attributes:
+        folder: of all splits.
+        name: of the split, for the files' names.
+        key: what the features are of, ready for JSON.
+        shape: (images, variants, K, N, C).
+    """
+
+    folder: Path
+    name: str
+    key: Mapping[str, Any]
+    shape: tuple[int, int, int, int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the features, float32."""
+        return int(np.prod(self.shape, dtype=np.int64)) * _DTYPE.itemsize
+
+    @property
+    def _paths(self) -> dict[str, Path]:
+        return {kind: self.folder / f"{self.name}.{kind}" for kind in ("features", "targets")}
+
+    def is_complete(self, check: bool) -> bool:
+        """Whether the cache is there.
+
+        Args:
+            check: whether its files are read and compared with their checksums.
+
+        Raises:
+            ValueError: it is of something else, or its files were changed.
+        """
+        description = self.folder / f"{self.name}.json"
+        if not description.exists():
+            return False
+        where = f"--side-cache {self.folder}, split {self.name}"
+        remedy = "give another folder, or delete this one"
+        try:
+            found = Fields(json.loads(description.read_text(encoding="utf-8")), where)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: its description cannot be read ({error}): {remedy}") from error
+        before, now = dict(found.fields(KEY).mapping), json.loads(json.dumps({**self.key, "shape": self.shape}))
+        if before != now:
+            raise ValueError(f"{where} is of something else: {differences(before, now)}: {remedy}")
+        for kind, path in self._paths.items():
+            if check and found.fields(SUMS).integer(kind, AT_LEAST_0) != _checksum(path):
+                raise ValueError(f"{where}: {path.name} is not as it was written: {remedy}")
+        return True
+
+    def begin(self) -> None:
+        """Make the file that `write` fills, of its full size.
+
+        Raises:
+            OSError: the disk has no room for it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._paths["features"]
+        path.unlink(missing_ok=True)  # of a run that was killed; a link goes, not what it points to
+        with open(path, "xb") as file:
+            file.truncate(self.size)
+
+    def write(self, index: Tensor, variant: int, features: Tensor) -> None:
+        """Put features (B, K, N, C) of images (B,) of the split, in one of their variants, into their places."""
+        self._mapped("r+")[index.numpy(), variant] = features.float().cpu().numpy()
+
+    def finish(self, targets: Tensor) -> None:
+        """Bring everything to the disk, and say that it is complete.
+
+        Args:
+            targets: of all images, in the order of the split.
+        """
+        with open(self._paths["features"], "r+b") as file:
+            os.fsync(file.fileno())
+        with open(self._paths["targets"], "wb") as file:
+            np.save(file, targets.numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        sums = {kind: _checksum(path) for kind, path in self._paths.items()}
+        text = json.dumps({KEY: {**self.key, "shape": self.shape}, SUMS: sums}, indent=1)
+        Outputs(self.folder).write(f"{self.name}.json", text)
+
+    def targets(self) -> Tensor:
+        """Return the targets of all images."""
+        return torch.from_numpy(np.load(self._paths["targets"], allow_pickle=False))
+
+    def _mapped(self, mode: Any) -> np.memmap[Any, Any]:
+        return np.memmap(self._paths["features"], _DTYPE, mode, shape=self.shape)
+
+
+def _checksum(path: Path) -> int:
+    """CRC32 of a file; -1 if there is none."""
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                total = zlib.crc32(chunk, total)
+    except FileNotFoundError:
+        return -1
+    return total
+
+
+class CachedFeatures(Dataset[Any]):
+    """A split of which there are features in place of images.
+
+    Args:
+        cache: complete.
+        dataset: the split itself, for what else is asked of it.
+
+    Attributes:
+        dataset: the split itself.
+        transform: timm's loaders set it; features are not transformed.
+    """
+
+    def __init__(self, cache: FeatureCache, dataset: Any) -> None:
+        self.dataset = dataset
+        self.transform: Any = None
+        self._cache = cache
+        self._targets = cache.targets()
+        self._epoch = 0
+        self._features: np.memmap[Any, Any] | None = None
+
+    @property
+    def alterations(self) -> Any:
+        """What was read otherwise than it is seen when the features were computed."""
+        return self.dataset.alterations
+
+    def __len__(self) -> int:
+        return self._cache.shape[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the variants of an epoch: image i is read in variant (epoch + i) modulo their number."""
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if self._features is None:  # in each process its own
+            self._features = self._cache._mapped("r")
+        variant = (self._epoch + index) % self._cache.shape[1]
+        target = self._targets[index]
+        return torch.from_numpy(np.array(self._features[index, variant])), int(target) if target.ndim == 0 else target
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_features": None}

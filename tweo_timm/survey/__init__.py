@@ -1,0 +1,1 @@
+"""What will a checkpoint survive, where does it break, and what is the smallest fix?"""

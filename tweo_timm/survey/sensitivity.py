@@ -1,0 +1,159 @@
+"""Which layers and sites a low-precision format hurts most, found by one backward pass and not by trying each.
+
+The score of a site: the mean over images of (sum over the site of gradient times error)^2. The error is what the format
+does to the site's output when everything before it is float; the gradient is that of the cross-entropy against labels
+drawn from the model's own softmax. So its square is, on average over labels, twice the divergence that the site alone
+would cause (the Fisher information in the direction of the error). A model without a head has no softmax: there the
+gradient is that of a random direction of its features, and the score is the mean square of their change.
+
+The sum is squared after it is taken: errors of a layer cancel, or add up. Sites whose error is not finite come first.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
+from tweo_timm.quant.stream import StreamQuantizer
+
+_CHUNK = 8
+"""Images at a time: the outputs of all sites are alive together."""
+DRAWS = 8
+"""Labels drawn for each image."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much a format hurts one layer or site.
+
+    Attributes:
+        name: as `quantization_scales` has it, and `keep_float` takes it.
+        score: see the module; infinite where the error is not finite.
+        peak_abs: the largest magnitude of what is rounded there.
+    """
+
+    name: str
+    score: float
+    peak_abs: float
+
+
+def sensitivities(
+    model: nn.Module, quantized: nn.Module, batches: Iterable[Tensor], *, features: bool = False, seed: int = 0
+) -> list[Sensitivity]:
+    """Score every layer and site that a scheme rounds, the most sensitive first.
+
+    Args:
+        model: the float model.
+        quantized: what `quantize_static` made of it, without +rot and +smooth, which change the float model itself.
+        batches: preprocessed images (B, C, H, W); a few dozen.
+        features: the model returns features, not logits.
+        seed: of labels or directions.
+
+    Raises:
+        ValueError: if nothing is quantized, or without images.
+    """
+    watched, spies = _watched(model, quantized)
+    if not spies:
+        raise ValueError("the model has no quantized layer: pass what quantize_static returned")
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
+    sums, count = dict.fromkeys(spies, 0.0), 0
+    for images in (part for batch in batches for part in torch.split(batch, _CHUNK)):
+        logits = watched(images.to(device))
+        count += len(images)
+        for draw in range(DRAWS):
+            loss = _loss(logits, features, generator)
+            reached = [spy.output for spy in spies.values()]
+            gradients = torch.autograd.grad(loss, reached, retain_graph=draw + 1 < DRAWS, allow_unused=True)
+            for (name, spy), gradient in zip(spies.items(), gradients, strict=True):
+                sums[name] += spy.squared_sum(gradient, len(images))
+    if not count:
+        raise ValueError("sensitivity is measured on at least one image")
+    found = [Sensitivity(name, _finite_or_infinite(sums[name] / count / DRAWS), spies[name].peak) for name in spies]
+    return sorted(found, key=lambda site: -site.score)
+
+
+def _loss(logits: Tensor, features: bool, generator: torch.Generator) -> Tensor:
+    """The sum over images of what is differentiated."""
+    if features:
+        return (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
+    drawn = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator)
+    return F.cross_entropy(logits.float(), drawn.flatten().to(logits.device), reduction="sum")
+
+
+def _finite_or_infinite(score: float) -> float:
+    return score if math.isfinite(score) else math.inf
+
+
+class _Spy(nn.Module):
+    """Stands at a site: computes in float, and keeps its output and the error that the format would make of it.
+
+    Args:
+        exact: the float layer; None where the site is a value that is rounded.
+        rounded: the quantized layer, or the quantizer.
+    """
+
+    stream = 0
+    output: Tensor
+    error: Tensor
+
+    def __init__(self, exact: nn.Module | None, rounded: nn.Module) -> None:
+        super().__init__()
+        self.exact, self.rounded = exact, rounded
+        self.peak = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # some models read kernel_size, weight and the like
+            return getattr(self.__dict__["_modules"]["exact"], name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the float model has here."""
+        y: Tensor = x if self.exact is None else self.exact(x)
+        with torch.no_grad(), torch._C.DisableTorchFunction():  # a StreamQuantizer counts additions
+            self.peak = max(self.peak, float(x.abs().amax()))
+            self.error = self.rounded(x.detach()) - y.detach()
+        if not y.requires_grad:  # the first site: its weights are not asked for
+            y.requires_grad_()
+        self.output = y
+        return y
+
+    def squared_sum(self, gradient: Tensor | None, num_images: int) -> float:
+        """The sum over images of (sum of gradient times error)^2; windows of an image are consecutive."""
+        if gradient is None:
+            return 0.0
+        products = (gradient.double() * self.error.double()).reshape(num_images, -1).sum(1)
+        return float(products.square().sum())
+
+
+def _watched(model: nn.Module, quantized: nn.Module) -> tuple[nn.Module, dict[str, _Spy]]:
+    """The float model in the shape of its quantized copy, with a spy at every layer and site."""
+    watched = copy.deepcopy(quantized)
+    spies: dict[str, _Spy] = {}
+    for name, module in list(watched.named_modules()):
+        if isinstance(module, QuantizedLayer):
+            exact = copy.deepcopy(model.get_submodule(name)).requires_grad_(False)
+            spies[name] = _Spy(exact, module)
+            watched.set_submodule(name, spies[name])
+        elif isinstance(module, StreamQuantizer):
+            for site, quantizer in list(module.quantizers.items()):
+                assert isinstance(quantizer, Quantizer)
+                spies[f"{module.block_name}.{site}"] = spy = _Spy(None, quantizer)
+                module.quantizers[site] = spy
+    return watched.eval(), spies
+
+
+def share_of(sites: list[Sensitivity], count: int) -> float:
+    """The share of all scores that the first `count` have; 1 where one of them is infinite."""
+    scores = [site.score for site in sites]
+    if any(math.isinf(score) for score in scores[:count]):
+        return 1.0
+    return sum(scores[:count]) / max(sum(scores), 1e-300)
