@@ -1,9 +1,13 @@
 """A file of tweo-repair says how it was built, and is validated as its original: model, images and class names."""
 
+import random
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.evaluate.conftest import ARCH, make_model, run, save_checkpoint
 from tweo_timm.repair.cli import main as repair
+from tweo_timm.run.checkpoint_file import read
 
 
 @pytest.fixture
@@ -34,3 +38,26 @@ def test_classes_in_another_order_are_refused_for_it_too(pair, common, photos, t
     status, _, err = run(capsys, "--checkpoint", pair[1], *words)
     assert status == 1
     assert "'ant'" in err
+
+
+def test_any_flipped_bit_of_a_mended_files_weights_is_found_and_a_strangers_file_is_read_as_it_is(pair, tmp_path):
+    whole = pair[1].read_bytes()
+    weights = read(pair[1], "weights").weights
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    flipped, places = tmp_path / "flipped.safetensors", random.Random(0)
+    for _ in range(20):
+        content = bytearray(whole)
+        content[places.randrange(begin, len(whole))] ^= 1 << places.randrange(8)
+        flipped.write_bytes(content)
+        with pytest.raises(ValueError, match="its checksum does not hold"):
+            read(flipped, "weights")
+    save_file(load_file(pair[1]), tmp_path / "strange.safetensors")
+    assert read(tmp_path / "strange.safetensors", "weights").weights.keys() == weights.keys()
+
+
+def test_a_changed_record_of_a_mended_file_is_found(pair, tmp_path):
+    whole = pair[1].read_bytes()
+    assert whole.count(b"random") >= 1
+    (tmp_path / "other.safetensors").write_bytes(whole.replace(b"random", b"ransom", 1))
+    with pytest.raises(ValueError, match="its checksum does not hold"):
+        read(tmp_path / "other.safetensors", "weights")

@@ -29,6 +29,7 @@ from tweo_timm.layers import find_mlps, layer_scale_of
 from tweo_timm.modes import evaluating
 from tweo_timm.records import plain
 from tweo_timm.tap import BlockTap
+from tweo_timm.wide import wide
 
 NUM_TERMS = 10
 """Terms listed in a record, the largest first; all of them are in the spectrum."""
@@ -105,8 +106,8 @@ def terms_of(w: Tensor, a: Tensor, x: Tensor) -> dict[str, Tensor]:
         singular_values, w_dot_u, v_dot_x, values: (rank,) each, values = their product, in the order of singular
         values.
     """
-    u, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
-    w_dot_u, v_dot_x = w.double() @ u, vh @ x.double()
+    u, s, vh = torch.linalg.svd(wide(a), full_matrices=False)
+    w_dot_u, v_dot_x = wide(w) @ u, vh @ wide(x)
     return {"singular_values": s, "w_dot_u": w_dot_u, "v_dot_x": v_dot_x, "values": s * w_dot_u * v_dot_x}
 
 
@@ -245,8 +246,8 @@ _GATED_NOTE = "A gated MLP is decomposed with the gate held at this token's valu
 
 def _linear_form(mlp: Any, x: Tensor, channel: int, scale: float) -> dict[str, Any]:
     """Return w and A of w^T A x in float64, the constant that biases add, and the real MLP's value with activation."""
-    mlp = copy.deepcopy(mlp).double()
-    x = x.double()
+    x = wide(x)
+    mlp = copy.deepcopy(mlp).to(x.device).double()  # in this order: not every device has float64
     row = mlp.fc2.weight[channel] * scale
     offset = 0.0 if mlp.fc2.bias is None else float(mlp.fc2.bias[channel]) * scale
     gate: Tensor | None = None

@@ -102,7 +102,7 @@ class _Layer:
             magnitude = args[0].detach().abs().float()
             amax = float(magnitude.max())
             if self.amax:
-                self._clipped.append(float((magnitude > self.amax[-1]).double().mean()))
+                self._clipped.append(int((magnitude > self.amax[-1]).sum()) / magnitude.numel())
             nonzero = int((magnitude > 0).sum())
             flushed = int(((magnitude > 0) & (magnitude <= amax / E4M3.max * _HALF_SMALLEST)).sum())
             self._flushed.append(flushed / max(nonzero, 1))

@@ -23,6 +23,7 @@ from tweo_timm.diagnose.samples import as_batches
 from tweo_timm.modes import evaluating
 from tweo_timm.records import plain
 from tweo_timm.tap import BlockTap
+from tweo_timm.wide import wide
 
 PRESENT = 0.5
 """A peak is still there in another arm if it is at least this share of the trained one on real data."""
@@ -158,7 +159,7 @@ def _run(model: nn.Module, batches: list[Tensor], blocks: str | None) -> list[di
     def observe(name: str, block: nn.Module, output: Tensor) -> None:
         x = output.detach().reshape(len(images), -1).float()
         peak_B = x.abs().amax(1)
-        columns = torch.stack([x.amax(1), x.amin(1), x.abs().mean(1), peak_B]).double().sum(1)
+        columns = wide(torch.stack([x.amax(1), x.amin(1), x.abs().mean(1), peak_B])).sum(1)
         sums[name] = sums[name] + columns if name in sums else columns
         peaks[name] = torch.maximum(peaks[name], peak_B.max()) if name in peaks else peak_B.max()
 

@@ -66,7 +66,8 @@ def compensate(
                 rows[name] = Fit(0.0, 0, 0, "no image enters it")
             elif name not in rows:  # a layer that runs twice keeps its first fit, which its forward applies
                 pair = _pair(unit, reference, quantized, name, places[name], held)
-                places[name].compensation, rows[name] = compensation.fit(pair)
+                fitted, rows[name] = compensation.fit(pair)  # on the CPU, where the device has no float64
+                places[name].compensation = fitted and fitted.to(next(quantized.buffers()).device)
 
     visit_units(reference, quantized, find_blocks(reference, blocks), images, visit)
     return [{"name": name, **asdict(fit)} for name, fit in rows.items()]

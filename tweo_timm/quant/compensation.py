@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tweo_timm.quant.quantizer import QuantizedLayer, along
 from tweo_timm.quant.twins import CHUNK
+from tweo_timm.wide import wide
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Pair:
     def chunks(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield entered, target and got of the chosen images as float64 (tokens, channels), a few images at a time."""
         for index in torch.split(chosen.nonzero().flatten(), CHUNK):
-            entered, target, got = (x.movedim(self.axis, -1).flatten(0, -2).double() for x in self.read(index))
+            entered, target, got = (wide(x.movedim(self.axis, -1).flatten(0, -2)) for x in self.read(index))
             yield entered, target, got
 
 

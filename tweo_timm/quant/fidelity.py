@@ -21,6 +21,7 @@ from tweo_timm.modes import evaluating
 from tweo_timm.quant.quantizer import is_quantizable
 from tweo_timm.stats import decibels
 from tweo_timm.stream import answers_of, stream_of
+from tweo_timm.wide import wide
 
 _CHUNK = 8
 """Images compared at a time: the outputs of all layers of both models are alive together."""
@@ -112,7 +113,7 @@ class _Outputs:
 
 def _powers(y: Tensor, y_q: Tensor) -> Tensor:
     """Return signal and noise, and both without each image's largest element, summed over images in float64."""
-    y, noise = y.flatten(1).double(), (y - y_q).flatten(1).double()
+    y, noise = wide(y.flatten(1)), wide((y - y_q).flatten(1))
     peak = y.abs().argmax(1, keepdim=True)
     signal_power, noise_power = y.square(), noise.square()
     whole = [signal_power.sum(), noise_power.sum()]

@@ -22,6 +22,8 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdCon
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tweo_timm.wide import back, wide
+
 EPS = 1e-8
 """Keeps the step of an all-zero tensor positive; far below one step of any real one."""
 
@@ -211,11 +213,16 @@ class QuantizedLayer(nn.Module):
     def accumulate(self, integers: Tensor) -> Tensor:
         """Return the sums of integer products, exact, as floats: what an int32 accumulator holds.
 
+        A device without float64 gets what float32 cannot hold rounded to it, once, when all is added.
+
         Args:
             integers: the input's integers, as floats, in the float layer's input shape.
         """
-        dtype = integers.dtype if self._in_float32 else torch.float64
-        weight, integers = self.weight_int.to(dtype), integers.to(dtype)
+        if self._in_float32:
+            return self._products(integers, self.weight_int.to(integers.dtype))
+        return back(self._products(wide(integers), wide(self.weight_int)), integers.device)
+
+    def _products(self, integers: Tensor, weight: Tensor) -> Tensor:
         if not isinstance(self.geometry, _CONVS):
             return F.linear(integers, weight)
         if isinstance(self.geometry, Conv2dSame) or getattr(self.geometry, "same_pad", False):

@@ -22,6 +22,7 @@ from tweo_timm.records import plain
 from tweo_timm.repair.source import Source, timm_version
 from tweo_timm.rewrite.change import RotationReport, output_error, run, tolerance
 from tweo_timm.rewrite.features import RotatedFeatures
+from tweo_timm.run.checkpoint_file import checksum
 from tweo_timm.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def write_repaired(
     record = {**_record(source, report), "config": _config(source, source.model)}
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.safetensors"
-        save_file(tensors, part, {"tweo_timm": json.dumps(record)})
+        text = json.dumps(record)
+        save_file(tensors, part, {"tweo_timm": text, "sha256": checksum(text, tensors)})
         error = _compare(part, source, report, batches, reference)
         content = part.read_bytes()
     outputs = Outputs(output.parent)

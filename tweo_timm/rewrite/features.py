@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tweo_timm.outputs import Outputs
+from tweo_timm.wide import wide
 
 _NORM = ("weight", "bias", "constant")
 
@@ -43,15 +44,15 @@ class RotatedFeatures:
         stage = stage or list(self.rotations)[-1]
         if stage not in self.rotations:
             raise ValueError(f"stage {stage!r} was not rotated; rotated are {', '.join(self.rotations)}")
-        rotation = self.rotations[stage].to(features.device, torch.float64)
-        last = features.movedim(channel_axis, -1).double()
+        last = wide(features.movedim(channel_axis, -1))
+        rotation = self.rotations[stage].to(last.device, torch.float64)
         if last.shape[-1] != len(rotation):
             raise ValueError(f"features have {last.shape[-1]} channels on axis {channel_axis}, {stage} {len(rotation)}")
         back = last @ rotation.T
         if normed and stage in self.norms:
             weight, bias, constant = (self.norms[stage][name].to(back.device) for name in _NORM)
             back = back / constant * weight + bias
-        return back.to(features.dtype).movedim(-1, channel_axis)
+        return back.to(features.dtype).to(features.device).movedim(-1, channel_axis)
 
     def save(self, path: Path) -> None:
         """Write matrices and norms as safetensors, in float64, in one step."""

@@ -4,8 +4,9 @@ timm's training checkpoints, plain files of weights and safetensors are read. No
 architecture that a file names counts only if timm knows that plain name. Paths in a file are data, never followed.
 
 Refused: files whose checksums do not hold (torch writes a zip file, which has one for every tensor; torch.load looks at
-none), values that only code of the file could make, and weights that are no numbers: of another type than the model's
-(torch would convert booleans, integers and complex numbers without a word), NaN or infinite.
+none; tweo-repair writes its own into safetensors), values that only code of the file could make, and weights that are
+no numbers: of another type than the model's (torch would convert booleans, integers and complex numbers silently), NaN
+or infinite.
 
 Source: timm.utils.CheckpointSaver (the entries), torch.serialization (the file).
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import pickle
@@ -162,13 +164,29 @@ def _record_of(path: Path) -> dict[str, Any]:
     return known | {"class_names": record.get("class_names")}
 
 
+def checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 that tweo-repair writes into a file of weights, which has none of its own: of record and tensors."""
+    digest = hashlib.sha256(record.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
     except Exception as error:  # its own exceptions, and those of the system
         raise ValueError(_damaged(path, str(error)[:200])) from error
+    written = metadata.get("sha256")  # a stranger's file has none
+    if "tweo_timm" in metadata and written and written != checksum(metadata["tweo_timm"], tensors):
+        raise ValueError(_damaged(path, "its checksum does not hold"))
+    return tensors
 
 
 class CheckpointFile:
