@@ -159,7 +159,7 @@ def _weight_axis(graph: _Graph) -> Iterator[tuple[str, str]]:
             continue
         made: Any = graph.made.get(product.input[1])
         turned = made is not None and made.op_type == "Transpose"
-        if turned:
+        if made is not None and turned:
             made = graph.made.get(made.input[0])
         if made is None or made.op_type != _DEQUANTIZE or not graph.is_constant(made.input[0]):
             continue
