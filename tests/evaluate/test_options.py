@@ -58,6 +58,8 @@ def test_several_checkpoints_schemes_and_reports_are_lists():
         ("--aot-autograd", ["--aot-autograd cannot be honoured", "--torchcompile aot_eager"]),
         ("--num-gpu 2", ["--num-gpu 2 cannot be honoured", "--num-gpu 1"]),
         ("--naflex-loader", ["--naflex-loader cannot be honoured", "padding"]),
+        ("--calibration percentile:99.99", ["--calibration percentile:99.99 does nothing without --quantize"]),
+        ("--export-input uint8", ["--export-input uint8 does nothing without --export onnx"]),
         ("--amp --model-dtype float16", ["--amp needs a float32 model"]),
         ("--colinearity-block blocks.3", ["--colinearity-block", "--colinearity"]),
         ("--colinearity-channel 3", ["--colinearity-channel", "--colinearity"]),

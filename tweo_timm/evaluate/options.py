@@ -270,6 +270,8 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     if options.survey and options.task == "multilabel":
         yield "--survey counts one label an image; leave it out with --task multilabel"
     yield from _of_onnx_files(options)
+    if options.calibration != "absmax" and not options.quantize:
+        yield f"--calibration {options.calibration} does nothing without --quantize; add it"
     for k in options.zero_outliers:
         if k >= 1 and k != int(k):
             yield f"--zero-outliers {k:g} is no number of elements; give a whole one, or a share of them below 1"
