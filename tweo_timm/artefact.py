@@ -107,7 +107,8 @@ class Artefact:
         scheme: how it is quantized; "float32" for a float model.
         preprocessing: of its images; None if nobody knows.
         class_names: by index; None if nobody knows.
-        calibration: what its scales come from: images, and where known their split and seed; None for a float model.
+        calibration: what its scales come from: images, method, and where known the images' split and seed; None
+            for a float model.
         arch: timm's name of the architecture; None if nobody knows.
         session_options: what an onnxruntime session needs for it where int8 products saturate, key -> value.
         version: of this package, which wrote it; None for a stranger's file.

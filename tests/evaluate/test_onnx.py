@@ -138,7 +138,7 @@ def test_file_scales_and_report_say_the_same(vit):
         **{"crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"},
     }
     assert (said["class_names"], said["scheme"], said["arch"]) == (CLASSES, "w8a8-tt", VIT[0])
-    assert said["calibration"] == {"split": "train", "images": 8, "seed": 42}
+    assert said["calibration"] == {"split": "train", "images": 8, "seed": 42, "method": "absmax"}
     (scales,) = (json.loads(path.read_text()) for path in vit.folder.glob("*.scales.json"))
     assert {name: scales[name] for name in said} == said
     for file in vit.exports[1]["files"]:

@@ -27,6 +27,7 @@ def test_only_this_packages_flags_and_those_of_timm_1_0_31_go_beyond_the_referen
     ours = "config config_unknown print_config report quantize calibration_images calibration_split stethoscope "
     ours += "colinearity colinearity_block colinearity_channel fp8_readiness sites export compare_reports tweo_blocks"
     ours += " group zero_outliers side_backbone export_input export_dtype onnx survey survey_sizes max_drop"
+    ours += " calibration"
     ours += " exif bn_eps pretrained_cfg_overlay"  # timm's train.py has these, whose checkpoints are validated
     assert set(TABLE) - reference == {*ours.split(), "task", "target_format", "multilabel_threshold"}
 
@@ -57,6 +58,8 @@ def test_several_checkpoints_schemes_and_reports_are_lists():
         ("--aot-autograd", ["--aot-autograd cannot be honoured", "--torchcompile aot_eager"]),
         ("--num-gpu 2", ["--num-gpu 2 cannot be honoured", "--num-gpu 1"]),
         ("--naflex-loader", ["--naflex-loader cannot be honoured", "padding"]),
+        ("--calibration percentile:99.99", ["--calibration percentile:99.99 does nothing without --quantize"]),
+        ("--export-input uint8", ["--export-input uint8 does nothing without --export onnx"]),
         ("--amp --model-dtype float16", ["--amp needs a float32 model"]),
         ("--colinearity-block blocks.3", ["--colinearity-block", "--colinearity"]),
         ("--colinearity-channel 3", ["--colinearity-channel", "--colinearity"]),

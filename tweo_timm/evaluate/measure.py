@@ -33,6 +33,7 @@ from tweo_timm.evaluate.record import (
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.quant.calibration import percentile_of
 from tweo_timm.quant.compensation import added_parameters
 from tweo_timm.quant.deploy import export_record
 from tweo_timm.quant.export import require_export_extra
@@ -120,6 +121,7 @@ def _check_wishes(options: ValidateOptions, world: World) -> None:
     """Refuse what cannot be done before anything is measured."""
     for scheme in options.quantize:
         Scheme.parse(scheme)
+    percentile_of(options.calibration)
     if options.real_labels and world.distributed:
         raise ValueError("--real-labels counts in one process: validate without torchrun")
     if options.export and world.distributed:
@@ -214,13 +216,14 @@ def _quantized(
     """Metrics of a statically quantized copy, and how faithful it is; exported files race `float_file`."""
     options, batches = subject.options, samples.calibration
     try:
-        model = quantize_static(subject.model, batches, scheme, options.tweo_blocks)
+        model = quantize_static(subject.model, batches, scheme, options.tweo_blocks, calibration=options.calibration)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--quantize {scheme} is not possible for {subject.name}: {error}") from error
     result = score(model, images, options, world, f"{subject.name} {scheme}")
     saturated = saturation(model)
     count = sum(len(batch) for batch in batches)
-    calibration = {"split": options.calibration_split, "images": count, "seed": options.seed}
+    where: dict[str, Any] = {"split": options.calibration_split, "images": count, "seed": options.seed}
+    calibration = where | {"method": options.calibration}
     artefact = Artefact(scheme, subject.preprocessing, names, calibration, subject.arch)
     exported = _exported(subject, model, images, result, artefact, float_file) if options.export else {}
     return Quantized(

@@ -156,6 +156,10 @@ class MeasurementOptions:
     )
     calibration_images: int = flag(512, "Images that fix the quantization's scales.", bounds=AT_LEAST_1)
     calibration_split: str = flag("train", "Split that they come from.")
+    calibration: str = flag(
+        "absmax",
+        "What fixes them: absmax, or for comparison percentile:99.99, above which inputs of layers are cut off.",
+    )
     stethoscope: bool = flag(False, "Are outliers in the data or in the weights? Random inputs and random weights.")
     colinearity: bool = flag(False, "Which singular direction of an MLP makes its largest activation.")
     colinearity_block: str | None = flag(None, "Block to examine; unset: the one with the peak.", metavar="NAME")
@@ -266,6 +270,8 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     if options.survey and options.task == "multilabel":
         yield "--survey counts one label an image; leave it out with --task multilabel"
     yield from _of_onnx_files(options)
+    if options.calibration != "absmax" and not options.quantize:
+        yield f"--calibration {options.calibration} does nothing without --quantize; add it"
     for k in options.zero_outliers:
         if k >= 1 and k != int(k):
             yield f"--zero-outliers {k:g} is no number of elements; give a whole one, or a share of them below 1"

@@ -231,6 +231,7 @@ class Calibration(Declared):
     split: str = entry("where they are from")
     images: int = entry("how many")
     seed: int = entry("which")
+    method: str = entry("absmax, or a percentile above which inputs of layers are cut off", default="absmax")
 
 
 @dataclass(kw_only=True)

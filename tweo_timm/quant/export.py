@@ -154,7 +154,8 @@ def artefact_of(
     said = artefact or Artefact(preprocessing=_of_timm(model, example), arch=_architecture(model))
     if scheme is None:
         return replace(said, scheme=FLOAT if dtype == "float32" else "fp16", session_options={}, calibration=None)
-    calibration = {"images": report.get("calibration_images"), **(said.calibration or {})}
+    calibration = {"images": report.get("calibration_images"), "method": report.get("calibration")}
+    calibration |= said.calibration or {}
     return replace(said, scheme=scheme, session_options=EXACT_INT8 if saturable else {}, calibration=calibration)
 
 

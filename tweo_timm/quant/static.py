@@ -27,6 +27,7 @@ from tweo_timm.blocks import find_blocks
 from tweo_timm.flow import name_of
 from tweo_timm.fp8.patch import is_patched
 from tweo_timm.layers import call_projections
+from tweo_timm.quant.calibration import ABSMAX, cut_off, percentile_of, refuse_percentile
 from tweo_timm.quant.compensate import compensate
 from tweo_timm.quant.convert import Observation
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, is_quantizable
@@ -45,6 +46,7 @@ def quantize_static(
     blocks: str | None = None,
     *,
     keep_float: Collection[str] = (),
+    calibration: str = ABSMAX,
 ) -> nn.Module:
     """Return a copy of a model that computes with quantized weights and activations, its scales frozen.
 
@@ -56,12 +58,13 @@ def quantize_static(
         blocks: regular expression naming the transformer blocks by hand; None finds them by structure.
         keep_float: names of layers ("blocks.0.mlp.fc2") and of the stream's sites ("blocks.0.add1", as
             `quantization_scales` has them) that stay in float32; for fp16 and bf16 any modules.
+        calibration: "absmax", or "percentile:99.99" for comparison: what is larger in a layer's input is cut off.
 
     Returns:
         A model in evaluation mode with the float model's interface. Its Linear layers and convolutions are
         QuantizedLayers; `quantization_scales` lists every scale. Its attribute `quantization` is a dict that is ready
-        for JSON: scheme, calibration_images, unused_layers (stay float), kept_float, and what +rot, +smooth and +qwt
-        did. With fp16 and bf16 it is the model in that precision, between casts.
+        for JSON: scheme, calibration, calibration_images, unused_layers (float), kept_float, and what +rot, +smooth
+        and +qwt did. With fp16 and bf16 it is the model in that precision, between casts.
 
     Raises:
         ValueError: for a scheme that cannot be parsed, no calibration images or batches of something else, activations
@@ -72,11 +75,13 @@ def quantize_static(
 
     Source: arXiv:2511.23225, PTQ protocol; suffixes +rot, +smooth and +qwt: see `rotate`, `smooth`, `compensate`.
     """
-    scheme = Scheme.parse(scheme)
+    scheme, percent = Scheme.parse(scheme), percentile_of(calibration)
+    if percent is not None:
+        refuse_percentile(scheme)
     batches = image_batches(calibration_batches)
     quantized = _working_copy(model, fused_attention=not scheme.attention)
     found = find_blocks(quantized, blocks)
-    report: dict[str, Any] = {"scheme": str(scheme)}
+    report: dict[str, Any] = {"scheme": str(scheme), "calibration": calibration}
     if scheme.rotation:
         _refuse_no_images(batches)
         report["rotation"] = rotate(quantized, scheme.rotation_method, batches).to_json()
@@ -85,6 +90,8 @@ def quantize_static(
         report["smooth"] = smooth(quantized, batches)
     base = BASES[scheme.base]
     observation = observe(quantized, batches, found) if base.calibrated else Observation()
+    if percent is not None:
+        cut_off(quantized, batches, observation, percent)
     report |= {"calibration_images": observation.num_images, "unused_layers": observation.unused}
     report |= {"kept_float": sorted(keep_float)} if keep_float else {}
     base.by.load()(quantized, found, observation, scheme, keep_float)

@@ -157,7 +157,7 @@ def _weight_axis(graph: _Graph) -> Iterator[tuple[str, str]]:
     for product in graph.nodes:
         if product.op_type not in _PRODUCTS:
             continue
-        made = graph.made.get(product.input[1])
+        made: Any = graph.made.get(product.input[1])
         turned = made is not None and made.op_type == "Transpose"
         if made is not None and turned:
             made = graph.made.get(made.input[0])
