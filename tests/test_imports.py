@@ -30,7 +30,7 @@ LAYERS = [
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
     ["settings", "photos", "records", "schema"],
-    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras", "needs"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]

@@ -141,7 +141,7 @@ class _Tree:
         self.element_kinds = Counter(type(m) for name, m in self.modules.items() if name and self.is_element(name))
         # A layer without children has nothing to go around: its additions (counters, biases) are no residual.
         wholes = {type(m) for m in self.modules.values() if any(True for _ in m.children())}
-        self.adding = {cls for cls in wholes if _source_adds(cls)}  # type: ignore[arg-type]  # mypy: a class has no hash
+        self.adding = {cls for cls in wholes if _source_adds(cls)}  # type: ignore[arg-type]  # a class is hashable
         projecting = [name for name, m in self.modules.items() if name and _owns_projections(m)]
         heads_only = [
             name

@@ -27,8 +27,9 @@ from tweo_timm.evaluate.compare import SCHEMA, Difference, compare, schemes_of
 from tweo_timm.evaluate.groups import Group, describe_groups, group_runs
 from tweo_timm.evaluate.markdown import fields_table, markdown_table, number
 from tweo_timm.evaluate.plots import Drawn, draw_all
-from tweo_timm.evaluate.probe import described
+from tweo_timm.evaluate.probe import described, tables
 from tweo_timm.evaluate.record import Exported, Latency, Quantized, Record, Scored
+from tweo_timm.evaluate.scheme_tables import describe_schemes
 from tweo_timm.evaluate.verdict import Verdict, verdict
 from tweo_timm.media import cell, code, markdown, one_line, terminal
 from tweo_timm.outputs import Outputs
@@ -131,6 +132,9 @@ def print_table(records: Sequence[Record]) -> None:
             line = f"{record.name}: {heading}. {caption}".rstrip()
             print(f"\n{terminal(line)}")
             _print_rows(rows)
+        for sentence, rows in tables(record):
+            print(f"\n{terminal(f'{record.name}: {sentence}')}")
+            _print_rows(rows)
 
 
 def _print_rows(rows: Sequence[dict[str, str]]) -> None:
@@ -161,6 +165,7 @@ def _markdown(report: Report, pictures: Sequence[Drawn]) -> str:
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",
     ]
+    parts += describe_schemes(records)
     parts += describe_groups(report.groups, records[0].title) or _differences(report)
     for drawn in pictures:
         parts += [f"![{drawn.path.stem.replace('_', ' ')}]({drawn.path.name})", f"*{markdown(drawn.caption)}*"]
