@@ -52,10 +52,11 @@ def compensate(
     """
     compensation = compensation_named(kind)
     device = next(reference.parameters()).device
-    images = torch.cat([batch.to(device) for batch in batches])
-    if len(images) < 2:
+    images = torch.cat([batch.to(device) for batch in (*batches, *batches)])
+    num_images = len(images) // 2
+    if num_images < 2:
         raise ValueError("compensation needs at least 2 calibration images: some are held out")
-    held = torch.arange(len(images)) % _HELD_OUT == _HELD_OUT - 1
+    held = torch.arange(num_images) % _HELD_OUT == _HELD_OUT - 1
     held[-1] |= not held.any()
     places = _PLACES[compensation.place](quantized)
     rows: dict[str, Fit] = {}

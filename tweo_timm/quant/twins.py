@@ -138,12 +138,12 @@ def visit_units(
         reference: the float model in evaluation mode.
         quantized: its quantized copy.
         blocks: names of the blocks.
-        images: (B, C, H, W), two at least, on the models' device.
+        images: (2 B, C, H, W), all images and then all of them again, on the models' device; B is two at least.
         visit: may change the quantized unit; what comes later sees the change.
     """
-    hooks = _Hooks(reference, quantized, _units(reference, quantized, set(blocks), images), len(images), visit)
+    hooks = _Hooks(reference, quantized, _units(reference, quantized, set(blocks), images), len(images) // 2, visit)
     try:
-        reference(torch.cat([images, images]))
+        reference(images)
     finally:
         hooks.remove()
 
