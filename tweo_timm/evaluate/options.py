@@ -260,8 +260,8 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     for dest in ("real_labels", "valid_labels"):
         if options.export and getattr(options, dest):
             yield f"--export counts by the data's own labels; leave out {option_name(dest)}"
-    for dest in ("max_drop", "survey_sizes"):
-        if dest in options.given and not options.survey:
+    for dest, default in (("max_drop", 1.0), ("survey_sizes", [])):
+        if getattr(options, dest) != default and not options.survey:
             yield f"{option_name(dest)} does nothing without --survey; add it"
     if options.survey and options.task == "multilabel":
         yield "--survey counts one label an image; leave it out with --task multilabel"
