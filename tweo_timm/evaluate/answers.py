@@ -125,6 +125,7 @@ class SideAnswer(Declared):
     backbone_values: int = entry("parameters and buffers of the backbone", AT_LEAST_0)
     seconds: float = entry("of the pass over the split, data included", SIZE)
     peak_memory_mib: float = entry("the largest of the process, of the GPU where there is one", SIZE)
+    message_bytes: dict[str, int] = entry("of an image's message to MIET's edge, by bits; none for LAST", SIZE)
 
 
 @dataclass(kw_only=True)

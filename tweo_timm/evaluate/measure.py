@@ -18,10 +18,22 @@ from tweo_timm.evaluate.case import Case, Samples, num_classes_of
 from tweo_timm.evaluate.images import Images, open_images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.probe import Asked
-from tweo_timm.evaluate.record import Block, Calibration, Data, Epoch, Exported, Fidelity, Quantized, Record, Saturation
+from tweo_timm.evaluate.record import (
+    Block,
+    Calibration,
+    Compensated,
+    Data,
+    Epoch,
+    Exported,
+    Fidelity,
+    Quantized,
+    Record,
+    Saturation,
+)
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.quant.compensation import added_parameters
 from tweo_timm.quant.deploy import export_record
 from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
@@ -218,7 +230,14 @@ def _quantized(
         calibration=build(Calibration, calibration),
         saturated=build(Saturation | None, saturated),
         fidelity=_fidelity(subject, model, samples, images),
+        compensation=_compensated(model),
     )
+
+
+def _compensated(model: nn.Module) -> Compensated | None:
+    """What compensations add to a quantized model; None for one without."""
+    parameters, left = added_parameters(model)
+    return Compensated(parameters=parameters, left_after_folding=left) if parameters else None
 
 
 def _fidelity(subject: Subject, model: nn.Module, samples: Samples, images: Images) -> Fidelity:

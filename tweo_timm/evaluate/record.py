@@ -253,6 +253,14 @@ class Saturation(Declared):
 
 
 @dataclass(kw_only=True)
+class Compensated(Declared):
+    """What QwT or QwT-v2 adds."""
+
+    parameters: int = entry("numbers that were fitted", AT_LEAST_0)
+    left_after_folding: int = entry("of them those that an exported file computes with", AT_LEAST_0)
+
+
+@dataclass(kw_only=True)
 class Quantized(Scored):
     """The model after static quantization."""
 
@@ -260,6 +268,7 @@ class Quantized(Scored):
     calibration: Calibration | None = entry("the images that fixed the scales", default=None)
     saturated: Saturation | None = entry("of fp8: what its largest value stands for", default=None, optional=True)
     fidelity: Fidelity = entry("how far it is from the float model")
+    compensation: Compensated | None = entry("with `+qwt` and its like: what it adds", default=None, optional=True)
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ from tweo_timm.evaluate.markdown import fields_table, markdown_table, number
 from tweo_timm.evaluate.plots import Drawn, draw_all
 from tweo_timm.evaluate.probe import described, tables
 from tweo_timm.evaluate.record import Exported, Latency, Quantized, Record, Scored
+from tweo_timm.evaluate.scheme_tables import describe_schemes
 from tweo_timm.evaluate.verdict import Verdict, verdict
 from tweo_timm.media import cell, code, markdown, one_line, terminal
 from tweo_timm.outputs import Outputs
@@ -164,6 +165,7 @@ def _markdown(report: Report, pictures: Sequence[Drawn]) -> str:
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",
     ]
+    parts += describe_schemes(records)
     parts += describe_groups(report.groups, records[0].title) or _differences(report)
     for drawn in pictures:
         parts += [f"![{drawn.path.stem.replace('_', ' ')}]({drawn.path.name})", f"*{markdown(drawn.caption)}*"]
