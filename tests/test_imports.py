@@ -13,7 +13,7 @@ ROOT = Path(tweo_timm.__file__).parent
 
 # From the top down: a module may import its own layer and those below it. fp8.* is whatever is not named otherwise.
 LAYERS = [
-    ["train.__main__", "evaluate.__main__", "rewrite.__main__", "quickstart"],
+    ["train.__main__", "evaluate.__main__", "rewrite.__main__", "survey.__main__", "quickstart"],
     ["train.cli", "evaluate.cli", "repair.cli"],
     ["train", "evaluate", "repair"],
     ["run"],

@@ -36,7 +36,8 @@ def report(checkpoints, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     words = ["--checkpoint", checkpoints[0], "--data-dir", photos, "--device", "cpu", "-j", "0", "-b", "4"]
     words += ["--quantize", "w8a8-tt", "--calibration-images", 4, "--sites", "all", "--stethoscope", "--colinearity"]
-    assert main([str(word) for word in [*words, "--fp8-readiness", "--report", folder]]) == 0
+    words += ["--fp8-readiness", "--survey", "--max-drop", 100]
+    assert main([str(word) for word in [*words, "--report", folder]]) == 0
     found = json.loads((folder / "report.json").read_text())
     record = found["checkpoints"][0]
     record["quantized"][0]["exported"] = EXPORTED

@@ -8,7 +8,7 @@ from typing import Any
 from tweo_timm.evaluate.record import LONG, PERCENT, SIZE, Statistics
 from tweo_timm.records import Fields
 from tweo_timm.schema import Declared, entry
-from tweo_timm.settings import AT_LEAST_0
+from tweo_timm.settings import AT_LEAST_0, Bounds
 
 
 @dataclass(kw_only=True)
@@ -136,8 +136,12 @@ class SurveySite(Declared):
     peak_abs: float | None = entry(
         "the largest value; of squares the largest \\|x - mean\\|, of sums the largest rms of a token", SIZE
     )
-    factor: float | None = entry("by how much everything there may grow; below 1 it overflows (float16)", default=None)
-    share: float | None = entry("of the damage that all layers and sites would do (INT8, FP8)", default=None)
+    factor: float | None = entry(
+        "by how much everything there may grow; below 1 it overflows (float16)", SIZE, default=None
+    )
+    share: float | None = entry(
+        "of the damage that all layers and sites would do (INT8, FP8)", Bounds(0, 1.001), default=None
+    )
 
 
 @dataclass(kw_only=True)
@@ -149,11 +153,18 @@ class SurveyRow(Declared):
     survives: bool = entry("finite, at most `max_drop` lost, and nothing overflows in float16")
     verdict: str = entry("`survives`, `does not`, or `not decided by N images`")
     top1: float | None = entry("percent; null where it is not measured or not finite", PERCENT)
-    drop: float | None = entry("points lost", default=None)
-    interval: list[float] | None = entry("95 % of them, Bonett and Price's for paired proportions", default=None)
-    headroom: float | None = entry("the smallest `factor`, of float16", default=None)
+    drop: float | None = entry("points lost", Bounds(-100, 100), default=None)
+    interval: list[float] | None = entry(
+        "95 % of them, Bonett and Price's for paired proportions", Bounds(-100, 100), default=None
+    )
+    headroom: float | None = entry("the smallest `factor`, of float16", SIZE, default=None)
     spread: str | None = entry("`concentrated` in a tenth of the sites, or `diffuse`", default=None)
     sites: list[SurveySite] = entry("where it breaks first, or what it hurts most")
+
+    def check(self, source: Fields) -> None:
+        """Refuse an interval that has not two ends."""
+        if self.interval is not None and len(self.interval) != 2:
+            source.refuse("interval", self.interval, "two numbers")
 
 
 @dataclass(kw_only=True)
@@ -178,6 +189,9 @@ class SurveyAnswer(Declared):
     images: int = entry("scored", AT_LEAST_0)
     max_drop: float = entry("points that may be lost", PERCENT)
     float_top1: float | None = entry("percent", PERCENT)
+    weights: str = entry("fingerprint of the float model's weights", default="")
+    versions: dict[str, str] = entry("of tweo_timm, timm and torch", default={})
+    processor: str = entry("that it was measured on", default="")
     judged_by: str = entry("`logits`, or `nearest neighbour` for a model without a head", default="logits")
     rows: list[SurveyRow] = entry("a row per format, of the model as it is and rotated", some=True)
     fix: list[SurveyFix] = entry("the smallest fix of each row that does not survive", default=[])

@@ -62,7 +62,11 @@ class Probe(Protocol):
         """
 
     def describe(self, found: Any) -> list[str]:
-        """Return paragraphs of Markdown about an `ANSWER`."""
+        """Return paragraphs of Markdown about an `ANSWER`.
+
+        A probe that has something to say in the terminal too has a static method `table`, which returns a sentence
+        and rows, title -> cell.
+        """
 
 
 class Asked:

@@ -24,8 +24,12 @@ MAX_BYTES = 256 * 2**20
 """A record of a large model, with everything measured on ImageNet, takes one or two MB."""
 
 
-def read_reports(paths: Sequence[str]) -> list[Record]:
+def read_reports(paths: Sequence[str], flag: str = "--compare-reports") -> list[Record]:
     """Collect the records of several report.json files; names that occur in several get their report's before.
+
+    Args:
+        paths: the files.
+        flag: that names them, for messages.
 
     Raises:
         ValueError: if a file is no report of this schema, a field of it is not what it must be, or they are of
@@ -34,7 +38,7 @@ def read_reports(paths: Sequence[str]) -> list[Record]:
     records: list[Record] = []
     origins: list[str] = []
     for path in paths:
-        found = _read(path)
+        found = _read(path, flag)
         records += found
         file = Path(path).resolve()
         origins += [file.parent.name if file.name == "report.json" else file.stem] * len(found)
@@ -46,8 +50,8 @@ def read_reports(paths: Sequence[str]) -> list[Record]:
     ]
 
 
-def _read(path: str) -> list[Record]:
-    where = f"--compare-reports {path}"
+def _read(path: str, flag: str) -> list[Record]:
+    where = f"{flag} {path}"
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is no regular file")

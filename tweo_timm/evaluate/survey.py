@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from tweo_timm import machine
 from tweo_timm.evaluate.answers import SurveyAnswer, SurveyRow
 from tweo_timm.evaluate.case import Case
 from tweo_timm.evaluate.markdown import markdown_table, number
@@ -21,8 +23,10 @@ from tweo_timm.evaluate.scoring import score
 from tweo_timm.media import code, markdown
 from tweo_timm.quant.export import export_onnx
 from tweo_timm.rewrite.head import add_feature_head
+from tweo_timm.side.backbone import fingerprint
 from tweo_timm.survey.bench import Bench, Outcome
 from tweo_timm.survey.survey import Survey, survey
+from tweo_timm.version import __version__
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ class Surveyed:
         found = survey(bench)
         _logger.info("%s: %s", case.subject.name, found.verdict)
         judged_by = "nearest neighbour" if not case.images.classes else "logits"
-        return {**found.to_json(), "judged_by": judged_by, **_exported(case, bench, found)}
+        return {**found.to_json(), **_origin(case), "judged_by": judged_by, **_exported(case, bench, found)}
 
     def describe(self, found: SurveyAnswer) -> list[str]:
         """The sentence, the table, where it breaks, and the fixes."""
@@ -113,6 +117,13 @@ def _where(row: SurveyRow) -> str:
         if site.factor is None or site.factor < 1
     ]
     return f"- {markdown(row.format)} breaks at {', '.join(said)}" if said else ""
+
+
+def _origin(case: Case) -> dict[str, Any]:
+    """What a row of a zoo is known by: the weights, the versions and the processor."""
+    versions = {"tweo_timm": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    weights = fingerprint(case.subject.model.state_dict())
+    return {"weights": weights, "versions": versions, "processor": machine.describe()["processor"]}
 
 
 def _bench(case: Case) -> Bench:

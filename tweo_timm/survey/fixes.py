@@ -104,7 +104,9 @@ def _per_channel(problem: Problem) -> Iterator[Trial]:
 
 def _per_token(problem: Problem) -> Iterator[Trial]:
     if problem.integers and not problem.scheme.per_token:
-        yield Trial("activations per token", _with_letters(problem.variant, "t", "k"))
+        weights = "c" if problem.scheme.per_channel else "t"
+        yield Trial("activations per token", _with_letters(problem.variant, weights, "k"))
+    if problem.integers and not (problem.scheme.per_channel or problem.scheme.per_token):
         yield Trial("weights per channel and activations per token", _with_letters(problem.variant, "c", "k"))
 
 
