@@ -2,10 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/side.py step                             # vit_small_patch16_224, batch 32
     OMP_NUM_THREADS=1 python benchmarks/side.py photos dinov2_small_224.safetensors
+    OMP_NUM_THREADS=1 python benchmarks/side.py epoch                            # from a cache, against features
 
 `step` makes training steps of each method with random weights: the largest resident set of its process, less that of a
 process that only imports, and the processor time of a step. Parameters, gradients and optimizer are part of both.
 Aims: LAST at most 0.4 of full fine-tuning's memory, and 0.6 of its time.
+
+`epoch` computes the features of a DINOv2 ViT-S/14 with random weights into a cache, and trains an epoch from it,
+reading included: processor time of an image in both. Aim: a tenth.
 
 `photos` trains each method on a real DINOv2 ViT-S/14 (timm's vit_small_patch14_dinov2, position embeddings for 224
 pixels): 4 training crops of each of 14 photographs, 20 validation crops of other tiles; 32 pixels each, resized to 224.
@@ -23,6 +27,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,11 +38,13 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 from tweo_timm import machine
 from tweo_timm.photos import write_photo_crops
 from tweo_timm.side import Last, Miet
 from tweo_timm.side.backbone import prepare
+from tweo_timm.side.cache import CachedFeatures, FeatureCache
 from tweo_timm.side.miet import in_transit, message_bytes
 
 ARCH, CLASSES, TRAIN, VALIDATION, BATCH = "vit_small_patch14_dinov2", 14, 4, 20, 14
@@ -48,6 +55,7 @@ EPOCHS = {"probe": 60, "last": 30, "miet": 30, "lora": 10, "full": 10}
 SEEDS = {"probe": (0, 1, 2), "last": (0, 1, 2), "miet": (0, 1, 2), "lora": (0,), "full": (0,)}
 PRECISIONS = ("float32", "w8a8-tt+res+rot")
 TUNING_SEED = 7
+# Memory is compared under a fixed policy of glibc, which costs time: docs of benchmarks/train_memory.py.
 FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
 
@@ -146,6 +154,38 @@ def steps(options: argparse.Namespace) -> None:
             f"| {method} | {row['parameters']} | {memory:.0f} | {memory / whole:.2f} | {row['seconds']:.2f} | "
             f"{row['seconds'] / full['seconds']:.2f} |"
         )
+
+
+def epochs(options: argparse.Namespace) -> None:
+    """Compare the processor time of features with that of an epoch that reads them."""
+    print(f"{ARCH} at 224 pixels, {options.images} images, batch {BATCH}, float32; {said()}")
+    print("| network | features, s an image | epoch from the cache, s an image | ratio |\n|---|---|---|---|")
+    for method in ("last", "miet"):
+        found = child("epoch", method=method, images=options.images)
+        print(
+            f"| {method} | {found['features']:.4f} | {found['epoch']:.4f} | {found['epoch'] / found['features']:.3f} |"
+        )
+
+
+def one_epoch(options: argparse.Namespace) -> dict[str, Any]:
+    net: Any = build(options.method, timm.create_model(ARCH, img_size=224, num_classes=0), CLASSES)
+    images, targets = torch.randn(options.images, 3, 224, 224), torch.arange(options.images) % CLASSES
+    with tempfile.TemporaryDirectory() as folder:
+        cache = FeatureCache(Path(folder), "train", {}, (len(images), 1, *net.feature_shape))
+        cache.begin()
+        start = time.process_time()
+        for index in torch.split(torch.arange(len(images)), BATCH):
+            cache.write(index, 0, net.features(images[index]))
+        computed = (time.process_time() - start) / len(images)
+        cache.finish(targets)
+        net.from_cache = True
+        optimizer, times = torch.optim.AdamW(trained(net), 1e-3), []
+        for _ in range(3):
+            start = time.process_time()
+            for x, labels in DataLoader(CachedFeatures(cache, None), BATCH, shuffle=True):
+                update(net.train(), optimizer, x, labels)
+            times.append((time.process_time() - start) / len(images))
+    return {"features": computed, "epoch": statistics.median(times)}
 
 
 # ------------------------------------------------------------------------------------------------ real features, photos
@@ -286,7 +326,9 @@ def child(task: str, **settings: Any) -> dict[str, Any]:
     """Run one task in a process of its own; what it printed as JSON, with its largest resident set."""
     words = [sys.executable, __file__, "child", task]
     words += [f"--{name}={value}" for name, value in settings.items()]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | FIXED_MALLOC)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, env=os.environ | (FIXED_MALLOC if task != "epoch" else {})
+    )
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -301,7 +343,7 @@ def said() -> str:
     return f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} thread, {processor}"
 
 
-TASKS = {"step": one_step, "features": features, "training": training}
+TASKS = {"step": one_step, "epoch": one_epoch, "features": features, "training": training}
 
 
 def main() -> None:
@@ -313,11 +355,13 @@ def main() -> None:
     photo.add_argument("checkpoint", type=Path, help=f"of {ARCH}, position embeddings for 224 pixels")
     photo.add_argument("--folder", type=Path, default=Path("output/side"), help="for crops and features, 2 GB")
     photo.add_argument("--tune", action="store_true", help="choose the rates on the crops of another seed")
+    epoch = commands.add_parser("epoch")
+    epoch.add_argument("--images", type=int, default=56)
     inner = commands.add_parser("child", help="what a process of its own does")
     inner.add_argument("task", choices=TASKS)
     for name, kind in {"method": str, "precision": str, "checkpoint": str, "folder": Path}.items():
         inner.add_argument(f"--{name}", type=kind)
-    for name, number in {"steps": int, "seed": int, "epochs": int, "rate": float}.items():
+    for name, number in {"steps": int, "images": int, "seed": int, "epochs": int, "rate": float}.items():
         inner.add_argument(f"--{name}", type=number)
     options = parser.parse_args()
     if options.command == "child":
@@ -325,7 +369,7 @@ def main() -> None:
         return
     if options.command == "photos":
         options.folder.mkdir(parents=True, exist_ok=True)
-    {"step": steps, "photos": photos}[options.command](options)
+    {"step": steps, "epoch": epochs, "photos": photos}[options.command](options)
 
 
 if __name__ == "__main__":

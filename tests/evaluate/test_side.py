@@ -38,7 +38,7 @@ def runs(backbones, photos, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "quantized"])
 def test_a_side_network_is_scored_as_in_its_training(precision, runs, backbones, photos, capsys, tmp_path):
     folder = runs / precision
     words = ["--checkpoint", folder / "last.pth.tar", "--data-dir", photos, *HERE, "--report", tmp_path]

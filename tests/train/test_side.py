@@ -40,7 +40,10 @@ def test_optimizer_and_checkpoint_hold_side_network_and_head_alone(words, images
     assert again.model.describe() == content["side"]
 
 
-@pytest.mark.parametrize("words", [SIDE, [*MIET, *QUANTIZED]], ids=["last", "miet, quantized"])
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(SIDE, id="last"), pytest.param([*MIET, *QUANTIZED], id="miet, quantized", marks=pytest.mark.slow)],
+)
 def test_a_run_stopped_inside_an_epoch_continues_bit_for_bit(words, images, tmp_path, interrupt):
     whole = train(images, tmp_path / "whole", *words, *ALL_RANDOM)
     assert list(whole.glob("events.*"))

@@ -38,7 +38,7 @@ def cache(images, tmp_path_factory):
     return root / "features", train(images, root, *cached(root / "features"))
 
 
-@pytest.mark.parametrize("kind", ["last", "miet"])
+@pytest.mark.parametrize("kind", ["last", pytest.param("miet", marks=pytest.mark.slow)])
 def test_a_run_from_a_cache_is_the_run_from_images(kind, images, tmp_path):
     words = ["--side", kind, *SIDE[2:], "--no-aug", "--opt", "sgd", "--lr", "0.1"]  # AdamW would enlarge rounding
     live = train(images, tmp_path, *words, name="live")
