@@ -68,7 +68,7 @@ def test_int8_of_smoothed_layers_and_stream_is_near_the_float_model(name):
         assert (answer(quantized(x)) - expected).norm() < 0.08 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["dinov3", "swin"])
+@pytest.mark.parametrize("name", ["swin"])
 def test_the_stream_is_quantized_by_the_peaks_of_its_blocks(name):
     model, x = make(name), images()
     with record_outliers(model) as record, torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_classifier_is_rotated_without_outliers_and_with_the_same_logits(name)
     model, x = planted(name), images().double()
     with torch.no_grad():
         before = answer(model(x))
-        report = rotate(model, "learned", [x])
+        report = rotate(model, calibration_batches=[x])
         assert torch.allclose(answer(model(x)), before, rtol=1e-9, atol=1e-9)
     assert report.output_error < 1e-9
     blocks = [site for site in report.sites if site.name in find_blocks(model)]

@@ -38,6 +38,12 @@ class Draft:
         if layer.bias is not None:
             self.stage.writers.append(Port(name, "bias", 0, "writes", scale=scale))
 
+    def norm_writes(self, name: str) -> None:
+        """Add a norm whose output begins the stream."""
+        for parameter in ("weight", "bias"):
+            if getattr(self.model.get_submodule(name), parameter, None) is not None:
+                self.stage.writers.append(Port(name, parameter, 0, "writes"))
+
     def reads(self, name: str, norm: str, shares: tuple[Share, ...] | None = None, copies: int = 1) -> None:
         """Add a Linear layer that reads the stream; unless told otherwise its bias takes constants."""
         layer = self._layer(name)

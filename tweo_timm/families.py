@@ -27,7 +27,7 @@ from torch import nn
 
 from tweo_timm.draft import NORM_WRITES, Draft
 from tweo_timm.prenorm import PreNorm
-from tweo_timm.structure import Share, Stream, Unsupported, Values
+from tweo_timm.structure import Share, Stage, Stream, Unsupported, Values
 
 _EMBEDDINGS = (PatchEmbed, PatchEmbedWithSize, HybridEmbed, HybridEmbedWithSize)
 _ATTENTIONS = (
@@ -276,14 +276,18 @@ def _heads(draft: Draft, model: Any, norm: str, names: Iterable[str]) -> None:
 
 def _swin(model: Any) -> Stream:
     """Swin: a stream for each stage; patch merging reads four tokens of one stage and begins the next."""
-    stages, undescribed = [], {}
+    stages: list[Stage] = []
+    scalable: list[Stage] = []
+    undescribed: dict[str, str] = {}
     for index, layer in enumerate(model.layers):
         name = f"layers.{index}"
-        if index == 0 and not isinstance(model.patch_embed.norm, nn.Identity):
-            undescribed[name] = f"patch_embed.norm begins this stage's stream: {NORM_WRITES}"
-            continue
         draft = Draft(model, name, layer.blocks[0].dim)
-        draft.writes(f"{name}.downsample.reduction" if index else "patch_embed.proj")
+        begun_by_norm = index == 0 and not isinstance(model.patch_embed.norm, nn.Identity)
+        if begun_by_norm:
+            undescribed[name] = f"patch_embed.norm begins this stage's stream: {NORM_WRITES}"
+            draft.norm_writes("patch_embed.norm")
+        else:
+            draft.writes(f"{name}.downsample.reduction" if index else "patch_embed.proj")
         _blocks(draft, f"{name}.blocks", layer.blocks)
         if index + 1 < len(model.layers):
             merging = f"layers.{index + 1}.downsample"
@@ -291,10 +295,10 @@ def _swin(model: Any) -> Stream:
         else:
             _refuse_pooling(model.head.global_pool.pool_type)
             _heads(draft, model, "norm", ("head.fc",))
-        stages.append(draft.stage)
+        (scalable if begun_by_norm else stages).append(draft.stage)
     if not stages:
         raise Unsupported(f"the only stage cannot be rewritten: {undescribed['layers.0']}")
-    return Stream(stages, undescribed)
+    return Stream(stages, undescribed, scalable)
 
 
 def _post_norm_swin(model: Any) -> Stream:
@@ -338,7 +342,7 @@ def _refuse_shared(model: nn.Module, stream: Stream) -> None:
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    ports = {port.name for stage in stream.stages for port in stage.ports}
+    ports = {port.name for stage in (*stream.stages, *stream.scalable) for port in stage.ports}
     for names in places.values():
         if len(names) > 1 and ports & set(names):
             raise Unsupported(f"{' and '.join(names)} are one tensor: give each its own before the model is rewritten")

@@ -87,6 +87,15 @@ class Float16Readings:
         """The sites that overflow, in the order in which they do: the first is where it begins."""
         return sorted((site for site in self.sites[reading] if site.factor < 1), key=lambda site: site.began or 0)
 
+    def merged(self, other: Float16Readings) -> Float16Readings:
+        """Return the larger of two readings of one model, on other images, at each site."""
+        both = Float16Readings()
+        for reading, sites in self.sites.items():
+            theirs = {site.name: site for site in other.sites[reading]}
+            pairs = [(site, theirs.get(site.name, site)) for site in sites]
+            both.sites[reading] = [min(pair, key=lambda site: site.factor) for pair in pairs]
+        return both
+
 
 def float16_readings(model: nn.Module, batches: Iterable[Tensor]) -> Float16Readings:
     """Read what float16 would have to hold.

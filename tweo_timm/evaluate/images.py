@@ -50,7 +50,7 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     Raises:
         ValueError: if it cannot be found, or its classes do not fit the model.
     """
-    if options.quantize:
+    if options.quantize or options.survey:
         _require_split(options, options.calibration_split)
     if num_classes == 0 and (options.task == "multilabel" or options.valid_labels):
         raise ValueError("--task multilabel and --valid-labels need a model with classes, which this one has not")

@@ -160,6 +160,11 @@ class MeasurementOptions:
     colinearity: bool = flag(False, "Which singular direction of an MLP makes its largest activation.")
     colinearity_block: str | None = flag(None, "Block to examine; unset: the one with the peak.", metavar="NAME")
     colinearity_channel: int | None = flag(None, "Channel to examine; unset: that of the peak.", bounds=AT_LEAST_0)
+    survey: bool = flag(False, "What the model survives: float16, FP8, INT8; where it breaks, and the smallest fix.")
+    max_drop: float = flag(1.0, "Points of Top-1 that a format may lose in --survey.", bounds=Bounds(0, 100))
+    survey_sizes: list[int] = flag(
+        [], "Image sizes at which --survey reads float16 too.", bounds=Bounds(1, 8192), metavar="PIXELS"
+    )
     fp8_readiness: bool = flag(False, "What per-tensor FP8 would do to each tensor.")
     zero_outliers: list[float] = flag(
         [],
@@ -255,6 +260,11 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     for dest in ("real_labels", "valid_labels"):
         if options.export and getattr(options, dest):
             yield f"--export counts by the data's own labels; leave out {option_name(dest)}"
+    for dest, default in (("max_drop", 1.0), ("survey_sizes", [])):
+        if getattr(options, dest) != default and not options.survey:
+            yield f"{option_name(dest)} does nothing without --survey; add it"
+    if options.survey and options.task == "multilabel":
+        yield "--survey counts one label an image; leave it out with --task multilabel"
     yield from _of_onnx_files(options)
     for k in options.zero_outliers:
         if k >= 1 and k != int(k):

@@ -27,7 +27,7 @@ from tweo_timm.evaluate.compare import SCHEMA, Difference, compare, schemes_of
 from tweo_timm.evaluate.groups import Group, describe_groups, group_runs
 from tweo_timm.evaluate.markdown import fields_table, markdown_table, number
 from tweo_timm.evaluate.plots import Drawn, draw_all
-from tweo_timm.evaluate.probe import described
+from tweo_timm.evaluate.probe import described, tables
 from tweo_timm.evaluate.record import Exported, Latency, Quantized, Record, Scored
 from tweo_timm.evaluate.scheme_tables import describe_schemes
 from tweo_timm.evaluate.verdict import Verdict, verdict
@@ -131,6 +131,9 @@ def print_table(records: Sequence[Record]) -> None:
         for heading, caption, rows in _export_tables(record):
             line = f"{record.name}: {heading}. {caption}".rstrip()
             print(f"\n{terminal(line)}")
+            _print_rows(rows)
+        for sentence, rows in tables(record):
+            print(f"\n{terminal(f'{record.name}: {sentence}')}")
             _print_rows(rows)
 
 

@@ -54,7 +54,7 @@ _EXTRA = ("onnx", "onnxruntime", "onnxscript")
 
 
 def require_export_extra() -> None:
-    """Check that the extra is installed and torch new enough; call it before a long run that ends in an export.
+    """Check that the extra is installed; call it before a long run that ends in an export.
 
     Raises:
         RuntimeError: naming what is missing and the command that installs it.
@@ -62,8 +62,6 @@ def require_export_extra() -> None:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"ONNX export needs {', '.join(missing)}: {installation('export')}")
-    if not hasattr(torch.onnx, "ops"):
-        raise RuntimeError(f"ONNX export needs torch 2.8 or newer, this is {torch.__version__}: pip install -U torch")
 
 
 def export_onnx(
