@@ -58,6 +58,10 @@ def checkpoints(tmp_path_factory):
         for epoch, block, peak in ((0, 0, 3.0), (0, 1, 5.0), (1, 0, 70.5), (1, 1, 9.0))
     )
     (root / "base" / "outliers.jsonl").write_text(rows)
+    lines = ((2, 0, 8, 3.0), (4, 0, 16, 2.5), (6, 1, 8, 1.0))  # update, epoch, samples, mean since the epoch began
+    names = ("update", "epoch", "samples", "task_loss")
+    losses = "".join(f"{json.dumps(dict(zip(names, line, strict=True)))}\n" for line in lines)
+    (root / "base" / "losses.jsonl").write_text(losses + '{"update": "x"}\nno row\n')
     return [
         save_checkpoint(root / name / "last.pth.tar", make_model(seed)) for seed, name in enumerate(("base", "tweo"))
     ]

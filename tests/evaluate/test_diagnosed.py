@@ -51,8 +51,9 @@ def test_exported_files_are_run_timed_and_reported(capsys, checkpoints, common, 
     assert (tmp_path / "r" / "base.w8a8-tt.onnx").stat().st_size > 0
     assert [entry["batch"] for entry in exported["latency"]] == [1, 4]
     row = exported["latency"][1]["rows"][1]
-    cells = ["w8a8-tt", "4", "1", "dynamic int8 ONNX", f"{row['median_ms']:.2f}", f"{row['min_ms']:.2f}"]
-    cells += [f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}"]
+    threads = exported["latency"][1]["threads"]
+    cells = ["w8a8-tt", "4", str(threads), "1", "dynamic int8 ONNX", f"{row['median_ms']:.2f}", f"{row['min_ms']:.2f}"]
+    cells += [f"{row['p99_ms']:.2f}", f"{row['size_mb']:.3g}", f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}"]
     for text in (out.split("--result\n")[0], (tmp_path / "r" / "report.md").read_text()):
         assert "base.w8a8-tt.onnx" in text
         assert f"| {' | '.join(cells)} |" in text

@@ -51,9 +51,12 @@ def test_report_holds_what_it_promises(capsys, checkpoints, common, tmp_path):
     assert first["training_peak_abs"] == 70.5
     assert first["training"] == [{"epoch": 0, "peak_abs": 5.0}, {"epoch": 1, "peak_abs": 70.5}]
     assert second["training_peak_abs"] is None
+    steps = [(step["update"], step["task_loss"]) for step in first["training_losses"]]
+    assert steps == [(2, 3.0), (4, 2.0), (6, 1.0)]  # (16 * 2.5 - 8 * 3) / 8 = 2
+    assert second["training_losses"] == []
     assert first["peak_abs"] == max(block["peak_abs"] for block in first["blocks"])
     files = {path.name for path in (tmp_path / "report").iterdir()}
-    pictures = {"peak_per_block.png", "training_peak.png", "histogram.png"}
+    pictures = {"peak_per_block.png", "training_loss.png", "training_peak.png", "histogram.png"}
     assert files == {"report.json", "report.md", "report.csv"} | pictures
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert "| base |" in markdown

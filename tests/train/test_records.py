@@ -46,6 +46,17 @@ def test_tensorboard_holds_scalars_by_update_and_histograms_of_blocks(images, tm
     assert [event.step for event in board.Scalars("step/loss")] == [2, 4, 6, 7]
 
 
+def test_losses_have_a_row_per_log_line_whose_last_is_the_epochs_mean(images, tmp_path):
+    folder = train(images, tmp_path, "--epochs", "2", "--log-interval", "3", "--tweo-weight", "0.1")
+    found = rows(folder, "losses.jsonl")
+    assert [(row["epoch"], row["update"]) for row in found] == [(0, 3), (0, 6), (0, 7), (1, 10), (1, 13), (1, 14)]
+    with open(folder / "summary.csv") as file:
+        epochs = list(csv.DictReader(file))
+    for row, epoch in zip(found[2::3], epochs, strict=True):
+        assert row["task_loss"] == float(epoch["train_task_loss"])
+    assert found[0]["samples"] * 2 == found[1]["samples"]
+
+
 def test_fp8_health_is_reported_every_so_many_updates(images, tmp_path):
     settings = ("--epochs", "1", "--fp8", "emulated", "--fp8-health-interval", "3")
     folder = train(images, tmp_path, *settings)

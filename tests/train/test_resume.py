@@ -48,7 +48,7 @@ def assert_same_run(folder, reference):
         assert same_tensors(continued[key], whole[key]), key
     assert same_tensors(continued["exact"]["processes"], whole["exact"]["processes"])
     assert continued["metric"] == whole["metric"]
-    for name in ("summary.csv", "outliers.jsonl"):
+    for name in ("summary.csv", "outliers.jsonl", "losses.jsonl"):
         assert (folder / name).read_text() == (reference / name).read_text(), name
     kept = [
         {path.name for path in root.glob("*.pth.tar*") if "recovery" not in path.name} for root in (folder, reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tweo_timm.evaluate.record import (
     Quantized,
     Record,
     Saturation,
+    Step,
 )
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
@@ -80,6 +81,7 @@ def measure(subject: Subject, world: World) -> Record:
         **outliers,
         training_peak_abs=subject.training_peak_abs,
         training=_training_peaks(subject),
+        training_losses=_training_losses(subject.losses),
     )
     if options.export:
         artefact = Artefact(FLOAT, subject.preprocessing, names, arch=subject.arch)
@@ -202,6 +204,20 @@ def _training_peaks(subject: Subject) -> list[Epoch]:
         if row.get("train_peak_abs") is not None:
             peaks[row["epoch"]] = max(peaks.get(row["epoch"], 0.0), row["train_peak_abs"])
     return [Epoch(epoch=epoch, peak_abs=peak) for epoch, peak in sorted(peaks.items())]
+
+
+def _training_losses(rows: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """The loss between one log line and the next, from means that begin with each epoch."""
+    steps: list[Step] = []
+    epoch, before, total = -1, 0, 0.0
+    for row in rows:
+        if row["epoch"] != epoch:
+            epoch, before, total = row["epoch"], 0, 0.0
+        count, now = row["samples"] - before, math.nan if row["task_loss"] is None else row["task_loss"]
+        if count > 0:
+            steps.append(Step(update=row["update"], task_loss=(now * row["samples"] - total) / count))
+            before, total = row["samples"], now * row["samples"]
+    return steps
 
 
 def _quantized(

@@ -75,6 +75,7 @@ def load_file(source: Source, options: ValidateOptions, device: torch.device) ->
         options=replace(options, **rarely),
         path=path,
         training=[],
+        losses=[],
         class_names=None if said.class_names is None else list(said.class_names),
         precision=said.scheme if said.version else "as the file has it",
         param_count=count_values(path),

@@ -90,6 +90,20 @@ def _name_blocks(axes: Axes, of_each: Sequence[Sequence[str]]) -> None:
         axes.set_xticks(range(0, len(names), step), labels, rotation=30, ha="right", fontsize=8)
 
 
+def _training_loss(figure: Figure, records: Sequence[Record]) -> bool:
+    axes = figure.add_subplot()
+    shown = [(i, record) for i, record in enumerate(records) if record.training_losses]
+    for index, record in shown:
+        updates = [step.update for step in record.training_losses]
+        losses = _drawable(step.task_loss for step in record.training_losses)
+        style = _style(index, len(records)) | {"markevery": max(len(updates) // 12, 1)}
+        axes.plot(updates, losses, label=picture(record.name), **style)
+    _finish(axes, "Loss while training", "optimizer updates", "loss of the task")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+    return bool(shown)
+
+
 def _training_peak(figure: Figure, records: Sequence[Record]) -> bool:
     axes = figure.add_subplot()
     shown = [(i, record) for i, record in enumerate(records) if record.training]
@@ -213,6 +227,11 @@ PICTURES: dict[str, tuple[Draw, str]] = {
         _peak_per_block,
         "Marks: max |A| over all elements of a block's output, over the validated images. Dotted, without marks: mean "
         "|A| of the same. A is what a block hands to the next one.",
+    ),
+    "training_loss": (
+        _training_loss,
+        "Mean between one log line and the next, without the penalty of TWEO: what the runs have in common. A curve "
+        "that ends early was not finite from there.",
     ),
     "training_peak": (
         _training_peak,

@@ -78,6 +78,14 @@ class Epoch(Declared):
 
 
 @dataclass(kw_only=True)
+class Step(Declared):
+    """A log line of the training."""
+
+    update: int = entry("optimizer updates done", AT_LEAST_0)
+    task_loss: float | None = entry("mean since the log line before, without the penalty; null if not finite")
+
+
+@dataclass(kw_only=True)
 class Data(Declared):
     """The images; records of different ones are not compared."""
 
@@ -310,6 +318,7 @@ class Record(Scored, Prepared):
         default=None,
     )
     training: list[Epoch] = entry("the same for each epoch", default=[])
+    training_losses: list[Step] = entry("the task's loss at each log line, from losses.jsonl", default=[])
     quantized: list[Quantized] = entry("a pass for each scheme of `--quantize`", default=[])
     not_quantized: dict[str, str] = entry("scheme -> why it was not possible", LONG, default={})
     answers: dict[str, Any] = field(default_factory=dict)

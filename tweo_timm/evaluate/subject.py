@@ -52,6 +52,7 @@ class Subject:
         options: the options with what the checkpoint says about itself filled in.
         path: its file; None for timm's pretrained weights.
         training: rows of the run's outliers.jsonl; empty where there is none beside the checkpoint.
+        losses: rows of its losses.jsonl, likewise.
         class_names: by index, as the checkpoint has them; None if it does not say.
         precision: of its forward passes, for the record.
         param_count: how many numbers it holds.
@@ -64,6 +65,7 @@ class Subject:
     options: ValidateOptions
     path: Path | None
     training: list[dict[str, Any]]
+    losses: list[dict[str, Any]]
     class_names: list[str | None] | None
     precision: str
     param_count: int
@@ -196,6 +198,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         model.to(memory_format=torch.channels_last)
     check_image_size(arch, model, data_config["input_size"])
     training = _training_rows(source.path.parent / "outliers.jsonl") if source.path is not None else []
+    losses = _loss_rows(source.path.parent / "losses.jsonl") if source.path is not None else []
     return Subject(
         name=source.name,
         arch=arch,
@@ -204,6 +207,7 @@ def load_subject(source: Source, options: ValidateOptions, device: torch.device)
         options=options,
         path=source.path,
         training=training,
+        losses=losses,
         class_names=recorded_names(content),
         precision=precision_of(options),
         param_count=sum(parameter.numel() for parameter in model.parameters()),
@@ -332,6 +336,13 @@ def _without_split_statistics(weights: dict[str, Any], model: nn.Module) -> dict
 def _training_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a run's outliers.jsonl with a number for an epoch and a peak that can be drawn, or none."""
     return [row for row in read_rows(path) if type(row.get("epoch")) is int and _is_peak(row.get("train_peak_abs"))]
+
+
+def _loss_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's losses.jsonl with whole numbers for update, epoch and samples, and a loss that can be drawn."""
+    whole = ("update", "epoch", "samples")
+    rows = (row for row in read_rows(path) if all(type(row.get(name)) is int and row[name] >= 0 for name in whole))
+    return [row for row in rows if _is_peak(row.get("task_loss"))]
 
 
 def _is_peak(value: Any) -> bool:

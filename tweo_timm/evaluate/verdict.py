@@ -156,13 +156,17 @@ def _export_of(record: Record, scheme: str) -> Exported | None:
     return next((found.exported for found in record.quantized if found.scheme == scheme), None)
 
 
-def _fastest(exported: Exported | None) -> tuple[str, float, int, str] | None:
-    """Target, speed where float32 is 1, batch and processor of the fastest file that computes what the model does."""
+def _fastest(exported: Exported | None) -> tuple[str, float, str] | None:
+    """Target, speed where float32 is 1, and conditions of the fastest file that computes what the model does."""
     if exported is None:
         return None
     wrong = exported.wrong_targets()
     sound = {file.target for file in exported.files} - wrong
-    rows = [(row.file, row.ratio, times.batch, times.cpu) for times in exported.latency for row in times.rows]
+    rows = [
+        (row.file, row.ratio, f"on {times.cpu}, batch {times.batch}, threads {times.threads}")
+        for times in exported.latency
+        for row in times.rows
+    ]
     return max((row for row in rows if row[0] in sound), key=lambda row: row[1], default=None)
 
 
@@ -170,8 +174,8 @@ def _speed(record: Record, scheme: str) -> str:
     fastest = _fastest(_export_of(record, scheme))
     if fastest is None:
         return ""
-    _, ratio, batch, cpu = fastest
-    return f", {ratio:.2f} times the speed of float32 on {cpu} at batch {batch}"
+    _, ratio, conditions = fastest
+    return f", {ratio:.2f} times the speed of float32 ({conditions})"
 
 
 def _next(best: Record, schemes: Sequence[SchemeVerdict]) -> str:

@@ -5,6 +5,7 @@
                       eval_peak_abs, train_tweo_weight (in the last batch), train_tweo_grad_ratio (of the middle one;
                       nan where it cannot be measured)
     outliers.jsonl    one row an epoch and block
+    losses.jsonl      one row a log line: means since the epoch began, and over how many samples
     fp8_health.jsonl  one row a report and FP8 layer, with --fp8-health-interval
     events.*          TensorBoard, with --tensorboard; its steps are optimizer updates
 
@@ -57,11 +58,13 @@ class Journal:
         self.folder = folder
         self.summary = folder / "summary.csv"
         self.outliers = folder / "outliers.jsonl"
+        self.losses = folder / "losses.jsonl"
         self.health = folder / "fp8_health.jsonl"
         self._columns = ["epoch", "train_loss", *(f"eval_{name}" for name in eval_metrics), "lr", *OWN_COLUMNS]
         self._wandb = wandb
         _continue_table(self.summary, self._columns, epoch)
         keep_rows_before(self.outliers, "epoch", epoch)
+        keep_rows_before(self.losses, "update", updates + 1)  # the line of the last update was written before it ended
         keep_rows_before(self.health, "update", updates)
         self._board: Any = None
         if tensorboard:
@@ -99,6 +102,18 @@ class Journal:
         Outputs(self.folder).append(self.summary.name, _table([row], self._columns, header=not begun))
         if self._wandb is not None:
             self._wandb.log(row)
+
+    def log_line(self, epoch: int, samples: int, means: Mapping[str, float], update: int) -> None:
+        """Append a row to losses.jsonl.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            samples: images since it began, of all processes.
+            means: task_loss and tweo_loss over them.
+            update: optimizer updates since the run began.
+        """
+        losses = {name: means[name] for name in ("task_loss", "tweo_loss")}
+        append_rows(self.losses, [{"update": update, "epoch": epoch, "samples": samples, **losses}])
 
     def blocks(self, rows: Iterable[Mapping[str, Any]], updates: int) -> None:
         """Append one row a block to outliers.jsonl, and the peaks to TensorBoard."""

@@ -384,7 +384,7 @@ class Trainer:
     def _log_line(self, num_batches: int, pace: Pace) -> None:
         world = self.session.world
         means = self.meters.means(world.distributed)
-        peaks = self.meters.peaks(world.distributed)
+        samples, peaks = self.meters.samples(world.distributed), self.meters.peaks(world.distributed)
         if not world.primary:
             return
         own = f"  TWEO: {means['tweo_loss']:#.3g}  Peak: {max(peaks):#.3g}" if peaks else ""
@@ -410,6 +410,8 @@ class Trainer:
             if peaks:
                 values["step/peak_abs"] = max(peaks)
             self.journal.scalars(values, self.cursor.updates)
+            self._require_folder()
+            self.journal.log_line(self.cursor.epoch, samples, means, self.cursor.updates)
 
     def _save_images(self, images: Tensor) -> None:
         from torchvision.utils import save_image  # type: ignore[import-untyped]

@@ -74,14 +74,23 @@ class EpochMeters:
                 self._sums[index] += next(values) * samples
                 self._counts[index] += samples
 
+    def samples(self, distributed: bool = False) -> int:
+        """Return over how many samples `means` goes."""
+        return int(self._totals(distributed)[1][0])
+
+    def _totals(self, distributed: bool) -> tuple[list[float], list[int]]:
+        """Sums of the losses and counts of their samples, of all processes if `distributed`."""
+        self._add_up()
+        if not distributed:
+            return self._sums, self._counts
+        everyone = torch.tensor([self._sums, self._counts], dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(everyone)
+        sums, counts = everyone.tolist()
+        return sums, counts
+
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return loss, task_loss and tweo_loss: means over the samples, of all processes if `distributed`."""
-        self._add_up()
-        sums, counts = self._sums, self._counts
-        if distributed:
-            everyone = torch.tensor([sums, counts], dtype=torch.float64, device=self._device)
-            torch.distributed.all_reduce(everyone)
-            sums, counts = everyone.tolist()
+        sums, counts = self._totals(distributed)
         return {name: total / max(count, 1) for name, total, count in zip(LOSSES, sums, counts, strict=True)}
 
     def balance(self) -> dict[str, float]:
