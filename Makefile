@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart results sensitivity gpu test test-slow lint types clean
+.PHONY: help quickstart results sensitivity gpu test test-slow test-oldest lint types clean
 
 help:
 	@echo "make quickstart   four small trainings on real images, compared: a few minutes on 2 cores"
 	@echo "make test         the tests"
 	@echo "make test-slow    the tests that take longer"
+	@echo "make test-oldest  the tests with the oldest versions that setup.cfg allows, on the oldest Python found: 8 GB of disk"
 	@echo "make lint types   ruff and mypy"
 	@echo "make results      the quickstart with three seeds, in bf16 and in emulated FP8"
 	@echo "make sensitivity  weight, tau and power of the penalty, ViT and Swin: about three hours on one core; may be interrupted"
@@ -51,6 +52,23 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+# The oldest versions: torch alone is 6 GB with its CUDA libraries. TESTS=... runs some of them.
+OLDEST := .venv-oldest
+PYTHON_OLDEST ?= $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python python3.11 python3.12 python3; do \
+  $$p -c '' 2>/dev/null && echo $$p && break; done)
+
+$(OLDEST)/.installed: setup.cfg tests/oldest.txt
+	@echo "Installing the versions of tests/oldest.txt for $(PYTHON_OLDEST) into $(OLDEST): 8 GB, some minutes"
+	@rm -rf $(OLDEST)
+	@$(PYTHON_OLDEST) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet -r tests/oldest.txt || \
+	  { echo "make: installation failed: check the network, the disk, and that $(PYTHON_OLDEST) is a Python 3.10 or 3.11"; exit 1; }
+	@$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -59,4 +77,4 @@ types: $(VENV)/.installed-test
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(OLDEST) quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

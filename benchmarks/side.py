@@ -38,7 +38,7 @@ from tweo_timm import machine
 from tweo_timm.photos import write_photo_crops
 from tweo_timm.side import Last, Miet
 from tweo_timm.side.backbone import prepare
-from tweo_timm.side.miet import in_transit
+from tweo_timm.side.miet import in_transit, message_bytes
 
 ARCH, CLASSES, TRAIN, VALIDATION, BATCH = "vit_small_patch14_dinov2", 14, 4, 20, 14
 METHODS = ("probe", "last", "miet", "lora", "full")
@@ -210,7 +210,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     if options.method == "miet":
         messages, labels = data["validation"]
         row |= {f"top1_{bits}": _top1(model, in_transit(messages, bits), labels) for bits in (16, 8)}
-        row |= {f"bytes_{bits}": model.message_bytes(bits) for bits in (16, 8)}  # type: ignore[operator]
+        row |= {f"bytes_{bits}": message_bytes(*messages.shape[2:], bits) for bits in (16, 8)}
     return row
 
 

@@ -47,7 +47,7 @@ def make(name, **kwargs):
     return model
 
 
-def images(count=8, seed=1):
+def images(count=4, seed=1):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 

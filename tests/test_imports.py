@@ -25,12 +25,12 @@ LAYERS = [
     ["task", "penalty", "upstream"],
     ["measurement"],
     ["outliers"],
-    ["tap", "blocks", "families", "stats", "loss", "balance", "fp8.*"],
+    ["tap", "blocks", "families", "prenorm", "draft", "stats", "loss", "balance", "fp8.*"],
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
     ["settings", "photos", "records", "schema"],
-    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras"],
+    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras", "needs"],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]
@@ -124,7 +124,8 @@ import tweo_timm
 after = [dict(vars(cls)) for cls in classes], timm.list_models(), list(logging.root.handlers), sys.gettrace()
 assert before == after
 loaded = {name.split(".")[0] for name in sys.modules}
-print(sorted(loaded & {"matplotlib", "transformer_engine", "onnx", "onnxruntime", "tensorboard", "rich"}))
+print(sorted(loaded & {"matplotlib", "transformer_engine", "onnx", "onnxruntime", "tensorboard", "rich",
+                       "lightning", "transformers"}))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -7,6 +7,7 @@ import torch
 
 from tests.quant.families import make_images, make_model
 from tweo_timm import colinearity, quantize_static, record_outliers, rotate, stethoscope
+from tweo_timm.diagnose.float16 import float16_readings
 from tweo_timm.diagnose.readiness import fp8_readiness
 from tweo_timm.diagnose.sites import record_sites
 from tweo_timm.modes import evaluating
@@ -34,6 +35,7 @@ LOOKS = {
     "stethoscope": lambda model, folder: stethoscope(model, IMAGES),
     "colinearity": lambda model, folder: colinearity(model, IMAGES),
     "fp8_readiness": lambda model, folder: fp8_readiness(model, [IMAGES]),
+    "float16_readings": lambda model, folder: float16_readings(model, [IMAGES]),
     "record_outliers": recorded(record_outliers),
     "record_sites": recorded(record_sites),
     "fidelity": lambda model, folder: fidelity(model, quantize_static(model, [IMAGES], "w8a8-tt"), IMAGES),

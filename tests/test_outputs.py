@@ -122,3 +122,9 @@ def test_rows_are_plain_json(tmp_path):
     append_rows(tmp_path / "rows.jsonl", [{"epoch": 1, "peak": 2.0}])
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["peak"] for line in lines] == [None, 2.0]
+
+
+def test_a_file_is_not_said_to_be_the_file_that_stands_where_its_folder_should_be(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match=r"--output \S*taken/out.md lies under the file \S*taken: name another place"):
+        Outputs(tmp_path / "taken").check("--output", "out.md")

@@ -5,9 +5,21 @@ import torch
 from torch import nn
 
 from tests.hf_models import MODELS, answer, images, make
-from tweo_timm import Fp8Recipe, Tweo, check_fp8_ran, find_blocks, patch_fp8, quantize_static, record_outliers
+from tweo_timm import (
+    Fp8Recipe,
+    Tweo,
+    check_fp8_ran,
+    describe_stream,
+    find_blocks,
+    patch_fp8,
+    quantize_static,
+    record_outliers,
+    rotate,
+)
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.static import quantization_scales
+from tweo_timm.rewrite.features import RotatedFeatures
+from tweo_timm.rewrite.head import add_feature_head
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -56,7 +68,7 @@ def test_int8_of_smoothed_layers_and_stream_is_near_the_float_model(name):
         assert (answer(quantized(x)) - expected).norm() < 0.08 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["dinov3", "swin"])
+@pytest.mark.parametrize("name", ["swin"])
 def test_the_stream_is_quantized_by_the_peaks_of_its_blocks(name):
     model, x = make(name), images()
     with record_outliers(model) as record, torch.no_grad():
@@ -75,3 +87,60 @@ def test_the_attention_pool_of_siglip_is_named_where_it_cannot_take_part():
     assert "14 linear layers converted, 2 Linear layers skipped" in str(report)
     with pytest.raises(RuntimeError, match=r"'head.attention' is a torch.nn.MultiheadAttention"):
         quantize_static(make("siglip", vision_use_head=True), [images()], "w8a8-tt")
+
+
+def planted(name):
+    """A model in float64 with one channel of its stream far above the others."""
+    model = make(name).double()
+    (stem,) = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    stem.bias.data[3] += 40
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_a_classifier_is_rotated_without_outliers_and_with_the_same_logits(name):
+    model, x = planted(name), images().double()
+    with torch.no_grad():
+        before = answer(model(x))
+        report = rotate(model, calibration_batches=[x])
+        assert torch.allclose(answer(model(x)), before, rtol=1e-9, atol=1e-9)
+    assert report.output_error < 1e-9
+    blocks = [site for site in report.sites if site.name in find_blocks(model)]
+    assert len(blocks) == 2
+    assert all(site.after.peak_abs < 0.6 * site.before.peak_abs for site in blocks)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "siglip"])
+def test_features_are_rotated_on_request_and_taken_back(name):
+    model, x = planted(name), images().double()
+    with pytest.raises(ValueError, match="no head"):
+        rotate(model)
+    with pytest.raises(ValueError, match="is no model of timm, and takes no head"):
+        add_feature_head(model)
+    with torch.no_grad():
+        before = answer(model(x))
+        report = rotate(model, calibration_batches=[x], allow_rotated_features=True)
+        features = RotatedFeatures(report.rotations, report.norms).unrotate(answer(model(x)))
+    assert torch.allclose(features, before, rtol=1e-9, atol=1e-9)
+    blocks = [site for site in report.sites if site.name in find_blocks(model)]
+    assert all(site.after.peak_abs < 0.6 * site.before.peak_abs for site in blocks)
+
+
+def test_a_rotation_is_a_suffix_of_a_scheme_here_too():
+    model, x = planted("vit").float(), images()
+    plain, rotated = (quantize_static(model, [x], scheme) for scheme in ("w8a8-tt+res", "w8a8-tt+res+rotr"))
+    errors = [fidelity(model, quantized, x)["relative_error"] for quantized in (plain, rotated)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "reason"),
+    [
+        ("clip", {}, "pre_layrnorm stands before the blocks"),
+        ("swin", {}, r"streams of several widths \(16, 32\)"),
+        ("siglip", {"vision_use_head": True}, r"head \(SiglipMultiheadAttentionPoolingHead\) reads the last norm"),
+    ],
+)
+def test_what_cannot_be_rotated_is_refused_by_the_part_that_forbids_it(name, sizes, reason):
+    with pytest.raises(ValueError, match=reason):
+        describe_stream(make(name, **sizes))

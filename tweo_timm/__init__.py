@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tweo_timm.quant.export import export_onnx
     from tweo_timm.quant.sidecar import write_scales
     from tweo_timm.quant.static import quantize_static
+    from tweo_timm.quant.tensorrt_rules import check_tensorrt_rules
     from tweo_timm.rewrite.fold import fold_affine
     from tweo_timm.rewrite.rotate import rotate
     from tweo_timm.task import attach_tweo
@@ -57,6 +58,7 @@ _HOMES = {
     "export_record": "quant.deploy",
     "export_onnx": "quant.export",
     "write_scales": "quant.sidecar",
+    "check_tensorrt_rules": "quant.tensorrt_rules",
     "quantize_static": "quant.static",
     "fold_affine": "rewrite.fold",
     "rotate": "rewrite.rotate",

@@ -8,7 +8,7 @@ draw no random number and leave no gradient behind. Knows tensors, no models. No
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,20 +31,28 @@ class Norms(NamedTuple):
     penalty: Tensor
 
 
-def gradient_norms(task_loss: Tensor, penalty: Tensor, parameters: Iterable[nn.Parameter]) -> Norms:
+def gradient_norms(
+    task_loss: Tensor,
+    penalty: Tensor,
+    parameters: Iterable[nn.Parameter],
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> Norms:
     """Return the norms of both gradients; the graph stays, and no parameter's `grad` is touched.
 
     Args:
         task_loss: a scalar with a graph.
         penalty: L_TWEO of the same forward pass.
         parameters: those that are trained.
+        average: returns the mean of a gradient over the processes, whose batches together are the step's; None for
+            one process. A parameter that a loss does not reach has zeros.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     with torch.autocast(task_loss.device.type, enabled=False):
         found = [
-            torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True) for term in (task_loss, penalty)
+            torch.autograd.grad(term, trained, retain_graph=True, materialize_grads=True)
+            for term in (task_loss, penalty)
         ]
-    return Norms(*(_norm([one for one in gradients if one is not None]) for gradients in found))
+    return Norms(*(_norm([average(one) if average else one for one in gradients]) for gradients in found))
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

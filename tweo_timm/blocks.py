@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import itertools
 import re
@@ -140,7 +141,7 @@ class _Tree:
         self.element_kinds = Counter(type(m) for name, m in self.modules.items() if name and self.is_element(name))
         # A layer without children has nothing to go around: its additions (counters, biases) are no residual.
         wholes = {type(m) for m in self.modules.values() if any(True for _ in m.children())}
-        self.adding = {cls for cls in wholes if _source_adds(cls)}
+        self.adding = {cls for cls in wholes if _source_adds(cls)}  # type: ignore[arg-type]  # a class is hashable
         projecting = [name for name, m in self.modules.items() if name and _owns_projections(m)]
         heads_only = [
             name
@@ -247,6 +248,7 @@ def _calls_itself_attention(module: nn.Module) -> bool:
     return named and any(isinstance(getattr(module, heads, None), int) for heads in _HEADS)
 
 
+@functools.lru_cache(maxsize=1024)  # parsing the methods of a class takes most of a search
 def _source_adds(cls: type[nn.Module]) -> bool:
     """Whether the methods of a class add two values; a class without readable source gets the benefit of the doubt."""
     own = itertools.takewhile(lambda base: base is not nn.Module, cls.__mro__)

@@ -20,15 +20,15 @@ from timm.layers import AttentionPoolLatent, GluMlp, HybridEmbed, LayerScale, Ml
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.diff_attention import DiffAttention
 from timm.layers.hybrid_embed import HybridEmbedWithSize
-from timm.layers.norm import LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32
 from timm.layers.patch_embed import PatchEmbedWithSize
 from timm.models import beit, cait, eva, swin_transformer, vision_transformer, vision_transformer_relpos
 from timm.utils import unwrap_model
 from torch import nn
 
-from tweo_timm.structure import Port, Share, Stage, Stream, Unsupported, Values
+from tweo_timm.draft import NORM_WRITES, Draft
+from tweo_timm.prenorm import PreNorm
+from tweo_timm.structure import Share, Stage, Stream, Unsupported, Values
 
-_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32)
 _EMBEDDINGS = (PatchEmbed, PatchEmbedWithSize, HybridEmbed, HybridEmbedWithSize)
 _ATTENTIONS = (
     Attention,
@@ -43,10 +43,6 @@ _ATTENTIONS = (
 )
 _MLPS = (Mlp, GluMlp, SwiGLU)
 _PROJECTIONS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "gate")
-_NORM_WRITES = (
-    "the output of a norm stays in every later residual, and a rotation would have to commute with the squares of its "
-    "gains"
-)
 
 
 class Family(Protocol):
@@ -67,7 +63,7 @@ def describe_stream(model: nn.Module) -> Stream:
     """Return the tensors that write and read the residual stream of a model, stage by stage.
 
     Args:
-        model: a timm model, possibly wrapped by DDP or torch.compile.
+        model: a timm model, or one of the same plan (prenorm.py), possibly wrapped by DDP or torch.compile.
 
     Raises:
         Unsupported: (a ValueError) with the reason why this model cannot be rewritten.
@@ -75,71 +71,23 @@ def describe_stream(model: nn.Module) -> Stream:
     model = unwrap_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise Unsupported("a scripted model cannot be rewritten: pass the model that torch.jit.script was given")
-    for family in FAMILIES:
+    families: tuple[Family, ...] = (*FAMILIES, PreNorm())
+    for family in families:
         if family.matches(model):
             stream = family.describe(model)
             _refuse_shared(model, stream)
             return stream
-    known = ", ".join(family.name for family in FAMILIES if family.described_by is not _post_norm_swin)
+    known = ", ".join([f.name for f in FAMILIES if f.described_by is not _post_norm_swin] + [PreNorm.name])
     raise Unsupported(
         f"{type(model).__name__}: what writes and reads the residual stream of this family has not been described; "
         f"described are {known}"
     )
 
 
-class _Draft:
-    """A stage that is being described: every layer is checked as it is added."""
-
-    def __init__(self, model: nn.Module, name: str, width: int) -> None:
-        self.model, self.stage = model, Stage(name, width)
-
-    def parameter(self, name: str) -> None:
-        """Add a parameter of the model itself, such as a class token, where there is one."""
-        if getattr(self.model, name, None) is not None:
-            self.stage.writers.append(Port("", name, -1, "writes"))
-
-    def writes(self, name: str, scale: str = "") -> None:
-        """Add a Linear layer or convolution whose output, times a scale, is added to the stream."""
-        layer = self._layer(name)
-        assert layer.weight.shape[0] == self.stage.width, f"{name} is not as wide as the stream"
-        self.stage.writers.append(Port(name, "weight", 0, "writes", scale=scale))
-        if layer.bias is not None:
-            self.stage.writers.append(Port(name, "bias", 0, "writes", scale=scale))
-
-    def reads(self, name: str, norm: str, shares: tuple[Share, ...] | None = None, copies: int = 1) -> None:
-        """Add a Linear layer that reads the stream; unless told otherwise its bias takes constants."""
-        layer = self._layer(name)
-        if norm:
-            self._check_norm(norm, copies)
-        assert layer.weight.shape[1] == copies * self.stage.width, f"{name} does not read the whole stream"
-        if shares is None:
-            shares = (Share(f"{name}.bias", (0, len(layer.weight))),) if layer.bias is not None else ()
-        self.stage.readers.append(Port(name, "weight", 1, "reads", norm=norm, copies=copies, shares=shares))
-
-    def _layer(self, name: str) -> Any:
-        layer = self.model.get_submodule(name)
-        if type(layer) not in (nn.Linear, nn.Conv2d):
-            raise Unsupported(
-                f"{name} is a {type(layer).__name__}, not a plain Linear layer or convolution: rewrite the model "
-                "before it is converted or adapted"
-            )
-        if nn.utils.parametrize.is_parametrized(layer):
-            raise Unsupported(f"{name} has a parametrization: remove it before the model is rewritten")
-        return layer
-
-    def _check_norm(self, name: str, copies: int) -> None:
-        norm: Any = self.model.get_submodule(name)
-        if type(norm) not in _NORMS or tuple(norm.normalized_shape) != (copies * self.stage.width,):
-            raise Unsupported(
-                f"{name} is a {type(norm).__name__}: only LayerNorm and RmsNorm over all channels commute with "
-                "a rotation"
-            )
-
-
 # --- Blocks ----------------------------------------------------------------------------------------------------------
 
 
-def _pre_norm_block(draft: _Draft, name: str, block: Any, keys_shift: bool = False) -> None:
+def _pre_norm_block(draft: Draft, name: str, block: Any, keys_shift: bool = False) -> None:
     """Pre-norm: x + scale1 * attn(norm1(x)), then x + scale2 * mlp(norm2(x))."""
     _attention(draft, f"{name}.attn", block.attn, f"{name}.norm1", _scale(name, block, "1"), keys_shift)
     _mlp(draft, f"{name}.mlp", block.mlp, f"{name}.norm2", _scale(name, block, "2"))
@@ -152,7 +100,7 @@ def _scale(name: str, block: Any, index: str) -> str:
     return f"{name}.gamma_{index}" if getattr(block, f"gamma_{index}", None) is not None else ""
 
 
-def _attention(draft: _Draft, name: str, attn: Any, norm: str, scale: str, keys_shift: bool = False) -> None:
+def _attention(draft: Draft, name: str, attn: Any, norm: str, scale: str, keys_shift: bool = False) -> None:
     if type(attn) not in _ATTENTIONS:
         raise Unsupported(f"{name} is a {type(attn).__name__}, an attention that has not been described")
     for projection in _PROJECTIONS:
@@ -197,7 +145,7 @@ def _attention_shares(name: str, attn: Any, projection: str, keys_shift: bool) -
     return None
 
 
-def _mlp(draft: _Draft, name: str, mlp: Any, norm: str, scale: str) -> None:
+def _mlp(draft: Draft, name: str, mlp: Any, norm: str, scale: str) -> None:
     if type(mlp) not in _MLPS:
         raise Unsupported(f"{name} is a {type(mlp).__name__}, a feed-forward part that has not been described")
     for layer in ("fc1_g", "fc1_x") if type(mlp) is SwiGLU else ("fc1",):
@@ -205,7 +153,7 @@ def _mlp(draft: _Draft, name: str, mlp: Any, norm: str, scale: str) -> None:
     draft.writes(f"{name}.fc2", scale)
 
 
-def _parallel_scaling_block(draft: _Draft, name: str, block: Any) -> None:
+def _parallel_scaling_block(draft: Draft, name: str, block: Any) -> None:
     """Both branches at once: x + scale * (attn(in_norm(x)) + mlp(in_norm(x))), both read by one Linear layer."""
     scale = f"{name}.ls.gamma" if isinstance(block.ls, LayerScale) else ""
     draft.reads(f"{name}.in_proj", f"{name}.in_norm")
@@ -214,7 +162,7 @@ def _parallel_scaling_block(draft: _Draft, name: str, block: Any) -> None:
             draft.writes(f"{name}.{projection}", scale)
 
 
-def _parallel_things_block(draft: _Draft, name: str, block: Any) -> None:
+def _parallel_things_block(draft: Draft, name: str, block: Any) -> None:
     """Branches side by side, each with its norm and scale: x + several attentions of x, then x + several MLPs."""
     for branches, part in (("attns", "attn"), ("ffns", "mlp")):
         for index, branch in enumerate(getattr(block, branches)):
@@ -224,8 +172,8 @@ def _parallel_things_block(draft: _Draft, name: str, block: Any) -> None:
             add(draft, f"{path}.{part}", getattr(branch, part), f"{path}.norm", scale)
 
 
-def _post_norm_block(draft: _Draft, name: str, block: Any) -> None:
-    raise Unsupported(f"{name} is a {type(block).__name__}, whose norms stand after its branches: {_NORM_WRITES}")
+def _post_norm_block(draft: Draft, name: str, block: Any) -> None:
+    raise Unsupported(f"{name} is a {type(block).__name__}, whose norms stand after its branches: {NORM_WRITES}")
 
 
 _BLOCKS: dict[type, Callable[..., None]] = {
@@ -245,7 +193,7 @@ _BLOCKS: dict[type, Callable[..., None]] = {
 }
 
 
-def _blocks(draft: _Draft, prefix: str, blocks: Iterable[nn.Module], **given: bool) -> None:
+def _blocks(draft: Draft, prefix: str, blocks: Iterable[nn.Module], **given: bool) -> None:
     for index, block in enumerate(blocks):
         name = f"{prefix}.{index}"
         if type(block) not in _BLOCKS:
@@ -259,7 +207,7 @@ def _blocks(draft: _Draft, prefix: str, blocks: Iterable[nn.Module], **given: bo
 
 def _vit(model: Any) -> Stream:
     """ViT and what is built like it: embeddings, one series of blocks, a norm, a pool, a head."""
-    draft = _Draft(model, "blocks", model.embed_dim)
+    draft = Draft(model, "blocks", model.embed_dim)
     _embeddings(draft, model)
     # Only keys that no RoPE turns may lose a constant.
     _blocks(draft, "blocks", model.blocks, keys_shift=getattr(model, "rope", None) is None)
@@ -269,7 +217,7 @@ def _vit(model: Any) -> Stream:
 
 def _cait(model: Any) -> Stream:
     """CaiT: as ViT, and blocks of the class token alone, which join the stream of the patches where they read it."""
-    draft = _Draft(model, "blocks", model.embed_dim)
+    draft = Draft(model, "blocks", model.embed_dim)
     _embeddings(draft, model)
     _blocks(draft, "blocks", model.blocks)
     _blocks(draft, "blocks_token_only", model.blocks_token_only)
@@ -277,19 +225,19 @@ def _cait(model: Any) -> Stream:
     return Stream([draft.stage])
 
 
-def _embeddings(draft: _Draft, model: Any) -> None:
+def _embeddings(draft: Draft, model: Any) -> None:
     if type(model.patch_embed) not in _EMBEDDINGS:
         raise Unsupported(f"patch_embed is a {type(model.patch_embed).__name__}, which has not been described")
     for name in ("patch_embed.norm", "norm_pre"):
         owner = model.patch_embed if name == "patch_embed.norm" else model
         if not isinstance(getattr(owner, name.split(".")[-1], None) or nn.Identity(), nn.Identity):
-            raise Unsupported(f"{name} stands before the blocks (as in CLIP): {_NORM_WRITES}")
+            raise Unsupported(f"{name} stands before the blocks (as in CLIP): {NORM_WRITES}")
     draft.writes("patch_embed.proj")
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         draft.parameter(name)
 
 
-def _tail(draft: _Draft, model: Any) -> None:
+def _tail(draft: Draft, model: Any) -> None:
     norms = [n for n in ("norm", "fc_norm") if not isinstance(getattr(model, n, None) or nn.Identity(), nn.Identity)]
     pool: Any = getattr(model, "attn_pool", None)
     if type(pool) is AttentionPoolLatent:
@@ -310,7 +258,7 @@ def _refuse_pooling(pool: str) -> None:
         raise Unsupported(f"pooling {pool!r} takes maxima of single channels, which a rotation mixes")
 
 
-def _heads(draft: _Draft, model: Any, norm: str, names: Iterable[str]) -> None:
+def _heads(draft: Draft, model: Any, norm: str, names: Iterable[str]) -> None:
     """Add the heads; without one, the last norm's output is the model's."""
     heads = []
     for name in names:
@@ -323,19 +271,23 @@ def _heads(draft: _Draft, model: Any, norm: str, names: Iterable[str]) -> None:
     if not heads:
         draft.stage.features = norm
         if norm:
-            draft._check_norm(norm, 1)
+            draft.check_norm(norm, 1)
 
 
 def _swin(model: Any) -> Stream:
     """Swin: a stream for each stage; patch merging reads four tokens of one stage and begins the next."""
-    stages, undescribed = [], {}
+    stages: list[Stage] = []
+    scalable: list[Stage] = []
+    undescribed: dict[str, str] = {}
     for index, layer in enumerate(model.layers):
         name = f"layers.{index}"
-        if index == 0 and not isinstance(model.patch_embed.norm, nn.Identity):
-            undescribed[name] = f"patch_embed.norm begins this stage's stream: {_NORM_WRITES}"
-            continue
-        draft = _Draft(model, name, layer.blocks[0].dim)
-        draft.writes(f"{name}.downsample.reduction" if index else "patch_embed.proj")
+        draft = Draft(model, name, layer.blocks[0].dim)
+        begun_by_norm = index == 0 and not isinstance(model.patch_embed.norm, nn.Identity)
+        if begun_by_norm:
+            undescribed[name] = f"patch_embed.norm begins this stage's stream: {NORM_WRITES}"
+            draft.norm_writes("patch_embed.norm")
+        else:
+            draft.writes(f"{name}.downsample.reduction" if index else "patch_embed.proj")
         _blocks(draft, f"{name}.blocks", layer.blocks)
         if index + 1 < len(model.layers):
             merging = f"layers.{index + 1}.downsample"
@@ -343,14 +295,14 @@ def _swin(model: Any) -> Stream:
         else:
             _refuse_pooling(model.head.global_pool.pool_type)
             _heads(draft, model, "norm", ("head.fc",))
-        stages.append(draft.stage)
+        (scalable if begun_by_norm else stages).append(draft.stage)
     if not stages:
         raise Unsupported(f"the only stage cannot be rewritten: {undescribed['layers.0']}")
-    return Stream(stages, undescribed)
+    return Stream(stages, undescribed, scalable)
 
 
 def _post_norm_swin(model: Any) -> Stream:
-    raise Unsupported(f"{type(model).__name__} normalizes after its branches (res-post-norm): {_NORM_WRITES}")
+    raise Unsupported(f"{type(model).__name__} normalizes after its branches (res-post-norm): {NORM_WRITES}")
 
 
 @dataclass(frozen=True)
@@ -390,7 +342,7 @@ def _refuse_shared(model: nn.Module, stream: Stream) -> None:
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    ports = {port.name for stage in stream.stages for port in stage.ports}
+    ports = {port.name for stage in (*stream.stages, *stream.scalable) for port in stage.ports}
     for names in places.values():
         if len(names) > 1 and ports & set(names):
             raise Unsupported(f"{' and '.join(names)} are one tensor: give each its own before the model is rewritten")

@@ -42,8 +42,8 @@ class Outputs:
             path for path in (self.folder.absolute(), *self.folder.absolute().parents) if os.path.lexists(path)
         )
         if not there.is_dir():
-            under = "is a file" if there == self.folder.absolute() else f"lies under the file {there}"
-            raise ValueError(f"{given} {under}: name a folder, which need not exist")
+            under = f"lies under the file {there}" if name or there != self.folder.absolute() else "is a file"
+            raise ValueError(f"{given} {under}: name {'another place' if name else 'a folder, which need not exist'}")
         try:
             if name:
                 _refuse_irregular(self.folder / name)

@@ -125,7 +125,10 @@ class Stream:
     Attributes:
         stages: in forward order; at least one.
         undescribed: stages that have to stay as they are, each with the reason.
+        scalable: those of them whose stream may still be multiplied by a number: a norm that begins it knows
+            directions, but passes a factor on.
     """
 
     stages: list[Stage]
     undescribed: dict[str, str] = field(default_factory=dict)
+    scalable: list[Stage] = field(default_factory=list)

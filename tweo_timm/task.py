@@ -166,14 +166,17 @@ class TweoHandle(Scheduled):
         return weight
 
     def _norms(self, task_loss: Tensor, tweo: Tensor) -> Norms:
-        """The norms of both gradients; in several processes the mean of each."""
+        """The norms of both gradients, as one process with the batches of all would find them."""
+        together = dist.is_available() and dist.is_initialized()
         with self.apart():
-            norms = gradient_norms(task_loss, tweo, self._model.parameters())
-        if not (dist.is_available() and dist.is_initialized()):
-            return norms
-        both = torch.stack(norms)
-        dist.all_reduce(both)
-        return Norms(*(both / dist.get_world_size()))
+            return gradient_norms(task_loss, tweo, self._model.parameters(), _average if together else None)
+
+
+def _average(gradient: Tensor) -> Tensor:
+    """The mean of a gradient over the processes."""
+    total = gradient.contiguous().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def _is_attached(task: nn.Module) -> bool:

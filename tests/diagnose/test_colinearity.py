@@ -146,7 +146,7 @@ def test_the_two_halves_of_a_packed_gated_mlp_are_told_apart():
 
 def test_a_norm_behind_the_mlp_is_noted():
     record = colinearity(make_model("swinv2"), make_images("swinv2", 2))
-    assert "a norm follows" in record["note"]
+    assert "A norm follows" in record["note"]
 
 
 def test_what_cannot_be_decomposed_is_refused_with_a_reason():

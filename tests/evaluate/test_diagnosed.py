@@ -188,3 +188,27 @@ def test_named_blocks_are_those_of_every_diagnosis(capsys, checkpoints, common, 
     record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
     assert [block["name"] for block in record["blocks"]] == ["blocks.1"]
     assert "blocks.0" not in json.dumps(record["stethoscope"])
+
+
+def test_what_the_diagnoses_say_are_sentences(capsys, checkpoints, common, tmp_path):
+    words = ["--stethoscope", "--colinearity", "--fp8-readiness", "--report", tmp_path]
+    assert run(capsys, "--checkpoint", checkpoints[0], *common, *words)[0] == 0
+    prose = [line for line in (tmp_path / "report.md").read_text().splitlines() if line and line[0] not in "|#!*-`"]
+    for line in prose:
+        for sentence in line.rstrip(".").split(". "):
+            assert not sentence[0].islower(), line
+        assert line.endswith("."), line
+
+
+def test_what_large_activations_are_worth_is_in_the_report(capsys, checkpoints, common, tmp_path):
+    words = ["--zero-outliers", 0.5, 4, "--report", tmp_path]
+    assert run(capsys, "--checkpoint", checkpoints[0], *common, *words)[0] == 0
+    record = json.loads((tmp_path / "report.json").read_text())["checkpoints"][0]
+    whole, half, four = record["zero_outliers"]
+    assert (whole["k"], half["k"], four["k"]) == (0, 0.5, 4)
+    assert (whole["score"], whole["loss"]) == (record["top1"], pytest.approx(record["loss"], rel=1e-6))
+    assert abs(half["loss"] - whole["loss"]) > abs(four["loss"] - whole["loss"])
+    assert "| 50 % |" in (tmp_path / "report.md").read_text()
+    status, _, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--zero-outliers", 1.5)
+    assert status == 1
+    assert "--zero-outliers 1.5 is no number of elements" in err

@@ -107,6 +107,13 @@ def test_what_a_scheme_gains_in_time_is_said_only_where_it_was_measured():
     assert "deploy" not in verdict([build(Record, mapping)]).lines[2]
 
 
+def test_a_scheme_that_has_no_file_is_not_sent_to_be_exported():
+    schemes = {"w8a8-tk": right(5000, 0), "fp16": right(5000, 0), "w8a8-ct": right(5000, 0)}
+    assert "--quantize w8a8-ct --export onnx" in verdict([record("a", right(5000, 0), schemes)]).lines[2]
+    del schemes["w8a8-ct"]
+    assert "use w8a8-tk in an engine" in verdict([record("a", right(5000, 0), schemes)]).lines[2]
+
+
 def test_models_that_cannot_be_scored_are_not_taken():
     broken = record("a", right(9, 1), top1=None, top5=None, correct=None, not_finite=9)
     assert verdict([broken]).checkpoint is None

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from tests.needed import dynamos_own, needs
 from tweo_timm import Fp8HealthMonitor, Fp8Recipe, fp8_state, patch_fp8, warm_up_fp8
 
 
@@ -89,9 +90,8 @@ def test_model_without_fp8_is_refused():
         Fp8HealthMonitor(nn.Sequential(nn.Linear(2, 2)))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # Dynamo's own, at a graph break
+@needs("compiled fp8")
+@dynamos_own
 def test_armed_step_of_a_compiled_model_reports_every_layer():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))

@@ -322,12 +322,6 @@ def test_without_the_extra_one_message_names_the_command(monkeypatch: pytest.Mon
     require_export_extra()
 
 
-def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.onnx, "ops")
-    with pytest.raises(RuntimeError, match=r"needs torch 2\.8 or newer"):
-        require_export_extra()
-
-
 def test_the_module_of_onnxruntime_names_the_command_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tweo_timm.quant.ort")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

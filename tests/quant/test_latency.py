@@ -30,7 +30,7 @@ from tweo_timm.quant.ort import node_census, run_onnx  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript.*")
 
 CONTESTANTS = ["float32 ONNX", "dynamic int8 ONNX", "qdq", "onnxruntime"]
-NUMBERS = {"median_ms", "min_ms", "images_per_s", "ratio"}
+NUMBERS = {"median_ms", "min_ms", "p99_ms", "images_per_s", "ratio"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +58,13 @@ def test_rows_are_the_numbers_computed_by_hand() -> None:
     times = {"slow": [0.4, 0.2, 0.3], "fast": [0.1, 0.1, 0.2]}
     rows = latency.latency_rows(times, 6)
     assert list(rows) == ["slow", "fast"]
-    assert rows["slow"] == pytest.approx({"median_ms": 300, "min_ms": 200, "images_per_s": 20, "ratio": 1})
+    assert rows["slow"] == pytest.approx(
+        {"median_ms": 300, "min_ms": 200, "p99_ms": 398, "images_per_s": 20, "ratio": 1}
+    )
     # the ratio is the median of 4, 2 and 1.5, not the ratio of the medians, which is 3
-    assert rows["fast"] == pytest.approx({"median_ms": 100, "min_ms": 100, "images_per_s": 60, "ratio": 2})
+    assert rows["fast"] == pytest.approx(
+        {"median_ms": 100, "min_ms": 100, "p99_ms": 198, "images_per_s": 60, "ratio": 2}
+    )
 
 
 @settings(derandomize=True)
@@ -156,7 +160,7 @@ def test_the_record_times_every_contestant_at_both_batches_and_leaves_nothing_te
         assert entry["cpu"]
         assert entry["onnxruntime"]
         assert [row["file"] for row in entry["rows"]] == CONTESTANTS
-        assert all(row.keys() == NUMBERS | {"file"} for row in entry["rows"])
+        assert all(row.keys() == NUMBERS | {"file", "size_mb"} for row in entry["rows"])
         assert entry["rows"][0]["ratio"] == 1
         for row in entry["rows"]:
             assert row["images_per_s"] == pytest.approx(1e3 * entry["batch"] / row["median_ms"])

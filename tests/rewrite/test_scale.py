@@ -7,8 +7,7 @@ import torch
 
 from tests.quant.families import make_images, make_model
 from tweo_timm import record_outliers
-from tweo_timm.families import describe_stream
-from tweo_timm.rewrite.scale import linear_pairs, scale_pairs, scale_stream
+from tweo_timm.rewrite.scale import linear_pairs, scale_pairs, scale_stream, stages_of
 
 FAMILIES = ("vit", "deit3", "beit", "eva02", "dinov3", "cait", "swin")
 
@@ -24,7 +23,7 @@ def test_a_stream_times_a_power_of_two_changes_nothing_but_eps(family):
     model, images = make_model(family), make_images(family)
     with torch.no_grad():
         expected, before = model(images), peaks(model, images)
-        stages = describe_stream(model).stages
+        stages = stages_of(model)
         scale_stream(model, {stage.name: 3 for stage in stages})
         torch.testing.assert_close(model(images), expected, rtol=0.1, atol=2e-2)
         for module in model.modules():

@@ -9,7 +9,7 @@ from torch import nn
 from tests.models import batch, tiny_swin, tiny_vit
 from tweo_timm import find_blocks
 from tweo_timm.side import Last, LowRankAttention, Miet
-from tweo_timm.side.miet import in_transit
+from tweo_timm.side.miet import in_transit, message_bytes
 
 SIDES = {"last": Last, "miet": Miet}
 
@@ -177,6 +177,8 @@ def test_messages_arrive_within_half_a_step():
     )
     step = message.abs().amax((1, 2, 3)) / 127
     assert bool(((in_transit(message, 8) - message).abs().amax((1, 2, 3)) <= step / 2 * 1.001).all())
-    net = Miet(tiny_vit(depth=4), 5, rank=4, gap=2)
-    assert net.message_bytes(16) == 17 * 32 * 2
-    assert net.message_bytes(8) == 17 * 32 + 4
+    _, tokens, dim = Miet(tiny_vit(depth=4), 5, rank=4, gap=2).feature_shape
+    assert [message_bytes(tokens, dim, bits) for bits in (16, 8)] == [17 * 32 * 2, 17 * 32 + 4]
+    for refused in (lambda: message_bytes(1, 1, 4), lambda: in_transit(message, 4)):
+        with pytest.raises(ValueError, match="16 or 8"):
+            refused()

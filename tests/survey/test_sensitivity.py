@@ -19,7 +19,7 @@ def rank_correlation(a, b):
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", ["w8a8-tt+res", "w4a4-tt"])
 def test_the_order_is_that_of_the_damage_each_does_alone(family, scheme):
     model, images = make_model(family), make_images(family, 32)

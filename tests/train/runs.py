@@ -8,10 +8,12 @@ from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from tests import processes
+from tweo_timm.needs import lacking
 from tweo_timm.run.world import World
 from tweo_timm.train.build import Session, build_session
 from tweo_timm.train.cli import main
@@ -46,6 +48,8 @@ def write_images(root: Path, train: int = 48, val: int = 12, classes: int = 3, s
 
 
 def command(data: Path, out: Path, *more: str, name: str = "run", model: list[str] | None = None) -> list[str]:
+    if "--fsdp" in more and lacking("sharding"):
+        pytest.skip(lacking("sharding"))
     where = ["--data-dir", str(data), "--output", str(out), "--experiment", name]
     return [*(model or VIT), *RUN, *where, "--epochs", "2", *more]
 

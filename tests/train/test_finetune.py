@@ -60,6 +60,18 @@ def test_weights_are_found_under_the_names_of_other_code_and_what_was_loaded_is_
     assert "The head begins anew" in caplog.text
 
 
+def test_a_prefix_is_taken_off_before_an_architecture_s_own_loader_sees_the_names(images, tmp_path):
+    """That of Swin asks the model for the modules that the names of tables speak of."""
+    sizes = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+    state = create_model("swin_tiny_patch4_window7_224", num_classes=12, **sizes).state_dict()
+    torch.save(wrapped(state, "backbone."), tmp_path / "base.pth")
+    words = ["--model", "swin_tiny_patch4_window7_224", "--num-classes", "3", "--input-size", "3", "32", "32"]
+    words += ["--model-kwargs", *(f"{key}={value}" for key, value in sizes.items())]
+    begins = ("--pretrained", "--pretrained-path", str(tmp_path / "base.pth"))
+    found = session_of(images, tmp_path, *begins, model=words).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items() if not name.startswith("head."))
+
+
 def test_no_weights_stay_behind_in_the_configuration_of_the_model(images, tmp_path):
     model = begin(images, tmp_path, wrapped(STATE, "visual."))
     assert not model.pretrained_cfg.get("state_dict")

@@ -85,7 +85,7 @@ PUBLISHED = {
 VARIANTS = ("", "_fp8", "_tweo", "_tweo_fp8")
 NAMES = [base + variant for base in PUBLISHED for variant in VARIANTS]
 # The quickstart's recipes are run here, and described with their results.
-PATHS = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("quickstart", "repair")))
+PATHS = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("quickstart", "repair", "side")))
 
 
 def recipe(name: str, *words: str) -> TrainOptions:

@@ -229,6 +229,7 @@ def test_bad_word_exits_with_one_line_that_names_it(argv, words, capsys):
         ("--fp8-exclude head ( ", ["--fp8-exclude is '('", "a regular expression"]),
         ("--tweo-blocks *", ["--tweo-blocks '*'", "no regular expression"]),
         ("--naflex-loader", ["--naflex-loader cannot be honoured", "--img-size"]),
+        ("--num-classes 0", ["--num-classes 0 leaves nothing to learn", "classes of the data"]),
         ("--fp8-health-interval 5", ["--fp8-health-interval 5", "--fp8 auto"]),
         ("--fp8-format e4m3 --fp8-exclude head", ["--fp8-format, --fp8-exclude does nothing", "--fp8 auto"]),
         (

@@ -3,6 +3,7 @@
 import copy
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_the_weights_of_a_backbone_are_read_without_their_classifier(images, tmp
 def test_what_does_not_go_with_a_frozen_backbone_is_refused_by_name(words, part):
     with pytest.raises(ValueError, match=re.escape(part)):
         parse_train_options(words)
+
+
+@pytest.mark.parametrize("name", ["side_last", "side_miet"])
+def test_recipes_run_and_say_that_nobody_here_has_run_them(name, images, tmp_path):
+    path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    header = path.read_text().split("\n\n")[0]
+    assert f"train.py -c recipes/{path.name}" in header
+    assert "Status:      not run by us." in header
+    words = ["-c", str(path), "--no-pretrained", "--side-gap", "1", "--warmup-epochs", "0"]
+    assert last(train(images, tmp_path, *words))["side"]["side"] == name.removeprefix("side_")
 
 
 def test_a_gap_that_does_not_divide_the_blocks_is_one_message(images, tmp_path, capsys):

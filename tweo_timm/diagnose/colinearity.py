@@ -34,8 +34,8 @@ NUM_TERMS = 10
 """Terms listed in a record, the largest first; all of them are in the spectrum."""
 
 VALIDITY_RULE = (
-    "valid when the linear value with biases has the sign of the MLP's real contribution and between half and twice "
-    "its size"
+    "The linear form is valid where the linear value with biases has the sign of the MLP's real contribution and "
+    "between half and twice its size."
 )
 
 
@@ -233,14 +233,14 @@ def _explain(model: nn.Module, block: nn.Module, peak: _Peak, image: Tensor) -> 
             "linear_valid": bool(0.5 <= ratio <= 2.0),
             "linear_ratio": ratio,
             "rule": VALIDITY_RULE,
-            "note": "; ".join(part for part in (note, _GATED_NOTE if form["gated"] else "") if part),
+            "note": " ".join(part for part in (note, _GATED_NOTE if form["gated"] else "") if part),
         }
     )
     return record
 
 
 _TERM = {"singular_values": "singular_value", "w_dot_u": "w_dot_u", "v_dot_x": "v_dot_x", "values": "value"}
-_GATED_NOTE = "gated MLP: decomposed with the gate held at this token's value"
+_GATED_NOTE = "A gated MLP is decomposed with the gate held at this token's value."
 
 
 def _linear_form(mlp: Any, x: Tensor, channel: int, scale: float) -> dict[str, Any]:
@@ -282,5 +282,5 @@ def _layer_scale(owner: nn.Module, channel: int) -> tuple[float, str]:
     if gamma is not None:
         return float(gamma[channel]), ""
     if any(word in type(owner).__name__ for word in ("PostNorm", "ResPost", "SwinTransformerV2")):
-        return 1.0, "a norm follows the MLP before the residual add: mlp_measured is what that norm reads"
+        return 1.0, "A norm follows the MLP before the residual add: mlp_measured is what that norm reads."
     return 1.0, ""

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from tweo_timm.flow import name_of, tensors_in
 from tweo_timm.layers import projections_called, sees_images
+from tweo_timm.modes import evaluating
 
 LARGEST = 65504.0
 """The largest number of float16."""
@@ -86,27 +87,32 @@ class Float16Readings:
         """The sites that overflow, in the order in which they do: the first is where it begins."""
         return sorted((site for site in self.sites[reading] if site.factor < 1), key=lambda site: site.began or 0)
 
+    def merged(self, other: Float16Readings) -> Float16Readings:
+        """Return the larger of two readings of one model, on other images, at each site."""
+        both = Float16Readings()
+        for reading, sites in self.sites.items():
+            theirs = {site.name: site for site in other.sites[reading]}
+            pairs = [(site, theirs.get(site.name, site)) for site in sites]
+            both.sites[reading] = [min(pair, key=lambda site: site.factor) for pair in pairs]
+        return both
+
 
 def float16_readings(model: nn.Module, batches: Iterable[Tensor]) -> Float16Readings:
     """Read what float16 would have to hold.
 
     Args:
-        model: a float model; run in evaluation mode and left in the mode it had.
+        model: a float model; run in evaluation mode, and every module keeps its own.
         batches: preprocessed images (B, C, H, W), of one size or of several; at least one.
 
     Raises:
         ValueError: without images.
     """
     bare, num_images = unwrap_model(model), 0
-    was_training, device = bare.training, next(bare.parameters()).device
-    with _Reader(bare) as reader, torch.no_grad(), projections_called(bare):
-        try:
-            bare.eval()
-            for images in batches:
-                num_images += len(images)
-                bare(images.to(device))
-        finally:
-            bare.train(was_training)
+    device = next(bare.parameters()).device
+    with evaluating(bare), _Reader(bare) as reader, torch.no_grad(), projections_called(bare):
+        for images in batches:
+            num_images += len(images)
+            bare(images.to(device))
     if not num_images:
         raise ValueError("float16 is read on at least one image")
     return reader.found()

@@ -31,10 +31,10 @@ ABSENT = 0.2
 """A peak is gone in another arm if it is at most this share."""
 
 RULE = (
-    "ratios of the mean image peak to that of trained weights on real data: data-independent if random pixels keep at "
-    f"least {PRESENT} of it and random weights at most {ABSENT}; data-dependent if random pixels keep at most "
-    f"{ABSENT}; inconclusive otherwise. Where the usual initialisation makes blocks identities, the random weights are "
-    "those with LayerScale at 1"
+    "Each ratio is a mean image peak over that of trained weights on real data. A block is data-independent if random "
+    f"pixels keep at least {PRESENT} of its peak and random weights at most {ABSENT}, data-dependent if random pixels "
+    f"keep at most {ABSENT}, and inconclusive otherwise. Where the usual initialisation makes blocks identities, the "
+    "random weights are those with LayerScale at 1."
 )
 
 

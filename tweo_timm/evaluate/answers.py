@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.evaluate.record import LONG, SIZE, Statistics
+from tweo_timm.evaluate.record import LONG, PERCENT, SIZE, Statistics
 from tweo_timm.records import Fields
 from tweo_timm.schema import Declared, entry
 from tweo_timm.settings import AT_LEAST_0
@@ -96,6 +96,17 @@ class ColinearityAnswer(Declared):
 
 
 @dataclass(kw_only=True)
+class Zeroed(Declared):
+    """The model without K elements of each block's output: the K largest, and any K as a control."""
+
+    k: float = entry("elements per image; below 1 a share of them; 0 is the model as it is", AT_LEAST_0)
+    score: float | None = entry("Top-1 (or mAP) without the largest, percent", PERCENT)
+    loss: float | None = entry("loss without the largest", SIZE)
+    random_score: float | None = entry("Top-1 (or mAP) without as many at random, percent", PERCENT)
+    random_loss: float | None = entry("loss without as many at random", SIZE)
+
+
+@dataclass(kw_only=True)
 class ReadinessAnswer(Declared):
     """What each Linear layer would meet in FP8; `layers` has shapes, amax, share above 448, cost of a jump."""
 
@@ -114,3 +125,63 @@ class SideAnswer(Declared):
     backbone_values: int = entry("parameters and buffers of the backbone", AT_LEAST_0)
     seconds: float = entry("of the pass over the split, data included", SIZE)
     peak_memory_mib: float = entry("the largest of the process, of the GPU where there is one", SIZE)
+    message_bytes: dict[str, int] = entry("of an image's message to MIET's edge, by bits; none for LAST", SIZE)
+
+
+@dataclass(kw_only=True)
+class SurveySite(Declared):
+    """One place where a format breaks, or comes nearest to it."""
+
+    name: str = entry("the module, or the block and its site")
+    peak_abs: float | None = entry(
+        "the largest value; of squares the largest \\|x - mean\\|, of sums the largest rms of a token", SIZE
+    )
+    factor: float | None = entry("by how much everything there may grow; below 1 it overflows (float16)", default=None)
+    share: float | None = entry("of the damage that all layers and sites would do (INT8, FP8)", default=None)
+
+
+@dataclass(kw_only=True)
+class SurveyRow(Declared):
+    """One format."""
+
+    format: str = entry("a scheme, or `fp16-logits`, `fp16-squares`, `fp16-sums`")
+    rotated: bool = entry("the stream was rotated first, by a random matrix")
+    survives: bool = entry("finite, at most `max_drop` lost, and nothing overflows in float16")
+    verdict: str = entry("`survives`, `does not`, or `not decided by N images`")
+    top1: float | None = entry("percent; null where it is not measured or not finite", PERCENT)
+    drop: float | None = entry("points lost", default=None)
+    interval: list[float] | None = entry("95 % of them, Bonett and Price's for paired proportions", default=None)
+    headroom: float | None = entry("the smallest `factor`, of float16", default=None)
+    spread: str | None = entry("`concentrated` in a tenth of the sites, or `diffuse`", default=None)
+    sites: list[SurveySite] = entry("where it breaks first, or what it hurts most")
+
+
+@dataclass(kw_only=True)
+class SurveyFix(Declared):
+    """The smallest fix of one format that does not survive."""
+
+    format: str = entry("the row")
+    fix: str = entry("norm, logits, scales, channel, token, stream, pairs, rotation, sites or training")
+    words: str = entry("what to do", LONG)
+    sites: list[str] = entry("what it is about", default=[])
+    scheme: str | None = entry("what was measured; null where nothing can be", default=None)
+    top1: float | None = entry("percent, with the fix", PERCENT, default=None)
+    verdict: str | None = entry("as in a row", default=None)
+    tried: int = entry("cheaper fixes that were measured and did not hold", AT_LEAST_0, default=0)
+
+
+@dataclass(kw_only=True)
+class SurveyAnswer(Declared):
+    """What the model survives, where it breaks, and the smallest fix ([survey.md](survey.md))."""
+
+    verdict: str = entry("one sentence", LONG)
+    images: int = entry("scored", AT_LEAST_0)
+    max_drop: float = entry("points that may be lost", PERCENT)
+    float_top1: float | None = entry("percent", PERCENT)
+    judged_by: str = entry("`logits`, or `nearest neighbour` for a model without a head", default="logits")
+    rows: list[SurveyRow] = entry("a row per format, of the model as it is and rotated", some=True)
+    fix: list[SurveyFix] = entry("the smallest fix of each row that does not survive", default=[])
+    not_rotated: str = entry("why there are no rotated rows", LONG, default="", optional=True)
+    not_possible: dict[str, str] = entry("format -> why the model does not allow it", LONG, default={})
+    exported: dict[str, str] = entry("format -> the file of the fixed model, with `--export onnx`", LONG, default={})
+    not_exported: dict[str, str] = entry("format -> why there is none", LONG, default={})

@@ -119,11 +119,11 @@ def _values(members: Sequence[Record], schemes: Sequence[str]) -> dict[str, list
 
 
 def spread(sample: Sequence[float], bounded: bool = True) -> Spread:
-    """Sum up one number over runs; `bounded`: with an interval, which means little for peaks, whose tails are long."""
+    """Sum up one number over runs; `bounded`: percentages, with an interval, which means little for peaks."""
     found = Spread(runs=len(sample), mean=statistics.fmean(sample), low=min(sample), high=max(sample))
     if bounded and len(sample) > 1 and found.low < found.high:
         reach = _student(len(sample) - 1) * statistics.stdev(sample) / len(sample) ** 0.5
-        found.ci95 = [found.mean - reach, found.mean + reach]
+        found.ci95 = [max(found.mean - reach, 0.0), min(found.mean + reach, 100.0)]  # no percentage is beyond
     return found
 
 

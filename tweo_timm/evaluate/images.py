@@ -33,6 +33,7 @@ class Images:
         fingerprint: of file names (or of the dataset's name and size); equal for equal data.
         valid_labels: which of the model's classes those of the data are, in the data's order; None if they are alike.
         real_labels: makes timm's scorer of ReaL labels for one pass; None for ordinary labels.
+        classes: how many the model tells apart here; 0 for a model without a head, of which nothing is scored.
     """
 
     loader: Any
@@ -40,6 +41,7 @@ class Images:
     fingerprint: str
     valid_labels: list[int] | None
     real_labels: Callable[[], RealLabelsImagenet] | None
+    classes: int
 
 
 def open_images(options: ValidateOptions, data_config: dict[str, Any], num_classes: int, world: World) -> Images:
@@ -48,16 +50,19 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     Raises:
         ValueError: if it cannot be found, or its classes do not fit the model.
     """
-    if options.quantize:
+    if options.quantize or options.survey:
         _require_split(options, options.calibration_split)
+    if num_classes == 0 and (options.task == "multilabel" or options.valid_labels):
+        raise ValueError("--task multilabel and --valid-labels need a model with classes, which this one has not")
     targets = target_details(options, num_classes)
     valid_labels = _valid_labels(options.valid_labels, num_classes) if options.valid_labels else None
     classes = num_classes if valid_labels is None else len(valid_labels)
-    single = None if options.task == "multilabel" else classes
+    single = None if options.task == "multilabel" or not classes else classes
     dataset = open_dataset(
         options, options.split, data_config, single, options.exif, num_samples=options.num_samples, **targets
     )
-    check_num_classes(dataset, classes, mapped=bool(options.class_map), chosen=valid_labels is not None)
+    if classes:
+        check_num_classes(dataset, classes, mapped=bool(options.class_map), chosen=valid_labels is not None)
     if world.distributed and isinstance(dataset, torch.utils.data.IterableDataset):
         raise ValueError(
             f"--dataset {options.dataset} is a stream, which processes cut unevenly and repeat in part: validate it in "
@@ -66,7 +71,7 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
     loader = _loader(options, data_config, dataset, world, prefetch=not options.no_prefetcher)
     real_labels = _real_labels(options, _names(dataset), classes) if options.real_labels else None
     fingerprint = hashlib.sha256(_identity(options, dataset).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return Images(loader, dataset, fingerprint, valid_labels, real_labels)
+    return Images(loader, dataset, fingerprint, valid_labels, real_labels, classes)
 
 
 def _require_split(options: ValidateOptions, split: str) -> None:

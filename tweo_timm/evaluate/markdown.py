@@ -23,6 +23,12 @@ def number(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def sentence(text: str) -> str:
+    """Return a stranger's remark, such as an older version's, as a sentence of Markdown; nothing stays nothing."""
+    shown = markdown(text.strip())
+    return shown and shown[0].upper() + shown[1:] + ("" if shown.endswith(".") else ".")
+
+
 def fields_table(rows: Sequence[object], keys: Sequence[str]) -> str:
     """Return some fields of records as a table."""
     return markdown_table([{key: number(getattr(row, key)) for key in keys} for row in rows])

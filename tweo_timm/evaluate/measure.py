@@ -18,10 +18,22 @@ from tweo_timm.evaluate.case import Case, Samples, num_classes_of
 from tweo_timm.evaluate.images import Images, open_images
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.probe import Asked
-from tweo_timm.evaluate.record import Block, Calibration, Data, Epoch, Exported, Fidelity, Quantized, Record, Saturation
+from tweo_timm.evaluate.record import (
+    Block,
+    Calibration,
+    Compensated,
+    Data,
+    Epoch,
+    Exported,
+    Fidelity,
+    Quantized,
+    Record,
+    Saturation,
+)
 from tweo_timm.evaluate.scoring import Score, score
 from tweo_timm.evaluate.subject import Subject
 from tweo_timm.outliers import OutlierRecorder
+from tweo_timm.quant.compensation import added_parameters
 from tweo_timm.quant.deploy import export_record
 from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
@@ -71,7 +83,8 @@ def measure(subject: Subject, world: World) -> Record:
     if options.export:
         artefact = Artefact(FLOAT, subject.preprocessing, names, arch=subject.arch)
         record = replace(record, **_exported(subject, None, images, whole, artefact))
-    float_file = _onnx_path(subject, FLOAT) if record.exported else None
+    rival = record.exported is not None and options.export_dtype == FLOAT
+    float_file = _onnx_path(subject, None, FLOAT) if rival else None
     for scheme in options.quantize:
         try:
             record.quantized.append(_quantized(subject, scheme, images, samples, world, names, float_file))
@@ -216,8 +229,20 @@ def _quantized(
         **exported,
         calibration=build(Calibration, calibration),
         saturated=build(Saturation | None, saturated),
-        fidelity=build(Fidelity, plain(fidelity(subject.model, model, samples.diagnosis))),
+        fidelity=_fidelity(subject, model, samples, images),
+        compensation=_compensated(model),
     )
+
+
+def _compensated(model: nn.Module) -> Compensated | None:
+    """What compensations add to a quantized model; None for one without."""
+    parameters, left = added_parameters(model)
+    return Compensated(parameters=parameters, left_after_folding=left) if parameters else None
+
+
+def _fidelity(subject: Subject, model: nn.Module, samples: Samples, images: Images) -> Fidelity:
+    found = plain(fidelity(subject.model, model, samples.diagnosis))
+    return build(Fidelity, found if images.classes else found | {"top1_agreement": None})  # type: ignore[no-any-return]
 
 
 def _exported(
@@ -233,9 +258,9 @@ def _exported(
     Returns:
         The field `exported` of `Scored`, or `not_exported`: what is measured already is not lost over it.
     """
-    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, artefact.scheme)
-    if scored.not_finite:
-        return {"not_exported": f"{what}: its logits are not finite"}
+    what, path = f"--export onnx, {subject.name} {artefact.scheme}", _onnx_path(subject, quantized, artefact.scheme)
+    if scored.not_finite or scored.unscored:
+        return {"not_exported": f"{what}: {scored.unscored or 'its logits are not finite'}"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = export_record(
@@ -245,6 +270,7 @@ def _exported(
             path,
             float_file=float_file,
             input_dtype=subject.options.export_input,
+            dtype=subject.options.export_dtype,
             artefact=artefact,
         )
     except (RuntimeError, ValueError, OSError) as error:
@@ -258,8 +284,10 @@ def _placed(subject: Subject, images: Images) -> Iterator[tuple[Tensor, Tensor]]
     return ((place(batch, subject.options, device), targets.to(device)) for batch, targets in images.loader)
 
 
-def _onnx_path(subject: Subject, scheme: str) -> Path:
-    """Beside the report, or else beside the checkpoint."""
+def _onnx_path(subject: Subject, quantized: nn.Module | None, scheme: str) -> Path:
+    """Beside the report, or else beside the checkpoint, named by scheme and, of floats, precision."""
+    if subject.options.export_dtype == "float16":
+        scheme = "fp16" if quantized is None else f"{scheme}.fp16"
     beside = subject.path.parent if subject.path is not None else Path()
     folder = Path(subject.options.report) if subject.options.report else beside
     return folder / f"{subject.name.replace('/', '-')}.{scheme}.onnx"

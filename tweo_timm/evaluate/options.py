@@ -25,7 +25,7 @@ from tweo_timm.run.rules import (
     scripting,
     target_format,
 )
-from tweo_timm.settings import ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
+from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
 
 __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 
@@ -134,6 +134,9 @@ class OutputOptions:
         "What exported files take: normalized images, or pixels (batch, H, W, C), normalized in the graph.",
         choices=("float32", "uint8"),
     )
+    export_dtype: str = flag(
+        "float32", "Precision of what stays float in exported files, scales included.", choices=("float32", "float16")
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,18 @@ class MeasurementOptions:
     colinearity: bool = flag(False, "Which singular direction of an MLP makes its largest activation.")
     colinearity_block: str | None = flag(None, "Block to examine; unset: the one with the peak.", metavar="NAME")
     colinearity_channel: int | None = flag(None, "Channel to examine; unset: that of the peak.", bounds=AT_LEAST_0)
+    survey: bool = flag(False, "What the model survives: float16, FP8, INT8; where it breaks, and the smallest fix.")
+    max_drop: float = flag(1.0, "Points of Top-1 that a format may lose in --survey.", bounds=Bounds(0, 100))
+    survey_sizes: list[int] = flag(
+        [], "Image sizes at which --survey reads float16 too.", bounds=Bounds(1, 8192), metavar="PIXELS"
+    )
     fp8_readiness: bool = flag(False, "What per-tensor FP8 would do to each tensor.")
+    zero_outliers: list[float] = flag(
+        [],
+        "Top-1 without the K largest elements of each block's output; below 1 a share of them, 0.001 say.",
+        bounds=ABOVE_0,
+        metavar="K",
+    )
 
 
 @dataclass(frozen=True)
@@ -246,7 +260,15 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     for dest in ("real_labels", "valid_labels"):
         if options.export and getattr(options, dest):
             yield f"--export counts by the data's own labels; leave out {option_name(dest)}"
+    for dest, default in (("max_drop", 1.0), ("survey_sizes", [])):
+        if getattr(options, dest) != default and not options.survey:
+            yield f"{option_name(dest)} does nothing without --survey; add it"
+    if options.survey and options.task == "multilabel":
+        yield "--survey counts one label an image; leave it out with --task multilabel"
     yield from _of_onnx_files(options)
+    for k in options.zero_outliers:
+        if k >= 1 and k != int(k):
+            yield f"--zero-outliers {k:g} is no number of elements; give a whole one, or a share of them below 1"
     for dest in ("colinearity_block", "colinearity_channel"):
         if getattr(options, dest) is not None and not options.colinearity:
             yield f"{option_name(dest)} does nothing without --colinearity; add it"
@@ -255,8 +277,9 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
 def _of_onnx_files(options: ValidateOptions) -> Iterator[str]:
     """What --onnx and --export do not allow of each other and of the rest."""
     default = {name: option.default for name, option in option_table(ValidateOptions).items()}
-    if options.export_input != "float32" and not options.export:
-        yield f"--export-input {options.export_input} does nothing without --export onnx; add it"
+    for dest in ("export_input", "export_dtype"):
+        if getattr(options, dest) != "float32" and not options.export:
+            yield f"{option_name(dest)} {getattr(options, dest)} does nothing without --export onnx; add it"
     if options.export and options.tf_preprocessing:
         yield "--export: a file cannot say that TensorFlow prepares its images; leave out --tf-preprocessing"
     if not options.onnx:

@@ -23,10 +23,12 @@ from tweo_timm.tables import Entry
 _logger = logging.getLogger(__name__)
 
 PROBES = {
+    "survey": Entry("tweo_timm.evaluate.survey:Surveyed"),
     "stethoscope": Entry("tweo_timm.evaluate.probes:Stethoscope"),
     "colinearity": Entry("tweo_timm.evaluate.probes:Colinearity"),
     "fp8_readiness": Entry("tweo_timm.evaluate.probes:Readiness"),
     "side": Entry("tweo_timm.evaluate.side_cost:SideCost"),
+    "zero_outliers": Entry("tweo_timm.evaluate.probes:ZeroOutliers"),
     "sites": Entry("tweo_timm.evaluate.probes:Sites"),
 }
 """The `Probe` classes by name, which is the field of report.json for what they find, in the order of the report."""
@@ -115,3 +117,13 @@ def described(record: Record) -> list[str]:
             probe: Probe = entry.load()()
             parts += probe.describe(found)
     return parts
+
+
+def tables(record: Record) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return what probes have to say in the terminal about a checkpoint: a sentence and a table each."""
+    found = []
+    for name, entry in PROBES.items():
+        shown = getattr(entry.load(), "table", None)
+        if shown is not None and record.answers.get(name) and not isinstance(record.answers[name], Refused):
+            found.append(shown(record.answers[name]))
+    return found

@@ -113,6 +113,9 @@ class OnnxFile(Declared):
         "how far its logits are from the quantized model's, over how far quantization moved those (null: float)",
         SIZE,
     )
+    damage_ratio: float | None = entry(
+        "how far its logits are from the float model's, over the same (null: float)", SIZE, default=None, optional=True
+    )
     fault: str | None = entry("what is wrong with it; null if it is right", LONG, default="", optional=True)
     nodes: Nodes = entry("which nodes run in int8")
 
@@ -124,6 +127,8 @@ class LatencyRow(Declared):
     file: str = entry("float32 ONNX, dynamic int8 ONNX, or a target")
     median_ms: float = entry("of a run, over rounds", SIZE)
     min_ms: float = entry("of a run, over rounds", SIZE)
+    p99_ms: float | None = entry("of a run, over rounds: 99 % of runs are faster", SIZE, default=None, optional=True)
+    size_mb: float | None = entry("megabytes of the file", SIZE, default=None, optional=True)
     images_per_s: float = entry("at the median", SIZE)
     ratio: float = entry("speed where float32 is 1", SIZE)
 
@@ -187,6 +192,12 @@ class Scored(Declared):
         default=None,
         optional=True,
     )
+    unscored: str | None = entry(
+        "in place of the metrics and `correct`, which are null then: why there is nothing to score (no head)",
+        LONG,
+        default=None,
+        optional=True,
+    )
     exported: Exported | None = entry("with `--export onnx`: the files", default=None, optional=True)
     not_exported: str | None = entry(
         "in place of `exported`: why there is no such file", LONG, default=None, optional=True
@@ -197,14 +208,20 @@ class Scored(Declared):
         found: float | None = getattr(self, metric)
         return found
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether it has metrics."""
+        return self.not_finite is None and self.unscored is None
+
     def check_metrics(self, source: Fields, names: tuple[str, ...]) -> None:
-        """Refuse what lacks a metric, or has one where logits were not finite."""
+        """Refuse what lacks a metric, or has one where nothing was scored."""
+        reason = "not_finite" if self.not_finite is not None else "unscored"
         for name in names:
-            if self.not_finite is None:
+            if self.is_scored:
                 source.number(name, PERCENT)
         for name in (*names, "correct"):
-            if self.not_finite is not None and getattr(self, name) is not None:
-                source.refuse(name, getattr(self, name), "null, since not_finite is there")
+            if not self.is_scored and getattr(self, name) is not None:
+                source.refuse(name, getattr(self, name), f"null, since {reason} is there")
 
 
 @dataclass(kw_only=True)
@@ -221,7 +238,7 @@ class Fidelity(Declared):
     """How far a quantized model is from the float one, on 64 images."""
 
     relative_error: float | None = entry("of the logits: norm of the difference over norm", SIZE)
-    top1_agreement: float = entry("share of images with the same first guess", FRACTION)
+    top1_agreement: float | None = entry("share of images with the same first guess; null without a head", FRACTION)
     num_images: int = entry("how many were compared", AT_LEAST_1)
     layers: list[Any] = entry("signal to noise of each layer and block, with and without the peak element", default=[])
 
@@ -236,6 +253,14 @@ class Saturation(Declared):
 
 
 @dataclass(kw_only=True)
+class Compensated(Declared):
+    """What QwT or QwT-v2 adds."""
+
+    parameters: int = entry("numbers that were fitted", AT_LEAST_0)
+    left_after_folding: int = entry("of them those that an exported file computes with", AT_LEAST_0)
+
+
+@dataclass(kw_only=True)
 class Quantized(Scored):
     """The model after static quantization."""
 
@@ -243,6 +268,7 @@ class Quantized(Scored):
     calibration: Calibration | None = entry("the images that fixed the scales", default=None)
     saturated: Saturation | None = entry("of fp8: what its largest value stands for", default=None, optional=True)
     fidelity: Fidelity = entry("how far it is from the float model")
+    compensation: Compensated | None = entry("with `+qwt` and its like: what it adds", default=None, optional=True)
 
 
 @dataclass(kw_only=True)
@@ -326,7 +352,7 @@ class Record(Scored, Prepared):
             quantized.check_metrics(place, METRICS[self.task][:1])
         if self.peak_abs is not None:
             source.text("peak_block")
-        if self.task == "classification" and self.not_finite is None:
+        if self.task == "classification" and self.is_scored:
             digits, correct = 2 * -(-self.data.images // 8), source.text("correct")
             if len(correct) != digits or not set(correct) <= set("0123456789abcdefABCDEF"):
                 source.refuse(

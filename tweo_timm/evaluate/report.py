@@ -27,8 +27,9 @@ from tweo_timm.evaluate.compare import SCHEMA, Difference, compare, schemes_of
 from tweo_timm.evaluate.groups import Group, describe_groups, group_runs
 from tweo_timm.evaluate.markdown import fields_table, markdown_table, number
 from tweo_timm.evaluate.plots import Drawn, draw_all
-from tweo_timm.evaluate.probe import described
+from tweo_timm.evaluate.probe import described, tables
 from tweo_timm.evaluate.record import Exported, Latency, Quantized, Record, Scored
+from tweo_timm.evaluate.scheme_tables import describe_schemes
 from tweo_timm.evaluate.verdict import Verdict, verdict
 from tweo_timm.media import cell, code, markdown, one_line, terminal
 from tweo_timm.outputs import Outputs
@@ -131,6 +132,9 @@ def print_table(records: Sequence[Record]) -> None:
             line = f"{record.name}: {heading}. {caption}".rstrip()
             print(f"\n{terminal(line)}")
             _print_rows(rows)
+        for sentence, rows in tables(record):
+            print(f"\n{terminal(f'{record.name}: {sentence}')}")
+            _print_rows(rows)
 
 
 def _print_rows(rows: Sequence[dict[str, str]]) -> None:
@@ -161,6 +165,7 @@ def _markdown(report: Report, pictures: Sequence[Drawn]) -> str:
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
         "`peak` over the images above.",
     ]
+    parts += describe_schemes(records)
     parts += describe_groups(report.groups, records[0].title) or _differences(report)
     for drawn in pictures:
         parts += [f"![{drawn.path.stem.replace('_', ' ')}]({drawn.path.name})", f"*{markdown(drawn.caption)}*"]
@@ -202,8 +207,8 @@ def _details(record: Record) -> str:
         parts.append(fields_table(record.blocks, keys))
     parts += [
         f"- {markdown(found.scheme)}: {record.title} {formatted(found.value(record.headline), '{:.2f} %')}, relative "
-        f"error of the logits {number(found.fidelity.relative_error)}, same first guess as in float for "
-        f"{100 * found.fidelity.top1_agreement:.1f} % of {found.fidelity.num_images} images"
+        f"error of the {'features' if found.unscored else 'logits'} {number(found.fidelity.relative_error)}"
+        f"{_agreement(found)}"
         for found in record.quantized
     ]
     parts += [f"- not measured: {markdown(one_line(reason))}" for reason in failures(record)]
@@ -212,6 +217,13 @@ def _details(record: Record) -> str:
         parts += [f"### {heading}", *([markdown(caption)] if caption else []), markdown_table(rows)]
     parts += described(record)
     return "\n\n".join(parts)
+
+
+def _agreement(found: Quantized) -> str:
+    share = found.fidelity.top1_agreement
+    if share is None:
+        return ""
+    return f", same first guess as in float for {100 * share:.1f} % of {found.fidelity.num_images} images"
 
 
 def failures(record: Record) -> list[str]:
@@ -272,10 +284,13 @@ def _latency_rows(timed: Sequence[tuple[Exported, Latency]]) -> list[dict[str, s
         {
             "scheme": str(export.scheme),
             "batch": str(times.batch),
+            "threads": str(times.threads),
             "rounds": str(times.rounds),
             "file": row.file + (" (wrong)" if row.file in export.wrong_targets() else ""),
             "median ms": f"{row.median_ms:.2f}",
             "min ms": f"{row.min_ms:.2f}",
+            "p99 ms": formatted(row.p99_ms, "{:.2f}"),
+            "MB": formatted(row.size_mb, "{:.3g}"),
             "images/s": f"{row.images_per_s:.1f}",
             "speed, float32 = 1": f"{row.ratio:.2f}",
         }

@@ -22,6 +22,8 @@ from tweo_timm.run.world import World
 
 _logger = logging.getLogger(__name__)
 
+NO_CLASSES = "the model has no head, so there are no classes to score"
+
 
 @dataclass
 class Score:
@@ -34,11 +36,13 @@ class Score:
         correct: whether each image's first guess was right, in the dataset's order, bool (N,); with ReaL labels, of
             the images that have any; with several labels, whether all of them were right.
         not_finite: how many images have logits that are not finite.
+        unscored: why there is nothing to score; None where there is.
     """
 
     metrics: dict[str, float | None]
     correct: Tensor
     not_finite: int = 0
+    unscored: str | None = None
 
     @property
     def count(self) -> int:
@@ -47,8 +51,13 @@ class Score:
 
     def fields(self) -> dict[str, Any]:
         """The fields of `Scored` that it knows: the metrics, one bit per image, how many have no finite logits."""
-        correct = None if self.not_finite else packed(self.correct)
-        return {**self.metrics, "correct": correct, "not_finite": self.not_finite or None}
+        correct = None if self.not_finite or self.unscored else packed(self.correct)
+        return {
+            **self.metrics,
+            "correct": correct,
+            "not_finite": self.not_finite or None,
+            "unscored": self.unscored,
+        }
 
 
 @torch.inference_mode()
@@ -82,19 +91,23 @@ def score(model: Callable[[Tensor], Any], images: Images, options: ValidateOptio
                 output = model(batch)
             logits = output[0] if isinstance(output, (tuple, list)) else output
             logits = logits.float() if keep is None else logits.float()[:, keep]
+            logits = logits if images.classes else logits.flatten(1)
             if real_labels is not None:
                 real_labels.add_result(logits)
             finite.append(logits.isfinite().all(-1))
-            evaluator.update(logits, targets)
+            if images.classes:
+                evaluator.update(logits, targets)
             guesses.append(logits.sigmoid() >= options.multilabel_threshold if several else logits.argmax(-1))
             truths.append(targets >= 0.5 if several else targets)
             bar.advance()
-            if number % options.log_freq == 0:
+            if images.classes and number % options.log_freq == 0:
                 running = "  ".join(f"{name} {value:.4g}" for name, value in evaluator.summary().items())
                 _logger.info("%s: [%4d/%d]  %s", label, number, len(images.loader), running)
-    metrics: dict[str, float | None] = dict(evaluator.compute(distributed=world.distributed))
     guess, truth, sound = (_in_order(torch.cat(parts), world) for parts in (guesses, truths, finite))
     correct = (guess == truth).view(len(guess), -1).all(-1)
+    if not images.classes:
+        return Score(dict.fromkeys(("loss", "top1", "top5")), correct, int((~sound).sum()), NO_CLASSES)
+    metrics: dict[str, float | None] = dict(evaluator.compute(distributed=world.distributed))
     if real_labels is not None:
         metrics |= {f"top{k}": real_labels.get_accuracy(k=k) for k in (1, 5)}
         correct = torch.tensor(real_labels.is_correct[1])

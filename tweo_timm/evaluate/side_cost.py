@@ -14,6 +14,7 @@ from tweo_timm.evaluate.answers import SideAnswer
 from tweo_timm.evaluate.case import Case
 from tweo_timm.evaluate.markdown import markdown_table, number
 from tweo_timm.evaluate.options import ValidateOptions
+from tweo_timm.side.miet import MESSAGE_BITS, message_bytes
 from tweo_timm.side.network import SideNetwork
 
 
@@ -44,6 +45,7 @@ class SideCost:
             raise ValueError(f"{case.subject.name} is no side network: leave out --side-backbone for it")
         backbone = {id(parameter) for parameter in net.backbone.parameters()}
         description = net.describe()
+        _, tokens, dim = net.feature_shape
         return {
             "side": description["side"],
             "settings": description["settings"],
@@ -52,6 +54,7 @@ class SideCost:
             "backbone_values": sum(value.numel() for value in net.backbone.state_dict().values()),
             "seconds": self._seconds,
             "peak_memory_mib": _peak_memory_mib(case.world.device),
+            "message_bytes": {f"{bits} bits": message_bytes(tokens, dim, bits) for bits in MESSAGE_BITS if net.summed},
         }
 
     def describe(self, found: SideAnswer) -> list[str]:
@@ -65,6 +68,7 @@ class SideCost:
             "fingerprint": number(backbone.get("fingerprint")),
             "seconds": number(found.seconds),
             "peak memory, MiB": number(found.peak_memory_mib),
+            **{f"bytes to the edge, {bits}": number(size) for bits, size in found.message_bytes.items()},
         }
         return [
             "### Side network",

@@ -319,7 +319,9 @@ def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_
     try:
         load_weights(model, path, use_ema, _without_split_statistics)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {arch}: {str(error)[:400]}") from error
+        reason = str(error)[:400].rstrip(". ")
+        headless = ". A model without a head takes --num-classes 0" if "Missing key" in reason else ""
+        raise ValueError(f"the weights in {path} do not fit {arch}: {reason}{headless}") from error
 
 
 def _without_split_statistics(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tweo_timm.config import TweoConfig
 from tweo_timm.evaluate.compare import Paired, paired_records
 from tweo_timm.evaluate.record import Exported, Quantized, Record
+from tweo_timm.quant.scheme import Scheme, refuse_not_exportable
 from tweo_timm.schema import Declared, entry
 
 TOLERANCE = 1.0
@@ -51,7 +52,9 @@ def verdict(records: Sequence[Record]) -> Verdict:
     schemes = [judge(record, quantized) for record in records for quantized in record.quantized]
     best = _best(records)
     if best is None:
-        line = "No checkpoint can be scored: the logits of all of them are not finite."
+        reasons = [record.unscored for record in records if record.unscored]
+        why = reasons[0] if len(reasons) == len(records) else "the logits of all of them are not finite"
+        line = f"No checkpoint can be scored: {why}."
         return Verdict(lines=[line], schemes=schemes)
     own = [scheme for scheme in schemes if scheme.name == best.name]
     lines = [_which(best, records), _precision(best, own), f"Next: {_next(best, own)}"]
@@ -193,15 +196,27 @@ def _next(best: Record, schemes: Sequence[SchemeVerdict]) -> str:
     return f"{gain}; {step}." if small else f"{step}."
 
 
-def _gain(record: Record, scheme: str) -> float:
-    """What safe schemes are chosen by: speed where it was measured; of those without, the first asked for."""
+def _gain(record: Record, scheme: str) -> tuple[float, bool]:
+    """What safe schemes are chosen by: speed where it was measured, and whether there can be a file; then order."""
     fastest = _fastest(_export_of(record, scheme))
-    return fastest[1] if fastest else 0.0
+    return fastest[1] if fastest else 0.0, _has_file(scheme)
+
+
+def _has_file(scheme: str) -> bool:
+    """Whether --export onnx can write the scheme, which a report of another version may not name as this one does."""
+    try:
+        parsed = Scheme.parse(scheme)
+        refuse_not_exportable(scheme)
+    except ValueError:
+        return False
+    return not parsed.per_token
 
 
 def _deploy(record: Record, scheme: str) -> str:
     exported = _export_of(record, scheme)
     fastest = _fastest(exported)
+    if exported is None and not _has_file(scheme):
+        return f"use {scheme} in an engine that computes it: there is no ONNX file of it"
     if exported is None or fastest is None:
         return f"write the file and time it here: --quantize {scheme} --export onnx"
     path = next(file.path for file in exported.files if file.target == fastest[0])

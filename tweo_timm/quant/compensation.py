@@ -189,6 +189,13 @@ class LinearCompensation(nn.Module):
         return False
 
 
+def added_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the numbers that compensations of a quantized model hold, and those of them that cannot be folded away."""
+    found = [module for module in model.modules() if isinstance(module, (ChannelAffine, LinearCompensation))]
+    sizes = [(sum(values.numel() for values in module.buffers()), module.place) for module in found]
+    return sum(size for size, _ in sizes), sum(size for size, place in sizes if place == "block")
+
+
 class _ChannelSums:
     """Per channel, what the least squares of y on y_q needs, in float64."""
 

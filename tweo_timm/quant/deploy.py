@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tweo_timm import machine
 from tweo_timm.artefact import Artefact
-from tweo_timm.quant.export import TARGETS, artefact_of, export_onnx, has_zero_points, require_export_extra
+from tweo_timm.quant.export import TARGETS, artefact_of, export_onnx, refusal_of, require_export_extra
 from tweo_timm.quant.onnx_file import OnnxModel
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.quant.sidecar import write_scales
@@ -37,6 +37,9 @@ JITTER = 1 + 1e-6
 
 ERROR_RATIO_LIMIT = 1.0
 """A file that is further from its model than quantization moved that model is not the model."""
+DAMAGE_LIMIT = 2.0
+"""A float16 file rounds each of a layer's inputs by up to a tenth of a step before int8 does, which puts a part of them
+on the neighbouring integer: its error ratio is near 1 without a fault. It must be as near to the float model."""
 RELATIVE_ERROR_LIMIT = 0.1
 """The same for a float file, whose logits differ from the model's by rounding alone: 1e-6 to 1e-3."""
 
@@ -46,7 +49,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self._images = self._same = 0
-        self._powers = torch.zeros(3, dtype=torch.float64)
+        self._powers = torch.zeros(4, dtype=torch.float64)
         self._largest = 0.0
 
     def update(self, model: Tensor, file: Tensor, original: Tensor) -> None:
@@ -54,9 +57,8 @@ class Agreement:
         model, file, original = (logits.detach().cpu().double() for logits in (model, file, original))
         self._images += len(model)
         self._same += int((model.argmax(-1) == file.argmax(-1)).sum())
-        self._powers += torch.stack(
-            [(file - model).square().sum(), (model - original).square().sum(), model.square().sum()]
-        )
+        pairs = ((file, model), (model, original), (file, original), (model, torch.zeros(())))
+        self._powers += torch.stack([(one - other).square().sum() for one, other in pairs])
         self._largest = max(self._largest, float((file - model).abs().max()))
 
     def summary(self) -> dict[str, Any]:
@@ -64,15 +66,17 @@ class Agreement:
 
         Returns:
             top1_agreement (share of images with the same first class), relative_error (norm of the difference of logits
-            over norm of the model's), max_abs_error, and error_ratio (norm of that difference over the norm of what
-            quantization changed; None for a float model).
+            over norm of the model's), max_abs_error, error_ratio (norm of that difference over the norm of what
+            quantization changed) and damage_ratio (what quantization and export changed together, over the same); both
+            None for a float model.
         """
-        error, quantization, signal = self._powers.sqrt().tolist()
+        error, quantization, damage, signal = self._powers.sqrt().tolist()
         return {
             "top1_agreement": self._same / max(self._images, 1),
             "relative_error": error / signal if signal else None,
             "max_abs_error": self._largest,
             "error_ratio": error / quantization if quantization else None,
+            "damage_ratio": damage / quantization if quantization else None,
         }
 
 
@@ -85,6 +89,7 @@ def export_record(
     float_file: str | Path | None = None,
     *,
     input_dtype: str = "float32",
+    dtype: str = "float32",
     artefact: Artefact | None = None,
 ) -> dict[str, Any]:
     """Export a model, run the files over images, and say how well they do, how fast, and which nodes run in int8.
@@ -98,6 +103,7 @@ def export_record(
         targets: see `export_onnx`; a float model has one file for all.
         float_file: the float model as an ONNX file, to compare with, where there is one already.
         input_dtype: what the files take, see `export_onnx`; uint8 pixels are got back from the images.
+        dtype: of what stays float in the files, see `export_onnx`.
         artefact: what is known for the files to say, see `export_onnx`.
 
     Returns:
@@ -124,14 +130,16 @@ def export_record(
     if first is None:
         raise ValueError("an export is checked on at least one image")
     example, targets = first[0][:2], list(targets) if quantized is not None else ["qdq"]
-    if quantized is not None and has_zero_points(quantized) and len(targets) > 1:
-        targets = [target for target in targets if target != "qdq"]
-        _logger.info("%s has zero points, which target 'qdq' does not take (TensorRT): left out", path.name)
-    said = artefact_of(exported, example, artefact)
+    for target, refusal in [(target, refusal_of(exported, target, dtype)) for target in targets]:
+        if refusal and len(targets) > 1:
+            targets.remove(target)
+            _logger.info("%s: left out: %s", path.name, refusal)
+    said = artefact_of(exported, example, artefact, dtype)
     files: list[dict[str, Any]] = []
     for index, target in enumerate(targets):
         to = path if index == 0 else path.with_suffix(f".{target}.onnx")
-        files.append(export_onnx(exported, to, example, target=target, input_dtype=input_dtype, artefact=said))
+        form: dict[str, Any] = {"target": target, "input_dtype": input_dtype, "dtype": dtype}
+        files.append(export_onnx(exported, to, example, **form, artefact=said))
         _logger.info("Wrote %s", to)
     scales = path.with_suffix(".scales.json") if quantized is not None else None
     if quantized is not None and scales is not None:
@@ -163,7 +171,7 @@ def fault_of(file: Mapping[str, Any], self_error_ratio: float | None) -> str | N
     """Say what is wrong with a file that is too far from its model, and what to do; None for one that is not.
 
     Args:
-        file: its path, error_ratio and relative_error.
+        file: its path, dtype, error_ratio, damage_ratio and relative_error.
         self_error_ratio: of the quantized model, None for a float one.
     """
     ratio, relative = file["error_ratio"], file["relative_error"]
@@ -173,6 +181,16 @@ def fault_of(file: Mapping[str, Any], self_error_ratio: float | None) -> str | N
             return None
         how_far = f"differ from the model's by {relative:.3g} of their norm (accepted: {RELATIVE_ERROR_LIMIT:g})"
         return f"{off}: its logits {how_far} on {here}; do not use it here: try another version of onnxruntime"
+    if file.get("dtype") == "float16":
+        damage = file["damage_ratio"]
+        return (
+            None
+            if damage <= DAMAGE_LIMIT
+            else (
+                f"{off}: it is {damage:.3g} times as far from the float model as the quantized model is (accepted: "
+                f"{DAMAGE_LIMIT:g}) on {here}; do not use it here: leave out --export-dtype float16"
+            )
+        )
     if ratio <= ERROR_RATIO_LIMIT:
         return None
     itself = "" if self_error_ratio is None else f"; the model from itself: {self_error_ratio:.3g}"

@@ -37,6 +37,8 @@ from tweo_timm.extras import installation
 from tweo_timm.flow import name_of
 from tweo_timm.machine import EXACT_INT8
 from tweo_timm.quant.compensate import fold_compensation
+from tweo_timm.quant.float8 import Float8Quantizer
+from tweo_timm.quant.float16_file import Float16Inside, in_precision
 from tweo_timm.quant.pixels import FromPixels
 from tweo_timm.quant.qdq import stand_in
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
@@ -46,12 +48,13 @@ from tweo_timm.quant.stream import StreamQuantizer
 OPSET = 20
 TARGETS = ("qdq", "onnxruntime")
 INPUTS = ("float32", "uint8")
+DTYPES = ("float32", "float16")
 INPUT, OUTPUT = "images", "logits"
 _EXTRA = ("onnx", "onnxruntime", "onnxscript")
 
 
 def require_export_extra() -> None:
-    """Check that the extra is installed and torch new enough; call it before a long run that ends in an export.
+    """Check that the extra is installed; call it before a long run that ends in an export.
 
     Raises:
         RuntimeError: naming what is missing and the command that installs it.
@@ -59,8 +62,6 @@ def require_export_extra() -> None:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"ONNX export needs {', '.join(missing)}: {installation('export')}")
-    if not hasattr(torch.onnx, "ops"):
-        raise RuntimeError(f"ONNX export needs torch 2.8 or newer, this is {torch.__version__}: pip install -U torch")
 
 
 def export_onnx(
@@ -71,6 +72,7 @@ def export_onnx(
     target: str = "qdq",
     dynamic_batch: bool = True,
     input_dtype: str = "float32",
+    dtype: str = "float32",
     artefact: Artefact | None = None,
 ) -> dict[str, Any]:
     """Write a model as an ONNX file with input `images` and output `logits` (batch, classes), float32.
@@ -83,39 +85,41 @@ def export_onnx(
         dynamic_batch: any number of images; False fixes it to the example's.
         input_dtype: "float32": normalized images (batch, C, H, W); "uint8": pixels (batch, H, W, C), which the graph
             normalizes.
+        dtype: "float32" or "float16": of what stays float inside, scales and biases included.
         artefact: what is known of preprocessing, class names and calibration, for the file to say; None: the
             preprocessing that timm knows of the model. Scheme and session options are the model's in either case.
 
     Returns:
         path, target, opset, scheme (None for a float model), folded and kept (layers whose compensation went into
         scales and bias, and blocks whose compensation stays a node), fused (operators that
-        "onnxruntime" brought in: name -> count), input_dtype.
+        "onnxruntime" brought in: name -> count), input_dtype, dtype.
 
     Raises:
         RuntimeError: without the extra, or if torch.export cannot trace the model, with its reason.
-        ValueError: for another target or input, a scheme that no file can have (steps computed at run time, half
-            precision), or uint8 input without a known preprocessing.
+        ValueError: for another target, input or precision, a scheme that no such file can have (steps computed at run
+            time, half precision, zero points for "qdq", E4M3 or float16 for "onnxruntime"), numbers that float16 cannot
+            hold, or uint8 input without a known preprocessing.
 
     Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 19; the scheme is arXiv:2511.23225's.
     """
     require_export_extra()
     from tweo_timm.quant.ort import fuse_for_onnxruntime, separate_integers
 
-    for name, value, accepted in (("target", target, TARGETS), ("input_dtype", input_dtype, INPUTS)):
+    form = (("target", target, TARGETS), ("input_dtype", input_dtype, INPUTS), ("dtype", dtype, DTYPES))
+    for name, value, accepted in form:
         if value not in accepted:
             raise ValueError(f"{name} is {value!r}; accepted are {', '.join(accepted)}")
-    if target == "qdq" and has_zero_points(model):
-        raise ValueError(
-            "target 'qdq' takes no zero points (+zero): TensorRT, one of its readers, multiplies symmetric integers "
-            "alone; export for target 'onnxruntime', or quantize without +zero"
-        )
+    if refusal := refusal_of(model, target, dtype):
+        raise ValueError(refusal)
     scheme = getattr(unwrap_model(model), "quantization", {}).get("scheme")
     refuse_not_exportable(scheme)
-    said = artefact_of(model, example, artefact)
+    said = artefact_of(model, example, artefact, dtype)
     working = _working_copy(model)
     folds = fold_compensation(working) if scheme else {"folded": [], "kept": []}
     if any(isinstance(module, QuantizedLayer) for module in working.modules()):
         stand_in(working, unsigned=target == "onnxruntime")
+    if dtype == "float16":
+        working = Float16Inside(working).eval()
     example = example.detach().float().cpu()
     if input_dtype == "uint8":
         working, example = _from_pixels(working, said.preprocessing), example.permute(0, 2, 3, 1).to(torch.uint8)
@@ -129,16 +133,19 @@ def export_onnx(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         program.save(str(path))
     found = {"path": str(path), "target": target, "opset": OPSET, "scheme": scheme, **folds, "fused": fused}
-    return found | {"input_dtype": input_dtype}
+    return found | {"input_dtype": input_dtype, "dtype": dtype}
 
 
-def artefact_of(model: nn.Module, example: Tensor, artefact: Artefact | None = None) -> Artefact:
+def artefact_of(
+    model: nn.Module, example: Tensor, artefact: Artefact | None = None, dtype: str = "float32"
+) -> Artefact:
     """Complete what is known of a model by what it says itself: scheme, session options, and else timm's preprocessing.
 
     Args:
         model: a float model, or what `quantize_static` returned.
         example: images (B, C, H, W) of the size that it is for.
         artefact: what is known; None for nothing.
+        dtype: of what stays float; a float model in float16 has the scheme fp16.
     """
     report: Any = getattr(unwrap_model(model), "quantization", {})
     scheme = report.get("scheme")
@@ -146,7 +153,7 @@ def artefact_of(model: nn.Module, example: Tensor, artefact: Artefact | None = N
     saturable = parsed is not None and parsed.base == INTEGERS and parsed.weight_bits == 8
     said = artefact or Artefact(preprocessing=_of_timm(model, example), arch=_architecture(model))
     if scheme is None:
-        return replace(said, scheme=FLOAT, session_options={}, calibration=None)
+        return replace(said, scheme=FLOAT if dtype == "float32" else "fp16", session_options={}, calibration=None)
     calibration = {"images": report.get("calibration_images"), **(said.calibration or {})}
     return replace(said, scheme=scheme, session_options=EXACT_INT8 if saturable else {}, calibration=calibration)
 
@@ -172,9 +179,25 @@ def _from_pixels(model: nn.Module, preprocessing: Preprocessing | None) -> nn.Mo
     return FromPixels(model, preprocessing).eval()
 
 
-def has_zero_points(model: nn.Module) -> bool:
-    """Whether some activation of a quantized model has a zero point other than 0."""
-    return any(isinstance(module, Quantizer) and module.zero_point for module in model.modules())
+def refusal_of(model: nn.Module, target: str, dtype: str = "float32") -> str:
+    """Return why a model has no file for a target in a precision; "" where it has one.
+
+    Args:
+        model: a float model, or what `quantize_static` returned.
+        target: "qdq" or "onnxruntime".
+        dtype: of what stays float.
+    """
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    if target == "qdq" and any(quantizer.zero_point for quantizer in quantizers):
+        return (
+            "target 'qdq' takes no zero points (+zero): TensorRT, one of its readers, multiplies symmetric integers "
+            "alone; export for target 'onnxruntime', or quantize without +zero"
+        )
+    if target == "onnxruntime" and any(isinstance(quantizer, Float8Quantizer) for quantizer in quantizers):
+        return "target 'onnxruntime' multiplies integers, not E4M3: export for target 'qdq'"
+    if target == "onnxruntime" and quantizers and dtype == "float16":
+        return "target 'onnxruntime' has operators that return float32: export float16 for target 'qdq'"
+    return ""
 
 
 def _working_copy(model: nn.Module) -> nn.Module:
@@ -182,7 +205,7 @@ def _working_copy(model: nn.Module) -> nn.Module:
 
     A quantized stream counts a block's additions and products, so there attention stays as it was in calibration.
     """
-    working: nn.Module = copy.deepcopy(unwrap_model(model)).cpu().float().eval()
+    working: nn.Module = in_precision(copy.deepcopy(unwrap_model(model)).cpu(), torch.float32).eval()
     if any(isinstance(module, StreamQuantizer) for module in working.modules()):
         return working
     attention: Any

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def measure_latency(files: Mapping[str, str | Path], images: Tensor) -> list[dic
 
     Returns:
         For each batch size: batch, threads, rounds, cpu, onnxruntime (its version), and rows: those of `latency_rows`
-        as a list, with the label as `file`.
+        as a list, with the label as `file` and its size_mb.
     """
     runs = {label: file_run(path) for label, path in files.items()}
     images = images.detach().float().cpu()
@@ -62,7 +63,10 @@ def measure_latency(files: Mapping[str, str | Path], images: Tensor) -> list[dic
                 "rounds": len(next(iter(times.values()))),
                 "cpu": machine.describe()["processor"],
                 "onnxruntime": version("onnxruntime"),
-                "rows": [{"file": label, **row} for label, row in latency_rows(times, batch).items()],
+                "rows": [
+                    {"file": label, "size_mb": round(Path(files[label]).stat().st_size / 1e6, 3), **row}
+                    for label, row in latency_rows(times, batch).items()
+                ],
             }
         )
     return found
@@ -176,14 +180,15 @@ def latency_rows(times: Mapping[str, list[float]], batch: int) -> dict[str, dict
         batch: images in a run.
 
     Returns:
-        label -> median_ms, min_ms, images_per_s (at the median), and ratio: the median over rounds of the reference's
-        time over its own, above one if it is faster.
+        label -> median_ms, min_ms, p99_ms (the percentile between the two slowest of few rounds), images_per_s (at the
+        median), and ratio: the median over rounds of the reference's time over its own, above one if it is faster.
     """
     reference = next(iter(times.values()))
     return {
         label: {
             "median_ms": 1e3 * statistics.median(values),
             "min_ms": 1e3 * min(values),
+            "p99_ms": 1e3 * float(np.percentile(values, 99)),
             "images_per_s": batch / statistics.median(values),
             "ratio": statistics.median(theirs / own for theirs, own in zip(reference, values, strict=True)),
         }

@@ -8,6 +8,8 @@ trace, they do not compute: outside of an export they return zeros.
 Linear layers become MatMul and Add, with the weight stored (in, out): a Transpose between DequantizeLinear and MatMul
 would hide the pattern. For onnxruntime, which has no int8 convolution with a float result, so does a patch embedding:
 it is a product of patches. Grids below 8 bits are clipped first and stored in 8 bits: no engine has 6-bit integers.
+E4M3 has the same pattern: QuantizeLinear saturates, as the model does. What leaves DequantizeLinear is of the scales'
+type, so that a model whose float parts are float16 has them between its integers too.
 A step that is computed at run time, one a token, is refused: ONNX has no operator for it.
 """
 
@@ -20,6 +22,8 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
+from tweo_timm.fp8.cast import E4M3
+from tweo_timm.quant.float8 import Float8Quantizer
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer, largest_integer
 
 UNSIGNED_ZERO_POINT = 128
@@ -69,8 +73,7 @@ class QdqPoint(nn.Module):
                 "its step is computed at run time, one a token, which ONNX cannot express: quantize with static "
                 "activation scales, such as w8a8-tt or w8a8-ct"
             )
-        shift, dtype = (UNSIGNED_ZERO_POINT, torch.uint8) if unsigned else (0, torch.int8)
-        zero = torch.tensor(shift + quantizer.zero_point, dtype=dtype)
+        zero = _zero_point(quantizer, unsigned)
         largest, step = largest_integer(quantizer.bits), float(quantizer.scale)
         bounds = tuple((side * largest - quantizer.zero_point) * step for side in (-1, 1))
         self.bounds = None if quantizer.bits == 8 else bounds
@@ -83,7 +86,7 @@ class QdqPoint(nn.Module):
             if self.bounds is not None:
                 x = x.clamp(*self.bounds)
             integers = _node("QuantizeLinear", (x, self.scale, self.zero_point), x.shape, self.zero_point.dtype)
-            return _node("DequantizeLinear", (integers, self.scale, self.zero_point), x.shape)
+            return _node("DequantizeLinear", (integers, self.scale, self.zero_point), x.shape, self.scale.dtype)
 
 
 class QdqLayer(QuantizedLayer):
@@ -111,7 +114,7 @@ class QdqLayer(QuantizedLayer):
         self.register_buffer("weight_int", layer.weight_int)
         self.register_buffer("weight_scale", layer.weight_scale)
         self.register_buffer("stored", layer.weight_int.flatten(1).T.contiguous() if is_product else layer.weight_int)
-        self.register_buffer("zero_point", torch.zeros_like(layer.weight_scale, dtype=torch.int8))
+        self.register_buffer("zero_point", torch.zeros_like(layer.weight_scale, dtype=layer.weight_int.dtype))
         self.register_buffer("bias", layer.bias)
         self.geometry = layer.geometry
         self._attributes = {"axis": 1 if is_product else 0} if layer.weight_scale.ndim else {}
@@ -134,12 +137,21 @@ class QdqLayer(QuantizedLayer):
     def _weight(self) -> Tensor:
         stored: Any = self.stored
         inputs = (stored, self.weight_scale, self.zero_point)
-        return _node("DequantizeLinear", inputs, stored.shape, attributes=self._attributes)
+        return _node("DequantizeLinear", inputs, stored.shape, self.weight_scale.dtype, self._attributes)
 
     def _product(self, x: Tensor) -> Tensor:
         weight = self._weight()
-        y = _node("MatMul", (self.input(x), weight), (*x.shape[:-1], weight.shape[1]))
-        return y if self.bias is None else _node("Add", (y, self.bias), y.shape)
+        y = _node("MatMul", (self.input(x), weight), (*x.shape[:-1], weight.shape[1]), weight.dtype)
+        return y if self.bias is None else _node("Add", (y, self.bias), y.shape, y.dtype)
+
+
+def _zero_point(quantizer: Quantizer, unsigned: bool) -> Tensor:
+    """What stands for 0, in the type that values are stored in."""
+    if isinstance(quantizer, Float8Quantizer):
+        return torch.zeros((), dtype=E4M3.dtype)
+    if unsigned:
+        return torch.tensor(UNSIGNED_ZERO_POINT + quantizer.zero_point, dtype=torch.uint8)
+    return torch.tensor(quantizer.zero_point, dtype=torch.int8)
 
 
 def _patch_size(geometry: Any) -> tuple[int, int] | None:
@@ -162,7 +174,7 @@ def _node(
     op: str,
     inputs: Sequence[Any],
     shape: Sequence[Any],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
     attributes: dict[str, Any] | None = None,
 ) -> Tensor:
     return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape)

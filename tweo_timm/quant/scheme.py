@@ -77,15 +77,14 @@ class Base:
 _HALF = Entry("tweo_timm.quant.half:convert")
 _FLOAT8 = Entry("tweo_timm.quant.float8:convert")
 _FLOAT8_TAKES = ("residual", "attention", "rotation", "smooth")
-_NO_HALF_FILE = "a file of it is the float32 file, converted by the engine: export without --quantize"
-_NO_FLOAT8_FILE = "an FP8 file is not written yet"
+_NO_HALF_FILE = "a float16 file is that of the float model, with --export-dtype float16 and without --quantize"
 INTEGERS = "integers"
 BASES = {
     INTEGERS: Base(Entry("tweo_timm.quant.convert:convert")),
     "fp16": Base(_HALF, ("rotation",), calibrated=False, not_exportable=_NO_HALF_FILE),
     "bf16": Base(_HALF, ("rotation",), calibrated=False, not_exportable=_NO_HALF_FILE),
-    "fp8": Base(_FLOAT8, _FLOAT8_TAKES, not_exportable=_NO_FLOAT8_FILE),
-    "fp8-unit": Base(_FLOAT8, _FLOAT8_TAKES, not_exportable=_NO_FLOAT8_FILE),
+    "fp8": Base(_FLOAT8, _FLOAT8_TAKES),
+    "fp8-unit": Base(_FLOAT8, _FLOAT8_TAKES),
 }
 """Every base. Integers are written w8a8-tt and the like, the others by their names."""
 _INTEGERS = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)-(?P<weights>[a-z])(?P<activations>[a-z])")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tweo_timm.modes import evaluating
 from tweo_timm.stats import ActivationStats
+from tweo_timm.stream import answers_of
 from tweo_timm.structure import Stream
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
@@ -135,11 +136,7 @@ def run(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     with evaluating(model), torch.no_grad():
         for images in batches:
             output = model(images.to(parameter.device, parameter.dtype))
-            if not isinstance(output, Tensor):
-                raise ValueError(
-                    f"the model returns a {type(output).__name__}, not a tensor: its output is not compared"
-                )
-            yield output.cpu()
+            yield (output if isinstance(output, Tensor) else answers_of(output, len(images))).cpu()
 
 
 def output_error(before: Tensor, after: Tensor) -> float:
@@ -154,7 +151,19 @@ def tolerance(model: nn.Module) -> float:
 
 def generated_images(model: Any, count: int = 4) -> Tensor:
     """Gaussian images of the size that a model takes, for a comparison without data: always the same."""
-    embedding = model.patch_embed
-    size = getattr(embedding, "img_size", None) or (getattr(model, "default_cfg", None) or {})["input_size"][-2:]
-    channels = getattr(model, "in_chans", None) or 3
+    channels, *size = _input_size(model)
     return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _input_size(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width: timm's, or those in the configuration of a model of transformers."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    side = getattr(config, "image_size", None)
+    if side is not None:
+        height, width = (side, side) if isinstance(side, int) else side
+        return getattr(config, "num_channels", 3), height, width
+    size = (
+        getattr(model.patch_embed, "img_size", None) or (getattr(model, "default_cfg", None) or {})["input_size"][-2:]
+    )
+    return getattr(model, "in_chans", None) or 3, size[0], size[1]

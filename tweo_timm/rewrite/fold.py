@@ -76,7 +76,7 @@ def fold_norm(edit: Edit, norm: str, readers: list[Port]) -> dict[str, str]:
     if gain is not None:
         kept = constant_of(edit, weight)
         for port in readers:
-            edit.then(port.name, lambda value: value * (gain / kept))
+            edit.then(port.name, lambda value: value * _beside(gain / kept, value))
         edit.then(weight, lambda value: torch.full_like(value, kept))
         words.append(f"gains into {', '.join(port.name for port in readers)}")
     return {norm: "; ".join(words)} if words else {}
@@ -106,8 +106,14 @@ def take_constant(edit: Edit, readers: list[Port], constant: Tensor) -> list[str
 
 def _plus(edit: Edit, port: Port, rows: tuple[int, int], shift: Tensor) -> Step:
     """The step that gives a bias what rows of a reader make of a constant in its input."""
-    given = edit.old(port.name)[slice(*rows)] @ shift
+    weight = edit.old(port.name)[slice(*rows)]
+    given = weight @ _beside(shift, weight)
     return lambda value: value + given
+
+
+def _beside(vector: Tensor, weight: Tensor) -> Tensor:
+    """A vector of the norm's channels, once for each token that a reader reads side by side."""
+    return vector.repeat(weight.shape[-1] // len(vector))
 
 
 def _over(norm: str, shift: Tensor, gain: Tensor | None) -> Tensor:

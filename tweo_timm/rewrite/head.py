@@ -28,6 +28,11 @@ def add_feature_head(model: nn.Module) -> int:
     stage = describe_stream(model).stages[-1]
     if stage.features is None:
         raise ValueError("the model has a head already, or a pool that hides the basis: it is rotated as it is")
+    if not hasattr(model, "reset_classifier"):
+        raise ValueError(
+            f"{type(model).__name__} is no model of timm, and takes no head: rotate it with "
+            "allow_rotated_features=True, and take its features back by RotatedFeatures"
+        )
     bare: Any = model
     bare.reset_classifier(stage.width)
     for head in bare.get_classifier() if isinstance(bare.get_classifier(), tuple) else (bare.get_classifier(),):

@@ -150,7 +150,8 @@ def _turn_stage(edit: Edit, stage: Stage, rotation: Tensor) -> None:
         edit.then(port.name, partial(turn, rotation=rotation, axis=port.axis, copies=port.copies))
     for norm, readers in stage.norms.items():
         if readers and shift_stays(edit, norm, readers):
-            edit.then(f"{norm}.bias", partial(turn, rotation=rotation, axis=0, copies=readers[0].copies))
+            copies = edit.shape(f"{norm}.bias")[0] // stage.width
+            edit.then(f"{norm}.bias", partial(turn, rotation=rotation, axis=0, copies=copies))
 
 
 def _checked_error(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tweo_timm.families import describe_stream
 from tweo_timm.rewrite.edit import Edit
+from tweo_timm.structure import Stage
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def scale_stream(model: nn.Module, exponents: Mapping[str, int]) -> None:
 
     Args:
         model: a timm model; keys, shapes and dtypes stay.
-        exponents: stage of `describe_stream` -> k; stages that are not named stay.
+        exponents: stage of `stages_of` -> k; stages that are not named stay.
 
     Raises:
         ValueError: for a model that `describe_stream` refuses, or a stream that is the model's output.
     """
     edit = Edit(unwrap_model(model))
-    for stage in describe_stream(model).stages:
+    for stage in stages_of(model):
         factor = 2.0 ** -exponents.get(stage.name, 0)
         if factor != 1 and stage.features == "":
             raise ValueError(f"the stream of {stage.name} is the model's output: its scale cannot change unnoticed")
@@ -65,6 +66,16 @@ def scale_stream(model: nn.Module, exponents: Mapping[str, int]) -> None:
     edit.apply()
 
 
+def stages_of(model: nn.Module) -> list[Stage]:
+    """Return the stages whose stream may be multiplied by a number: all that may be rotated, and some more.
+
+    Raises:
+        ValueError: for a model that `describe_stream` refuses.
+    """
+    stream = describe_stream(model)
+    return [*stream.scalable, *stream.stages]
+
+
 def linear_pairs(model: nn.Module) -> dict[str, Pair]:
     """Return the pairs of a model by their readers: values and projection, and the halves of gated MLPs.
 
@@ -72,7 +83,7 @@ def linear_pairs(model: nn.Module) -> dict[str, Pair]:
         ValueError: for a model that `describe_stream` refuses.
     """
     bare = unwrap_model(model)
-    values = [value for stage in describe_stream(bare).stages for value in stage.values if not value.norm]
+    values = [value for stage in stages_of(bare) for value in stage.values if not value.norm]
     pairs = [Pair(v.weight.removesuffix(".weight"), v.rows, v.bias, v.bias_rows, v.projection) for v in values]
     for name, module in bare.named_modules():
         if isinstance(module, (SwiGLU, GluMlp)) and isinstance(module.norm, nn.Identity):

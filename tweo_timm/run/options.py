@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_1, Bounds, Decides, flag
+from tweo_timm.settings import ABOVE_0, ANY, AT_LEAST_0, AT_LEAST_1, Bounds, Decides, flag
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class ModelOptions:
 
     DECIDES = Decides.MODEL
 
-    num_classes: int | None = flag(None, "Number of classes; unset: the architecture's.", bounds=AT_LEAST_1)
+    num_classes: int | None = flag(
+        None, "Number of classes; unset: the architecture's; 0: no head, for validation.", bounds=AT_LEAST_0
+    )
     gp: str | None = flag(None, "Global pooling: avg, max, avgmax, token, map; unset: the architecture's.")
     in_chans: int | None = flag(None, "Number of image channels.", bounds=AT_LEAST_1)
     model_kwargs: dict[str, Any] = flag({}, "Further arguments of the architecture.")

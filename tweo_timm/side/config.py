@@ -87,6 +87,13 @@ class SideOptions:
         decides=Decides.DATA,
     )
 
+    side_grid: list[str] = flag(
+        [],
+        "Train all combinations of these settings from one --side-cache, e.g. lr=1e-3,3e-3 rank=8,16.",
+        metavar="NAME=VALUES",
+        decides=Decides.RECORDS,
+    )
+
     def side_config(self, drop: float, drop_path: float) -> SideConfig:
         """The settings of the network.
 

@@ -16,6 +16,9 @@ from tweo_timm.side.config import SideConfig
 from tweo_timm.side.head import Head
 from tweo_timm.side.network import SideNetwork
 
+MESSAGE_BITS = (16, 8)
+"""In which a message may be sent: float16, or integers within +-127 with one float32 scale an image."""
+
 
 class Miet(SideNetwork):
     """MIET (arXiv:2406.17559) on a frozen backbone; the defaults are ours, the paper's are not public.
@@ -62,10 +65,20 @@ class Miet(SideNetwork):
         tokens: Tensor = self.edge(features[:, 0])
         return tokens
 
-    def message_bytes(self, bits: int) -> int:
-        """Return the bytes of one image's message at 16 bits, or at 8 with one float32 scale."""
-        _, tokens, dim = self.feature_shape
-        return tokens * dim * bits // 8 + (4 if bits == 8 else 0)
+
+def message_bytes(tokens: int, dim: int, bits: int) -> int:
+    """Return the bytes of one image's message of N tokens and width C.
+
+    Raises:
+        ValueError: another number of bits than 16 or 8.
+    """
+    _check_bits(bits)
+    return tokens * dim * bits // 8 + (4 if bits == 8 else 0)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in MESSAGE_BITS:
+        raise ValueError(f"bits is {bits}; messages are sent in 16 or 8")
 
 
 def in_transit(message: Tensor, bits: int) -> Tensor:
@@ -73,14 +86,13 @@ def in_transit(message: Tensor, bits: int) -> Tensor:
 
     Args:
         message: (B, 1, N, C).
-        bits: 16 (float16), or 8: integers within +-127, one scale an image.
+        bits: 16 or 8; see `MESSAGE_BITS`.
 
     Raises:
         ValueError: another number of bits.
     """
+    _check_bits(bits)
     if bits == 16:
         return message.half().to(message.dtype)
-    if bits != 8:
-        raise ValueError(f"bits is {bits}; messages are sent in 16 or 8")
     step = message.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30) / 127
     return torch.round(message / step) * step

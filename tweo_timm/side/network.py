@@ -119,6 +119,7 @@ class SideNetwork(nn.Module, abc.ABC):
             "settings": self.config.of_weights(),
             "num_classes": self.num_classes,
             "reads": [self.reading.first, *self.reading.names],
+            "features": list(self.feature_shape),
             "backbone": self.backbone_record,
         }
 

@@ -22,12 +22,10 @@ class Outcome(Protocol):
     """How a model did on the images.
 
     Attributes:
-        metrics: with top1, percent; None where outputs are not finite.
         correct: whether each image's first guess was right, bool (N,).
         not_finite: how many images have outputs that are not finite.
     """
 
-    metrics: dict[str, float | None]
     correct: Tensor
     not_finite: int
 
@@ -59,7 +57,7 @@ def decide(before: Outcome, after: Outcome, max_drop: float) -> Decision:
         after: in the format, on the same images.
         max_drop: points of Top-1 that may be lost.
     """
-    if after.not_finite or after.metrics["top1"] is None:
+    if after.not_finite:
         return Decision(None, None, None, False, FAILS)
     drop, low, high = drop_interval(before.correct, after.correct)
     survives = drop <= max_drop + 1e-9
@@ -68,7 +66,12 @@ def decide(before: Outcome, after: Outcome, max_drop: float) -> Decision:
         verdict = SURVIVES
     elif low > max_drop:
         verdict = FAILS
-    return Decision(after.metrics["top1"], drop, (low, high), survives, verdict)
+    return Decision(top1_of(after), drop, (low, high), survives, verdict)
+
+
+def top1_of(outcome: Outcome) -> float:
+    """Return the share of images that were right, percent: of those guesses that are compared, where logits tie."""
+    return 100 * float(outcome.correct.double().mean())
 
 
 def drop_interval(before: Tensor, after: Tensor) -> tuple[float, float, float]:

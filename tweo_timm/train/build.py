@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tweo_timm.blocks import find_blocks
 from tweo_timm.config import AUTO
 from tweo_timm.fp8.patch import held_fp8, patch_fp8
+from tweo_timm.needs import require
 from tweo_timm.outliers import OutlierRecorder
 from tweo_timm.run.class_names import names_by_index
 from tweo_timm.run.dataset import image_dtype, place, preprocessing
@@ -162,6 +163,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     blocks = _blocks(options, model)
     if options.fsdp:
         check_sharding(options, world, fp8)
+        require("sharding")
     task = build_task(options, model, data_config, data.soft_targets, world)
     if data.val is not None:
         _check_eval_metric(options, task)
@@ -371,9 +373,12 @@ def _patch_fp8(options: TrainOptions, model: nn.Module) -> Any:
     if options.fp8 == "off":
         return None
     try:
-        return patch_fp8(model, options.fp8_recipe())
+        report = patch_fp8(model, options.fp8_recipe())
     except RuntimeError as error:  # what was asked for by name and cannot run
         raise ValueError(f"--fp8 {options.fp8}: {error}") from error
+    if options.torchcompile and report.backend != "te":  # whose layers are not ours
+        require("compiled fp8")
+    return report
 
 
 def _blocks(options: TrainOptions, model: nn.Module) -> dict[str, nn.Module]:

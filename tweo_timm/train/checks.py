@@ -89,6 +89,8 @@ def _incomplete(options: TrainSettings) -> Iterator[str]:
     yield from pooling(options)
     if bool(options.sweep_locks) != bool(options.sweep_attempt):
         yield "--sweep-locks and --sweep-attempt belong together, as timm's sweep.py gives them; give both or neither"
+    if options.num_classes == 0:
+        yield "--num-classes 0 leaves nothing to learn; give the number of classes of the data"
     if options.pretrained_path and not options.pretrained:
         yield "--pretrained-path does nothing without --pretrained; give both, or --initial-checkpoint FILE"
     if options.drop_path_rule == "constant" and not options.drop_path:

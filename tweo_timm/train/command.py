@@ -16,6 +16,7 @@ from tweo_timm.train.build import build_session
 from tweo_timm.train.folder import find_checkpoint, lies_in, output, run_folder, taken
 from tweo_timm.train.loop import Trainer
 from tweo_timm.train.options import TrainOptions, as_namespace
+from tweo_timm.train.side_grid import run_grid
 from tweo_timm.train.signals import Interrupted, SignalWatch
 from tweo_timm.train.sweep import sweep_attempt
 
@@ -39,12 +40,23 @@ def train(options: TrainOptions, call: Call) -> int:
     """
     try:
         with sweep_attempt(options), joined(options.device) as world, SignalWatch() as signals:
+            if options.side_grid:
+                return _grid(options, world, signals)
             result, folder = _run(options, world, signals)
     except Interrupted as interruption:
         return 128 + interruption.number
     if world.primary:
         _report(result, folder)
     return 0
+
+
+def _grid(options: TrainOptions, world: World, signals: SignalWatch) -> int:
+    """Train every combination of --side-grid, and print their table."""
+    table, complete = run_grid(options, lambda point: _run(point, world, signals), world.primary)
+    if world.primary:
+        with printing():
+            print(table)
+    return 0 if complete else 1
 
 
 def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:

@@ -2,7 +2,8 @@
 
     args.yaml         the resolved options, readable by timm and by --config
     summary.csv       one row an epoch: timm's columns, then train_task_loss, train_tweo_loss, train_peak_abs,
-                      eval_peak_abs, train_tweo_weight (in the last batch), train_tweo_grad_ratio (of the middle one)
+                      eval_peak_abs, train_tweo_weight (in the last batch), train_tweo_grad_ratio (of the middle one;
+                      nan where it cannot be measured)
     outliers.jsonl    one row an epoch and block
     fp8_health.jsonl  one row a report and FP8 layer, with --fp8-health-interval
     events.*          TensorBoard, with --tensorboard; its steps are optimizer updates

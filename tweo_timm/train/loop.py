@@ -391,7 +391,7 @@ class Trainer:
         balance = self.meters.balance()
         if self.session.options.tweo_weight == AUTO:
             own += f"  Weight: {balance['tweo_weight']:#.3g}"
-        if "tweo_grad_ratio" in balance:
+        if balance["tweo_weight"] and not math.isnan(balance["tweo_grad_ratio"]):
             own += f"  Gradients: {balance['tweo_grad_ratio']:#.3g}"
         _logger.info(
             "Train: %d [%4d/%d (%3.0f%%)]  Loss: %#.3g%s  %s  LR: %.3e",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -84,9 +85,11 @@ class EpochMeters:
         return {name: total / max(count, 1) for name, total, count in zip(LOSSES, sums, counts, strict=True)}
 
     def balance(self) -> dict[str, float]:
-        """Return tweo_weight and, where it was measured, tweo_grad_ratio; nothing where the penalty does not act."""
-        found = {"tweo_weight": self.weight, "tweo_grad_ratio": self.grad_ratio}
-        return {name: float(value) for name, value in found.items() if value is not None} if self.weight else {}
+        """Return tweo_weight and tweo_grad_ratio: 0 where the penalty does not act, NaN where it was not measured."""
+        if not self.weight:
+            return {"tweo_weight": 0.0, "tweo_grad_ratio": 0.0}
+        ratio = math.nan if self.grad_ratio is None else float(self.grad_ratio)
+        return {"tweo_weight": float(self.weight), "tweo_grad_ratio": ratio}
 
     def peaks(self, distributed: bool = False) -> list[float]:
         """Return the largest |A| of each block in all steps, over all processes if `distributed`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def create(options: TrainOptions, headless: bool = False) -> nn.Module:
     """
     given = _file_of_weights(options)
     build = functools.partial(_built, options, headless)
-    model = build() if given is None else build_from_file(given, build)
+    bare = functools.partial(_built, replace(options, pretrained=False, pretrained_path=None), headless)
+    model = build() if given is None else build_from_file(given, build, bare)
     if given is not None:
         check_finite(model, given.path)
     if options.initial_checkpoint:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,28 +34,27 @@ _SHOWN = 4
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
 
-def build_from_file(file: CheckpointFile, build: Build) -> nn.Module:
+def build_from_file(file: CheckpointFile, build: Build, bare: Callable[[], nn.Module]) -> nn.Module:
     """Build a model with the weights of a file, under timm's rules for pretrained weights, and say what was loaded.
 
     Args:
         file: read for its weights.
         build: makes the model, given further entries of its pretrained configuration.
+        bare: makes it with initial weights; called for its names alone, where the file's may begin otherwise.
 
     Raises:
         ValueError: if nearly nothing of the file fits the model.
     """
     weights, entry = _found(file)
-    model, missing = _built(build, {"state_dict": weights} if entry else {"file": str(file.path)})
-    file.check(weights, model.state_dict())
-    if missing is None:  # a format of the architecture's own, loaded whole or not at all
-        return model
-    names = model.state_dict().keys()
-    prefix = _prefix(weights, names, better_than=len(names) - len(missing))
+    wrapped = any(_WRAPPED.match(name) for name in weights)
+    prefix = _prefix(weights, bare().state_dict()) if wrapped else ""
     if prefix:
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        model, missing = _built(build, {"state_dict": weights})
-        file.check(weights, model.state_dict())
-    _report(file.path, names, missing or (), weights, [entry and f"{entry}.", prefix])
+    model, missing = _built(build, {"state_dict": weights} if entry or prefix else {"file": str(file.path)})
+    state = model.state_dict()
+    file.check(weights, state)
+    if missing is not None:  # else a format of the architecture's own, loaded whole or not at all
+        _report(file.path, state, missing, weights, f"{entry}." * bool(entry) + prefix)
     return model
 
 
@@ -97,16 +95,22 @@ def _noting_loads() -> Iterator[list[list[str]]]:
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
-def _prefix(weights: Collection[str], names: Collection[str], better_than: int = 0) -> str:
-    """What to take off the names of a file so that the most of them are a model's; empty if that would not help."""
-    wrapped = (match[0] for match in map(_WRAPPED.match, weights) if match)
-    counts = Counter({prefix: sum(name.removeprefix(prefix) in names for name in weights) for prefix in set(wrapped)})
+def _prefix(weights: Collection[str], names: Collection[str]) -> str:
+    """What to take off the names of a file so that more of them are a model's; empty if that would not help.
+
+    timm's own loaders know some such names too (`visual.` of OpenCLIP), which lead to others than a model's.
+    """
+    wrapped = {match[0] for match in map(_WRAPPED.match, weights) if match}
+    counts = {
+        prefix: sum(name.startswith(prefix) and name.removeprefix(prefix) in names for name in weights)
+        for prefix in wrapped
+    }
     best, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
-    return best if count > better_than else ""
+    return best if count > sum(name in names for name in weights) else ""
 
 
 def _report(
-    path: Path, names: Collection[str], missing: Collection[str], weights: Collection[str], taken_off: list[str]
+    path: Path, names: Collection[str], missing: Collection[str], weights: Collection[str], taken_off: str
 ) -> None:
     loaded, size = len(names) - len(missing), len(names)
     if loaded < _LEAST * size:
@@ -114,10 +118,9 @@ def _report(
             f"--pretrained-path {path}: {loaded} of the model's {size} tensors are in it, so it would be trained from "
             f"random weights. The file has {_list(weights)}; pass weights of this architecture"
         )
-    prefix = "".join(taken_off)
     _logger.info(
         "Loaded %d of %d tensors from %s%s%s",
-        *(loaded, size, path, f", whose names begin with {prefix} there" if prefix else ""),
+        *(loaded, size, path, f", whose names begin with {taken_off} there" if taken_off else ""),
         f"; these are new: {_list(dict.fromkeys(name.rpartition('.')[0] or name for name in missing))}" * bool(missing),
     )
 

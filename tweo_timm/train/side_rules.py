@@ -73,7 +73,11 @@ def _cache(options: Any) -> Iterator[str]:
     if not options.side_cache:
         if options.side_augmentations:
             yield f"--side-augmentations {options.side_augmentations} is about a cache: give --side-cache DIR too"
+        if options.side_grid:
+            yield "--side-grid trains from features that are computed once: give --side-cache DIR too"
         return
+    if options.side_grid and not options.experiment:
+        yield "--side-grid makes a folder for each combination: name theirs by --experiment NAME"
     if options.no_aug == bool(options.side_augmentations):
         yield (
             "--side-cache computes features once: give --no-aug for images as they are, or --side-augmentations N for "
@@ -85,6 +89,7 @@ def _cache(options: Any) -> Iterator[str]:
 
 
 def _useless(options: Any) -> Iterator[str]:
-    for item in flag_fields(SideOptions):
-        if item.name != "side" and getattr(options, item.name) != item.default:
+    unset = SideOptions()
+    for item in flag_fields(unset):
+        if item.name != "side" and getattr(options, item.name) != getattr(unset, item.name):
             yield f"{option_name(item.name)} does nothing without --side; add --side last, or leave it out"

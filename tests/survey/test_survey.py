@@ -1,0 +1,131 @@
+"""Planted faults are found, each with its smallest fix; a sound model is called sound in one sentence."""
+
+import json
+
+import pytest
+import torch
+
+from tests.survey import planted
+from tweo_timm.diagnose.float16 import VALUES, float16_readings
+from tweo_timm.records import plain
+from tweo_timm.survey.bench import Variant
+from tweo_timm.survey.fixes import FIXES, weight_exponents
+from tweo_timm.survey.survey import FORMATS, survey
+
+
+def surveyed(plant, family, formats=FORMATS, **how):
+    found = survey(planted.bench(plant, family, **how), formats)
+    rows = {(row.format, row.rotated): row for row in found.rows}
+    return found, rows, {fix["format"]: fix for fix in found.fix}
+
+
+VIT_AND_SLOWLY_SWIN = pytest.mark.parametrize("family", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
+
+
+@VIT_AND_SLOWLY_SWIN
+def test_a_sound_model_is_called_sound_in_one_sentence(family):
+    found, rows, fixes = surveyed(planted.sound, family, max_drop=8.0)
+    formats = "fp16, bf16, fp8, fp8-unit, w8a8-tt and w8a8-tt+res"
+    assert found.verdict.startswith(f"Sound: {formats} each lose at most 8 points of Top-1 on these 64 images")
+    assert found.verdict.count(".") == 1
+    assert not fixes
+    assert all(rows[format, rotated].top1 is not None for format in FORMATS for rotated in (False, True))
+    json.dumps(plain(found.to_json()), allow_nan=False)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_planted_value_is_named_with_its_factor_and_scaled_away(family):
+    found, rows, fixes = surveyed(planted.value, family, ("fp16",))
+    row, site = rows["fp16", False], f"{planted.SECOND[family]}.mlp.fc2"
+    assert (row.survives, row.verdict, row.top1, row.spread) == (False, "does not", None, "concentrated")
+    assert row.sites[0]["name"] == site
+    assert row.sites[0]["factor"] == pytest.approx(65504 / 9e4, rel=1e-3)
+    assert row.headroom == pytest.approx(65504 / 9e4, rel=1e-3)
+    assert (fixes["fp16"]["fix"], fixes["fp16"]["top1"]) == ("stream", 100.0)
+    assert found.verdict.startswith(f"fp16 does not survive (first at {site}, 1.37 times too large, concentrated): ")
+    assert float16_readings(found.variants["fp16"].model, [torch.zeros(1, 3, 32, 32)]).headroom(VALUES) > 1
+
+
+@VIT_AND_SLOWLY_SWIN
+def test_a_planted_square_is_named_and_a_whole_layernorm_is_the_fix(family):
+    found, rows, fixes = surveyed(planted.square, family, ("fp16",))
+    assert rows["fp16", False].survives
+    row = rows["fp16-squares", False]
+    assert row.sites[0]["name"] == f"{planted.SECOND[family]}.norm1"
+    assert 0.8 < row.headroom < 1
+    assert (fixes["fp16-squares"]["fix"], fixes["fp16-squares"]["sites"][0]) == ("norm", row.sites[0]["name"])
+    assert rows["fp16-squares", True].survives  # the rotation mends the square, and not the sum
+    assert not rows["fp16-sums", True].survives
+    assert "keep LayerNormalization one operator" in found.verdict
+
+
+def test_a_planted_residual_outlier_is_named_and_rotated_away():
+    found, rows, fixes = surveyed(planted.residual, "vit", ("w8a8-tt", "w8a8-tt+res"))
+    assert rows["w8a8-tt", False].survives
+    row = rows["w8a8-tt+res", False]
+    assert not row.survives
+    assert {site["name"] for site in row.sites[:2]} == {"blocks.0.add1", "blocks.1.add0"}
+    assert rows["w8a8-tt+res", True].survives
+    assert fixes["w8a8-tt+res"]["fix"] == "rotation"
+    assert fixes["w8a8-tt+res"]["tried"] == 3
+    assert found.verdict.endswith("w8a8-tt survives.")
+
+
+def test_a_planted_bad_layer_is_named_and_per_channel_weights_are_the_fix():
+    _, rows, fixes = surveyed(planted.bad_layer, "vit", ("w8a8-tt",))
+    row = rows["w8a8-tt", False]
+    assert not row.survives
+    assert (row.spread, row.sites[0]["name"]) == ("concentrated", "blocks.1.attn.qkv")
+    assert row.sites[0]["share"] > 0.8
+    assert (fixes["w8a8-tt"]["fix"], fixes["w8a8-tt"]["scheme"]) == ("channel", "w8a8-ct")
+
+
+@VIT_AND_SLOWLY_SWIN
+def test_a_worse_layer_is_mended_for_float16_by_a_power_of_two_behind_v(family):
+    _, rows, fixes = surveyed(planted.worse_layer, family, ("fp16",))
+    assert rows["fp16", False].sites[0]["name"] == f"{planted.SECOND[family]}.attn.qkv"
+    assert (fixes["fp16"]["fix"], fixes["fp16"]["sites"]) == ("pairs", [f"{planted.SECOND[family]}.attn.proj"])
+
+
+def test_what_can_neither_be_scaled_nor_rotated_is_kept_in_float32():
+    _, _, fixes = surveyed(planted.inner, "vit", ("fp16", "w8a8-tt"))
+    assert (fixes["fp16"]["fix"], fixes["fp16"]["sites"], fixes["fp16"]["top1"]) == ("sites", ["blocks.1.mlp"], 100.0)
+    assert (fixes["w8a8-tt"]["fix"], fixes["w8a8-tt"]["sites"]) == ("sites", ["blocks.1.mlp.fc2"])
+
+
+def test_training_is_the_last_fix_and_is_not_claimed_to_be_measured(monkeypatch):
+    for name in [name for name in FIXES if name not in ("training", "norm")]:
+        monkeypatch.setitem(FIXES, name, lambda problem: iter(()))
+    _, _, fixes = surveyed(planted.value, "vit", ("fp16",))
+    assert (fixes["fp16"]["fix"], fixes["fp16"]["top1"]) == ("training", None)
+    assert list(FIXES)[-1] == "training"
+
+
+def test_a_model_that_cannot_be_rotated_says_why_and_is_surveyed_all_the_same():
+    found, rows, _ = surveyed(planted.sound, "swinv2", ("fp16", "w8a8-tt"))
+    assert "res-post-norm" in found.not_rotated
+    assert set(rows) == {(name, False) for name in ("fp16", "fp16-logits", "fp16-squares", "fp16-sums", "w8a8-tt")}
+
+
+def test_a_model_that_is_not_finite_in_float_is_refused():
+    def broken(model, family):
+        model.head.bias[0] = torch.nan
+
+    with pytest.raises(ValueError, match="are not finite: mend that first"):
+        survey(planted.bench(broken, "vit"))
+
+
+def test_float16_is_read_at_other_sizes_too():
+    small = planted.bench(planted.sound, "vit")
+    large = planted.bench(planted.sound, "vit", others=[(64, 100 * torch.randn(2, 3, 64, 64))])
+    readings = [bench.readings(bench.model).headroom("fp16") for bench in (small, large)]
+    assert readings[1] < readings[0] / 5
+    odd = planted.bench(planted.sound, "vit", others=[(65, torch.randn(2, 3, 60, 60))])
+    with pytest.raises(ValueError, match="cannot be read at 65 pixels"):
+        odd.readings(odd.model)
+
+
+def test_weights_of_a_bad_layer_are_measured_against_their_neighbours():
+    bench = planted.bench(planted.bad_layer, "vit")
+    assert weight_exponents(bench.model) == {"blocks.1.attn.proj": 10}
+    assert bench.decide(Variant(bench.model, "w8a8-ct")).survives

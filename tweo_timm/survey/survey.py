@@ -1,0 +1,232 @@
+"""The survey: every format on one checkpoint, as it is and rotated; where it breaks, and the smallest fix.
+
+One table, one sentence, one fix applied. Every number in it is measured: Top-1 of the whole model in the format over
+the split, with its interval; float16's readings on a few images; fixes by applying them. The order of layers is from
+one backward pass (sensitivity.py) and is verified by Top-1 before it is believed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tweo_timm.diagnose.float16 import READINGS, VALUES, Float16Readings
+from tweo_timm.quant.scheme import BASES, Scheme
+from tweo_timm.survey.bench import Bench, Variant
+from tweo_timm.survey.decide import FAILS, SURVIVES, top1_of
+from tweo_timm.survey.fixes import Problem, smallest_fix
+from tweo_timm.survey.sensitivity import Sensitivity, share_of
+
+FORMATS = ("fp16", "bf16", "fp8", "fp8-unit", "w8a8-tt", "w8a8-tt+res")
+"""What is tried: half precision, FP8 with and without scales, INT8 with and without the residual stream."""
+LISTED = 10
+"""Sites that a row lists."""
+CONCENTRATED_SHARE, CONCENTRATED_SITES = 0.8, 0.1
+"""Damage is concentrated if a tenth of the sites (two at least) does this share of it."""
+
+
+@dataclass
+class Row:
+    """One format of one model.
+
+    Attributes:
+        format: a scheme's name, or "fp16-squares" and the like.
+        rotated: whether the stream was rotated first.
+        survives: finite, the drop at most the limit, and nothing overflows in float16.
+        verdict: "survives", "does not" or "not decided by N images".
+        top1, drop, interval: percent, points, the ends of its 95 % interval; None where not measured or not finite.
+        headroom: by how much everything may grow in float16; None of other formats.
+        spread: "concentrated" or "diffuse", of a row that does not survive.
+        sites: name, peak_abs, factor (what the site may grow by; None) and share (of the damage; None).
+    """
+
+    format: str
+    rotated: bool
+    survives: bool
+    verdict: str
+    top1: float | None = None
+    drop: float | None = None
+    interval: tuple[float, float] | None = None
+    headroom: float | None = None
+    spread: str | None = None
+    sites: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Survey:
+    """What was found, ready for JSON by `to_json`.
+
+    Attributes:
+        images: scored.
+        max_drop: the limit, points.
+        float_top1: percent, of the float model.
+        rows: every format, as the model is and rotated.
+        fix: for every row of the model as it is that does not survive: the smallest fix.
+        not_rotated: why there are no rotated rows; "" where there are.
+        not_possible: format -> why the model does not allow it.
+        verdict: one sentence.
+        variants: format -> the fixed variant, where one was measured; no JSON.
+    """
+
+    images: int
+    max_drop: float
+    float_top1: float | None
+    rows: list[Row] = field(default_factory=list)
+    fix: list[dict[str, Any]] = field(default_factory=list)
+    not_rotated: str = ""
+    not_possible: dict[str, str] = field(default_factory=dict)
+    verdict: str = ""
+    variants: dict[str, Variant] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the models."""
+        left_out = ("rows", "variants")
+        return {**{k: v for k, v in vars(self).items() if k not in left_out}, "rows": [vars(row) for row in self.rows]}
+
+
+def survey(bench: Bench, formats: Sequence[str] = FORMATS) -> Survey:
+    """Say what a model survives, where it breaks, and what the smallest fix is.
+
+    Args:
+        bench: the model, the images and the limit.
+        formats: schemes of `quantize_static`.
+
+    Raises:
+        ValueError: the float model's own outputs are not finite, so that nothing can be lost.
+    """
+    outcome = bench.float_outcome
+    if outcome.not_finite:
+        raise ValueError(f"the float model's outputs of {outcome.not_finite} images are not finite: mend that first")
+    found = Survey(len(outcome.correct), bench.max_drop, top1_of(outcome))
+    problems = _rows_of(bench, bench.model, formats, found, rotated=False)
+    try:
+        _rows_of(bench, bench.rotated("random"), formats, found, rotated=True)
+    except ValueError as error:
+        found.not_rotated = str(error)
+    for problem in problems:
+        bench.say(f"looking for the smallest fix of {problem.reading}")
+        fix = smallest_fix(problem)
+        variant = fix.pop("variant")
+        found.fix.append(fix)
+        found.variants |= {problem.reading: variant} if variant is not None else {}
+    found.verdict = sentence(found)
+    return found
+
+
+def _rows_of(bench: Bench, model: nn.Module, formats: Sequence[str], found: Survey, rotated: bool) -> list[Problem]:
+    """Add the rows of one model; the problems among them."""
+    readings, problems = bench.readings(model), []
+    for scheme in formats:
+        variant = Variant(model, scheme)
+        try:
+            row, sites = _measured(bench, variant, readings, rotated)
+        except (ValueError, RuntimeError, TypeError) as error:
+            found.not_possible[scheme] = str(error)
+            continue
+        found.rows.append(row)
+        if not row.survives:
+            problems.append(Problem(scheme, variant, bench, readings, sites))
+        for reading in READINGS[1:] if scheme == VALUES else ():
+            row = _reading_row(reading, readings, rotated)
+            found.rows.append(row)
+            if not row.survives:
+                problems.append(Problem(reading, variant, bench, readings))
+    return problems
+
+
+def _measured(
+    bench: Bench, variant: Variant, readings: Float16Readings, rotated: bool
+) -> tuple[Row, Sequence[Sensitivity]]:
+    """One scheme: its score, and where it breaks."""
+    decision = bench.decide(variant)
+    row = Row(
+        variant.scheme, rotated, decision.survives, decision.verdict, decision.top1, decision.drop, decision.interval
+    )
+    if variant.scheme == VALUES:
+        reading = _reading_row(VALUES, readings, rotated)
+        row.headroom, row.sites, row.spread = reading.headroom, reading.sites, reading.spread
+        if not reading.survives:
+            row.survives, row.verdict = False, FAILS
+        return row, ()
+    if row.survives or rotated or not BASES[Scheme.parse(variant.scheme).base].calibrated:
+        return row, ()
+    bench.say(f"which layers {variant.scheme} hurts")
+    sites = bench.sensitivities(variant)
+    few = max(2, round(CONCENTRATED_SITES * len(sites)))
+    row.spread = "concentrated" if share_of(sites, few) >= CONCENTRATED_SHARE else "diffuse"
+    row.sites = [_listed(site, sites) for site in sites[:LISTED]]
+    return row, sites
+
+
+def _listed(site: Sensitivity, sites: Sequence[Sensitivity]) -> dict[str, Any]:
+    share = 1.0 if math.isinf(site.score) else site.score / max(sum(s.score for s in sites), 1e-300)
+    return {"name": site.name, "peak_abs": site.peak_abs, "factor": None, "share": share}
+
+
+def _reading_row(reading: str, readings: Float16Readings, rotated: bool) -> Row:
+    """One reading of float16: arithmetic, so that its verdict is certain on these images."""
+    overflowing, headroom = readings.overflowing(reading), readings.headroom(reading)
+    closest = sorted(readings.sites[reading], key=lambda site: site.factor)
+    listed = [*overflowing, *(site for site in closest if site not in overflowing)][:LISTED]
+    few = max(2, round(CONCENTRATED_SITES * len(closest)))
+    spread = ("concentrated" if len(overflowing) <= few else "diffuse") if overflowing else None
+    sites = [{**site.to_json(), "share": None} for site in listed]
+    verdict = FAILS if overflowing else SURVIVES
+    return Row(reading, rotated, not overflowing, verdict, headroom=headroom, spread=spread, sites=sites)
+
+
+def sentence(found: Survey) -> str:
+    """Say in one sentence what a person can act on."""
+    plain_rows = [row for row in found.rows if not row.rotated]
+    failed = [row for row in plain_rows if not row.survives]
+    undecided = [row.format for row in plain_rows if row.survives and row.verdict != SURVIVES]
+    on = f"on these {found.images} images"
+    if not failed:
+        measured = [row.format for row in plain_rows if row.top1 is not None]
+        few = f" (too few to decide {_points(found.max_drop)} for all of them)" if undecided else ""
+        return f"Sound: {_listing(measured)} each lose at most {_points(found.max_drop)} of Top-1 {on}{few}."
+    groups: dict[str, list[Row]] = {}
+    for row in failed:
+        groups.setdefault(_fix_of(row, found)["words"], []).append(row)
+    return f"{'; '.join(_clause(rows, found) for rows in groups.values())}; {_rest(plain_rows)}."
+
+
+def _fix_of(row: Row, found: Survey) -> dict[str, Any]:
+    return next(fix for fix in found.fix if fix["format"] == row.format)
+
+
+def _clause(rows: Sequence[Row], found: Survey) -> str:
+    """What does not survive, how it breaks, and the fix, of the rows that one fix mends."""
+    certain = any(row.verdict == FAILS for row in rows)
+    verb = ("does not" if len(rows) == 1 else "do not") if certain else "may not"
+    top1 = [_fix_of(row, found)["top1"] for row in rows]
+    then = "" if None in top1 else f", then {_listing([f'{value:.2f} %' for value in top1])}"
+    words = f"{_listing([row.format for row in rows])} {verb} survive ({_breaks(rows[0])})"
+    return f"{words}: {_fix_of(rows[0], found)['words']}{then}"
+
+
+def _breaks(row: Row) -> str:
+    first = row.sites[0]["name"] if row.sites else ""
+    spread = f", {row.spread}" if row.spread else ""
+    if row.headroom is not None and row.headroom < 1:
+        return f"first at {first}, {1 / max(row.sites[0]['factor'], 1e-30):.3g} times too large{spread}"
+    if row.drop is None:
+        return f"outputs are not finite{f', most at {first}' if first else ''}"
+    return f"{row.drop:.2f} points lost{f', most at {first}' if first else ''}{spread}"
+
+
+def _rest(rows: Sequence[Row]) -> str:
+    sound = [row.format for row in rows if row.survives]
+    return f"{_listing(sound)} {'survives' if len(sound) == 1 else 'survive'}" if sound else "nothing else survives"
+
+
+def _listing(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _points(count: float) -> str:
+    return f"{count:g} point{'' if count == 1 else 's'}"
