@@ -152,7 +152,7 @@ def of_one_version(rows: Sequence[Row]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as one Markdown table: mean (min to max) over the seeds, and what was not run."""
+    """The rows as one Markdown table, mean (min to max) over the seeds, and a sentence on what was not run."""
     lines = [f"| model, rate | weight | tau | power | {' | '.join(COLUMNS)} |", "|---" * (4 + len(COLUMNS)) + "|"]
     for setting in settings():
         mine = _of(rows, setting)
@@ -160,8 +160,11 @@ def table(rows: Sequence[Row]) -> str:
         cells = [_spread([row[key] for row in whole]) for key in COLUMNS.values()] if whole else ["-"] * len(COLUMNS)
         note = "" if len(whole) == len(SEEDS) else f", {_missing(mine)}"
         factors = " | ".join(f"{getattr(setting, name):g}" for name in PAPER)
-        lines.append(f"| {setting.model}, {setting.rate}{note} | {factors} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        if mine:
+            lines.append(f"| {setting.model}, {setting.rate}{note} | {factors} | {' | '.join(cells)} |")
+    planned = len(list(runs()))
+    left = planned - sum(len(_of(rows, setting)) for setting in settings())
+    return "\n".join(lines) + "\n" + (f"\nNot run: {left} of {planned} runs.\n" if left else "")
 
 
 def _of(rows: Sequence[Row], setting: Setting) -> list[Row]:

@@ -1,11 +1,13 @@
 """Distillation: the teacher is the trained model, sees what it was trained on, and is refused otherwise."""
 
+import signal
+
 import pytest
 import timm
 import torch
 from timm.models import save_for_hf
 
-from tests.train.runs import TINY, VIT, command, rows, session_of, train
+from tests.train.runs import TINY, VIT, command, last, rows, same_tensors, session_of, train
 from tweo_timm.train.cli import main
 
 
@@ -75,3 +77,41 @@ def test_a_teacher_of_other_channels_or_of_another_size_is_refused_before_the_fi
     vit = teachers("vit_tiny_patch16_224", size=64, img_size=64, embed_dim=32, depth=1, num_heads=2)
     large = command(images, tmp_path, "--kd-model-name", vit)
     assert "the teacher does not accept images of 32x32" in refusal(large, capsys)
+
+
+@pytest.fixture
+def weights(images, tmp_path):
+    """A file of weights that a run may start from."""
+    torch.save(session_of(images, tmp_path, "--seed", "5").model.state_dict(), tmp_path / "start.pth")
+    return str(tmp_path / "start.pth")
+
+
+def test_a_teacher_called_self_is_the_model_as_it_starts_and_stays_so(images, tmp_path, weights):
+    words = ["--kd-model-name", "self", "--initial-checkpoint", weights]
+    session = session_of(images, tmp_path, *words)
+    batch = torch.rand(8, 3, 32, 32), torch.randint(0, 3, (8,))
+    teacher = session.task.teacher.model
+    session.model.eval()
+    with torch.no_grad():
+        assert torch.equal(teacher(batch[0]), session.model(batch[0]))
+    session.model.train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    session.task(*batch)["loss"].backward()
+    session.optimizer.step()
+    assert same_tensors(teacher.state_dict(), before)
+    assert not same_tensors(session.model.state_dict(), before)
+
+
+def test_distilling_from_itself_a_run_continues_bit_for_bit(images, tmp_path, weights, interrupt):
+    words = ["--kd-model-name", "self", "--initial-checkpoint", weights, "--tweo-weight", "auto"]
+    whole = train(images, tmp_path, *words, name="whole")
+    interrupt(3)
+    stopped = command(images, tmp_path, *words, "--resume", "auto", name="stopped")
+    assert main(stopped) == 128 + signal.SIGTERM
+    assert main(stopped) == 0
+    assert same_tensors(last(whole)["state_dict"], last(tmp_path / "stopped")["state_dict"])
+
+
+def test_the_recipe_of_a_repair_runs(images, tmp_path, weights):
+    folder = train(images, tmp_path, "-c", "repair", "--initial-checkpoint", weights, "--epochs", "1")
+    assert (folder / "last.pth.tar").exists()

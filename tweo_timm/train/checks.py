@@ -21,6 +21,7 @@ from tweo_timm.run.rules import (
     target_format,
 )
 from tweo_timm.train.groups import TrainSettings
+from tweo_timm.train.groups.optimizer import SELF
 from tweo_timm.train.side_rules import side_rules
 
 
@@ -83,6 +84,8 @@ def _not_honoured(options: TrainSettings) -> Iterator[str]:
 
 
 def _incomplete(options: TrainSettings) -> Iterator[str]:
+    if options.kd_model_name == SELF and options.fp8 != "off":
+        yield f"--kd-model-name self copies the model, which FP8 layers do not allow; leave out --fp8 {options.fp8}"
     yield from pooling(options)
     if bool(options.sweep_locks) != bool(options.sweep_attempt):
         yield "--sweep-locks and --sweep-attempt belong together, as timm's sweep.py gives them; give both or neither"

@@ -108,9 +108,8 @@ def _built(options: TrainOptions, headless: bool, file: Mapping[str, Any] | None
 
 def _drop_everywhere(model: nn.Module, rate: float) -> None:
     """Give every drop path of the model the same rate; timm's grow with the depth, and the first is none at all."""
-    names = ("drop_path", "drop_path1", "drop_path2")
-    kinds = (DropPath, nn.Identity)
-    places = [(module, n) for module in model.modules() for n in names if isinstance(getattr(module, n, None), kinds)]
+    names, kinds = ("drop_path", "drop_path1", "drop_path2"), (DropPath, nn.Identity, type(None))
+    places = [(module, n) for module in model.modules() for n in names if isinstance(getattr(module, n, 0), kinds)]
     if not places:
         raise ValueError("--drop-path-rule constant: this model has no drop path; leave it out")
     for module, name in places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tweo_timm.run.model import check_image_size, suggest_model
 from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
+from tweo_timm.train.groups.optimizer import SELF
 from tweo_timm.train.options import TrainOptions
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +58,10 @@ def build_task(
         return ClassificationTask(model, **shared)
     if options.task == "multilabel":
         raise ValueError("--kd-model-name distils single-label classifiers only: leave out --task multilabel")
+    if options.kd_model_name == SELF and not (options.initial_checkpoint or options.pretrained):
+        raise ValueError(
+            "--kd-model-name self would teach by random weights; give --initial-checkpoint FILE or --pretrained"
+        )
     try:
         return _distillation(options, model, data_config, shared)
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
@@ -69,8 +75,11 @@ def _distillation(
 ) -> TrainingTask:
     place: dict[str, Any] = {"device": shared["device"], "dtype": shared["dtype"]}
     shared |= {"distill_loss_weight": options.distill_loss_weight, "task_loss_weight": options.task_loss_weight}
-    teacher = DistillationTeacher(str(options.kd_model_name), model.num_classes, model.in_chans, **place)
-    _check_teacher(options, teacher.model, model, data_config["input_size"])
+    if options.kd_model_name == SELF:
+        teacher = _own_teacher(model, data_config, place)
+    else:
+        teacher = DistillationTeacher(str(options.kd_model_name), model.num_classes, model.in_chans, **place)
+        _check_teacher(options, teacher.model, model, data_config["input_size"])
     task: TrainingTask
     if options.kd_distill_type == "logit":
         task = LogitDistillationTask(
@@ -92,6 +101,15 @@ def _distillation(
         used = torch.tensor(data_config[name], **place).view(1, -1, 1, 1)
         task.register_buffer(f"student_{name}", used, persistent=False)
     return task
+
+
+def _own_teacher(model: nn.Module, data_config: Mapping[str, Any], place: Mapping[str, Any]) -> DistillationTeacher:
+    """The model with the weights that the run starts from, which a resumed run loads again; it sees the same images."""
+    teacher = DistillationTeacher(copy.deepcopy(model).requires_grad_(False), **place)
+    for name in ("mean", "std"):
+        used = torch.tensor(data_config[name], **place).view(1, -1, 1, 1)
+        teacher.register_buffer(f"{name}_kd", used, persistent=False)
+    return teacher
 
 
 def _check_teacher(options: TrainOptions, teacher: nn.Module, student: nn.Module, input_size: Sequence[int]) -> None:

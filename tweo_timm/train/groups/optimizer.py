@@ -15,6 +15,7 @@ from tweo_timm.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds
 
 RATE = Bounds(0, 1e6)
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "plateau", "wsd", "rsqrt", "constant", "none")
+SELF = "self"
 LOSSES = ("ce", "bce", "asl", "poly", "jsd", "twoway", "zlpr", "db")
 
 
@@ -152,7 +153,9 @@ class DistillationOptions:
 
     DECIDES = Decides.TRAINING
 
-    kd_model_name: str | None = flag(None, "Teacher, as timm names it; unset: no distillation.")
+    kd_model_name: str | None = flag(
+        None, "Teacher, as timm names it, or self: the weights that the run starts from; unset: no distillation."
+    )
     kd_distill_type: str = flag("logit", "What the student imitates.", choices=("logit", "feature", "token"))
     kd_loss_type: str = flag("kl", "Loss of logit distillation.", choices=("kl",))
     distill_loss_weight: float | None = flag(None, "Weight of the distillation loss.", bounds=AT_LEAST_0)
