@@ -97,7 +97,7 @@ class EpochMeters:
         """Return tweo_weight and tweo_grad_ratio: 0 where the penalty does not act, NaN where it was not measured."""
         if not self.weight:
             return {"tweo_weight": 0.0, "tweo_grad_ratio": 0.0}
-        ratio = math.nan if self.grad_ratio is None else float(self.grad_ratio)
+        ratio = math.nan if self.grad_ratio is None else float(self.grad_ratio.detach())
         return {"tweo_weight": float(self.weight), "tweo_grad_ratio": ratio}
 
     def peaks(self, distributed: bool = False) -> list[float]:
