@@ -57,12 +57,13 @@ def build_side(options: TrainOptions, world: World) -> nn.Module:
         batches = calibration_images(options, data_config, num_classes, count, CALIBRATION_BATCH)
         return [batch.to(world.device) for batch in batches]
 
-    backbone, record = prepare(
+    backbone, basis, record = prepare(
         backbone, options.model, options.side_precision, calibration, options.seed, options.tweo_blocks
     )
     try:
         settings = options.side_config(options.drop, options.drop_path or 0.0).to_json()
-        net: SideNetwork = SIDES[options.side].load()(backbone, num_classes, blocks=options.tweo_blocks, **settings)
+        kind = SIDES[options.side].load()
+        net: SideNetwork = kind(backbone, num_classes, blocks=options.tweo_blocks, basis=basis, **settings)
     except ValueError as error:
         raise ValueError(f"--side {options.side} beside {options.model}: {error}") from error
     net.backbone_record = record
