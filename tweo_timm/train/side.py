@@ -88,6 +88,18 @@ def _as_trained(backbone: Any) -> int:
     return int(backbone.pretrained_cfg.get("num_classes", 0))
 
 
+def share_backbone(average: nn.Module, task: TrainingTask) -> None:
+    """Let the EMA of a side network read the frozen backbone that the network reads, in place of a copy of its own.
+
+    Args:
+        average: the EMA's model, on the device of the network; models of other kinds stay as they are.
+        task: whose network it averages.
+    """
+    net = unwrap_model(task.get_eval_model())
+    if isinstance(average, SideNetwork) and isinstance(net, SideNetwork):
+        average.backbone = net.backbone
+
+
 def side_entry(task: TrainingTask) -> dict[str, Any]:
     """Return what a checkpoint says of a side network, under `KEY`; nothing of other models."""
     model = unwrap_model(task.get_eval_model())
