@@ -210,9 +210,9 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
     images = {split: crops(options.folder, options.seed, split) for split in ("train", "validation")}
     start = time.process_time()
     calibration = torch.split(images["train"][0][::2], BATCH)
-    backbone, _ = prepare(dinov2(options.checkpoint), ARCH, options.precision, lambda: calibration, 0, None)
+    backbone, basis, _ = prepare(dinov2(options.checkpoint), ARCH, options.precision, lambda: calibration, 0, None)
     made = time.process_time() - start
-    last, kept = Last(backbone, CLASSES), {}
+    last, kept = Last(backbone, CLASSES, basis=basis), {}
     start = time.process_time()
     for split, (pixels, labels) in images.items():
         z = torch.cat([last.features(part) for part in torch.split(pixels, BATCH)])
@@ -229,7 +229,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     model = build(options.method, dinov2(options.checkpoint), CLASSES)
     data, norm = _inputs(options)
     if norm is not None and hasattr(model, "head"):
-        model.head.norm.load_state_dict(norm)  # where the backbone's last norm was rotated
+        model.head.norm.load_state_dict(norm)
     model.from_cache = norm is not None
     optimizer = torch.optim.AdamW(trained(model), options.rate, weight_decay=0.01)
     (x, targets), epochs = data["train"], options.epochs
