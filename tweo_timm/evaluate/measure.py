@@ -70,7 +70,7 @@ def measure(subject: Subject, world: World) -> Record:
     images = open_images(options, subject.data_config, num_classes_of(subject), world)
     names = _class_names(subject, images)
     samples = Samples(subject, world)
-    asked = Asked(Case(subject, images, samples, world))
+    asked = Asked(Case(subject, images, samples, world, names))
     with asked.watching():
         whole, outliers = _score_with_outliers(subject, images, world)
     record = Record(
