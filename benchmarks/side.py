@@ -53,7 +53,8 @@ RATES = {"probe": (1e-3, 3e-3, 1e-2), "last": (3e-4, 1e-3, 3e-3), "miet": (3e-4,
 RATES |= {"lora": (1e-3,), "full": (3e-5,)}
 EPOCHS = {"probe": 60, "last": 30, "miet": 30, "lora": 10, "full": 10}
 SEEDS = {"probe": (0, 1, 2), "last": (0, 1, 2), "miet": (0, 1, 2), "lora": (0,), "full": (0,)}
-PRECISIONS = ("float32", "w8a8-tt+res+rot")
+FLOAT = "float32"
+PRECISIONS = (FLOAT, "w8a8-tt+res+rot")
 TUNING_SEED = 7
 # Memory is compared under a fixed policy of glibc, which costs time: docs of benchmarks/train_memory.py.
 FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
@@ -282,9 +283,9 @@ def photos(options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     costs, edge = [], []
-    for precision in PRECISIONS:
+    for precision in options.precisions:
         costs += [child("features", seed=seed, precision=precision, **shared) for seed in (0, 1, 2)]
-        for method in METHODS if precision == PRECISIONS[0] else METHODS[:3]:
+        for method in METHODS if precision == FLOAT else METHODS[:3]:
             settings = {"method": method, "precision": precision, "rate": rates[method], "epochs": EPOCHS[method]}
             rows = [child("training", seed=seed, **settings, **shared) for seed in SEEDS[method]]
             edge += [(precision, row) for row in rows if method == "miet"]
@@ -295,7 +296,7 @@ def photos(options: argparse.Namespace) -> None:
                 f"{statistics.median(row['seconds'] for row in rows):.2f} |",
                 flush=True,
             )
-    for precision, cost in zip([p for p in PRECISIONS for _ in range(3)], costs, strict=True):
+    for precision, cost in zip([p for p in options.precisions for _ in range(3)], costs, strict=True):
         each, made = cost["seconds_per_image"], cost["seconds_to_quantize"]
         print(f"features in {precision}: {each:.3f} s an image; the backbone was made in {made:.0f} s")
     print("| backbone of miet | float32 | 16 bits | 8 bits | bytes an image, 16 and 8 bits |\n|---|---|---|---|---|")
@@ -309,10 +310,10 @@ def _tuned(options: argparse.Namespace) -> dict[str, float]:
     if not options.tune:
         return {method: rates[len(rates) // 2] for method, rates in RATES.items()}
     shared = {"folder": options.folder, "checkpoint": options.checkpoint, "seed": TUNING_SEED}
-    child("features", precision=PRECISIONS[0], **shared)
+    child("features", precision=FLOAT, **shared)
     best = {}
     for method, rates in RATES.items():
-        settings = {"method": method, "precision": PRECISIONS[0], "epochs": EPOCHS[method], **shared}
+        settings = {"method": method, "precision": FLOAT, "epochs": EPOCHS[method], **shared}
         top1 = {rate: child("training", rate=rate, **settings)["top1"] for rate in rates} if len(rates) > 1 else {}
         best[method] = max(top1, key=lambda rate: top1[rate]) if top1 else rates[0]
         print(f"tuning {method}: {', '.join(f'{rate:g} {value:.1f}' for rate, value in top1.items())}", flush=True)
@@ -354,6 +355,7 @@ def main() -> None:
     photo = commands.add_parser("photos")
     photo.add_argument("checkpoint", type=Path, help=f"of {ARCH}, position embeddings for 224 pixels")
     photo.add_argument("--folder", type=Path, default=Path("output/side"), help="for crops and features, 2 GB")
+    photo.add_argument("--precisions", nargs="+", default=PRECISIONS, help="of the backbone: float32, or schemes")
     photo.add_argument("--tune", action="store_true", help="choose the rates on the crops of another seed")
     epoch = commands.add_parser("epoch")
     epoch.add_argument("--images", type=int, default=56)
