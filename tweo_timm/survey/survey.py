@@ -187,7 +187,7 @@ def sentence(found: Survey) -> str:
     on = f"on these {found.images} images"
     if not failed:
         measured = [row.format for row in plain_rows if row.top1 is not None]
-        few = f" (too few to decide {_points(found.max_drop)} for all of them)" if undecided else ""
+        few = f", which are too few to decide that for {listing(undecided)}" if undecided else ""
         return f"Sound: {listing(measured)} each lose at most {_points(found.max_drop)} of Top-1 {on}{few}."
     groups: dict[str, list[Row]] = {}
     for row in failed:
@@ -232,8 +232,11 @@ def _worst(row: Row) -> list[str]:
 
 
 def _rest(rows: Sequence[Row]) -> str:
-    sound = [row.format for row in rows if row.survives]
-    return f"{listing(sound)} {'survives' if len(sound) == 1 else 'survive'}" if sound else "nothing else survives"
+    sound = [row.format for row in rows if row.survives and row.verdict == SURVIVES]
+    open_ = [row.format for row in rows if row.survives and row.verdict != SURVIVES]
+    parts = [f"{listing(sound)} {'survives' if len(sound) == 1 else 'survive'}"] if sound else []
+    parts += [f"{listing(open_)} may survive, {row.verdict}" for row in rows if row.format in open_[:1]]
+    return "; ".join(parts) or "nothing else survives"
 
 
 def _points(count: float) -> str:
