@@ -93,8 +93,9 @@ def sensitivities(
 def _tried_alone(watched: nn.Module, spies: dict[str, _Spy], images: Tensor, features: bool) -> dict[str, float]:
     """The scores of sites that lose channels, each rounded while the others are float."""
     lost = {name: spy for name, spy in spies.items() if spy.lost_share() >= _LOST_CHANNELS}
-    exact = watched(images).double() if lost else None
-    scores = {}
+    if not lost:
+        return {}
+    exact, scores = watched(images).double(), {}
     for name, spy in lost.items():
         spy.rounds = True
         changed = watched(images).double()
