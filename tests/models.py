@@ -11,38 +11,38 @@ from torch import nn
 from tweo_timm import TweoConfig, find_blocks
 
 NUM_CLASSES = 6
+VIT_ARCH, SWIN_ARCH, MAXVIT_ARCH = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "maxvit_nano_rw_256"
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+MAXVIT = {"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1)}
 
 
-def tiny_vit(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 6, **kwargs},
-    )
+def build(arch, sizes, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model(arch, **{**sizes, "num_classes": NUM_CLASSES, **kwargs})
 
 
-def tiny_swin(**kwargs):
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224", **{**sizes, "num_classes": 6, "drop_path_rate": 0.0, **kwargs}
-    )
+def tiny_vit(seed=0, **kwargs):
+    return build(VIT_ARCH, VIT, seed, **kwargs)
+
+
+def tiny_swin(seed=0, **kwargs):
+    return build(SWIN_ARCH, SWIN, seed, **{"drop_path_rate": 0.0, **kwargs})
 
 
 def tiny_maxvit(**kwargs):
     """A MaxViT whose blocks return B, C, H, W."""
-    torch.manual_seed(0)
-    return timm.create_model(
-        "maxvit_nano_rw_256",
-        **{"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1), "num_classes": 6, "drop_path_rate": 0.0, **kwargs},
-    )
+    return build(MAXVIT_ARCH, MAXVIT, **{"drop_path_rate": 0.0, **kwargs})
 
 
 def tiny_deit(**kwargs):
     """A ViT with a distillation token, as TokenDistillationTask needs it."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 6}
-    return timm.create_model("deit_tiny_distilled_patch16_224", **{**sizes, **kwargs})
+    return build("deit_tiny_distilled_patch16_224", VIT, **kwargs)
+
+
+def as_words(sizes):
+    """Settings of a model as --model-kwargs takes them."""
+    return [f"{name}={value}" for name, value in sizes.items()]
 
 
 BUILDERS = {"vit": tiny_vit, "swin": tiny_swin, "maxvit": tiny_maxvit}

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from tests.models import tiny_vit
 from tweo_timm.blocks import channel_axis, find_blocks
 from tweo_timm.stream import streams_in
 
@@ -164,7 +165,7 @@ def test_names_and_modules_are_those_of_named_modules_in_their_order():
 
 
 def test_a_second_search_after_forward_passes_finds_the_same_modules():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    model = tiny_vit()
     before = find_blocks(model)
     for _ in range(2):
         model(torch.zeros(1, 3, 32, 32))
@@ -174,10 +175,6 @@ def test_a_second_search_after_forward_passes_finds_the_same_modules():
 
 
 # --- wrappers -------------------------------------------------------------------------------------------------------
-
-
-def tiny_vit(depth=3):
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=depth, num_heads=2, num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +188,7 @@ def tiny_vit(depth=3):
     ids=["data-parallel", "compile", "parallel-of-compiled", "compiled-of-parallel"],
 )
 def test_wrappers_are_taken_off(wrap):
-    model = tiny_vit()
+    model = tiny_vit(depth=3)
     bare = find_blocks(model)
     wrapped = find_blocks(wrap(model))
     assert list(wrapped) == ["blocks.0", "blocks.1", "blocks.2"]
@@ -215,7 +212,7 @@ def test_an_ema_yields_the_blocks_of_its_own_copy():
 
 
 def test_blocks_compiled_one_by_one_are_found_as_the_modules_that_the_model_calls():
-    model = tiny_vit(depth=2)
+    model = tiny_vit()
     for i, block in enumerate(model.blocks):
         model.blocks[i] = torch.compile(block, backend="eager")
     found = find_blocks(model)
@@ -457,7 +454,7 @@ def test_a_model_without_blocks_says_what_was_looked_for_and_offers_a_working_ex
 
 
 def test_an_expression_names_modules_by_their_whole_name():
-    model = tiny_vit()
+    model = tiny_vit(depth=3)
     assert list(find_blocks(model, r"blocks\.[02]")) == ["blocks.0", "blocks.2"]
     assert list(find_blocks(model, r"blocks\.\d+\.mlp\.fc2")) == [f"blocks.{i}.mlp.fc2" for i in range(3)]
     assert find_blocks(model, r"blocks\.1")["blocks.1"] is model.blocks[1]
@@ -482,7 +479,7 @@ def test_an_expression_names_the_inner_attentions_of_maxvit():
 )
 def test_an_expression_that_names_nothing_useful_is_an_error_with_a_remedy(expression, reason):
     with pytest.raises(ValueError, match=reason):
-        find_blocks(tiny_vit(), expression)
+        find_blocks(tiny_vit(depth=3), expression)
 
 
 def test_a_container_that_is_never_called_cannot_be_named():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import TINY, write_images
+from tests.images import write_images
+from tests.train.runs import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = [

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.train.runs import command, train_together, write_images
+from tests.images import write_images
+from tests.train.runs import command, train_together
 from tweo_timm import needs
 from tweo_timm.train.cli import main
 

@@ -83,7 +83,7 @@ class Exported:
         assert len(self.files) == 3
 
 
-@pytest.fixture(scope="module", params=["float32", "uint8"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("uint8", marks=pytest.mark.slow)])
 def vit(request, tmp_path_factory, birds):
     return Exported(tmp_path_factory.mktemp("vit"), birds, VIT, request.param, "w8a8-tt")
 

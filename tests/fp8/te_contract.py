@@ -74,6 +74,7 @@ from transformer_engine.common import recipe as te_recipes  # noqa: E402
 from transformer_engine.pytorch import quantization  # noqa: E402
 from transformer_engine.pytorch.quantization import DelayedScalingRecipeState, FP8GlobalStateManager  # noqa: E402
 
+from tests.models import VIT, tiny_swin  # noqa: E402
 from tweo_timm import (  # noqa: E402
     Fp8Recipe,
     check_fp8_ran,
@@ -84,8 +85,6 @@ from tweo_timm import (  # noqa: E402
 )
 from tweo_timm.fp8 import patch  # noqa: E402
 from tweo_timm.fp8 import te as backend  # noqa: E402
-
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +105,7 @@ def pretend_there_is_a_gpu(monkeypatch):
 
 
 def tiny_vit(name="vit_tiny_patch16_224", **kwargs):
-    return timm.create_model(name, **{**TINY, "num_classes": 10, **kwargs})
+    return timm.create_model(name, **{**VIT, "num_classes": 10, **kwargs})
 
 
 def hidden_kinds(model):
@@ -141,15 +140,7 @@ def test_fused_and_plain_kinds_of_a_vit():
 
 
 def test_swin_fuses_its_second_norm_and_its_reductions_only():
-    model = timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        img_size=32,
-        patch_size=2,
-        embed_dim=32,
-        depths=(1, 1),
-        num_heads=(2, 2),
-        window_size=4,
-    )
+    model = tiny_swin(patch_size=2, embed_dim=32)
     patch_fp8(model)
     kinds = hidden_kinds(model)
     assert kinds["layers.0.blocks.0.norm1"] == "LayerNorm"

@@ -4,15 +4,13 @@ import os
 import socket
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from tests import models
 from tweo_timm import Fp8Recipe, fp8_state, patch_fp8
-
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
 
 
 def free_port():
@@ -22,8 +20,7 @@ def free_port():
 
 
 def tiny_vit():
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **TINY)
+    model = models.tiny_vit(depth=1, num_classes=10)
     patch_fp8(model, Fp8Recipe(amax_history_len=4))
     return model
 

@@ -7,15 +7,15 @@ import timm
 import torch
 from torch import nn
 
+from tests.models import SWIN, SWIN_ARCH, VIT, VIT_ARCH, tiny_swin, tiny_vit
 from tweo_timm.fp8.fusion import is_plain_norm, mlp_names, norm_linear_pairs
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+FINE = {"patch_size": 2, "embed_dim": 32}
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "count"),
-    [("vit_tiny_patch16_224", VIT, 4), ("deit3_small_patch16_224", VIT, 4), ("swin_tiny_patch4_window7_224", SWIN, 3)],
+    [(VIT_ARCH, VIT, 4), ("deit3_small_patch16_224", VIT, 4), (SWIN_ARCH, {**SWIN, **FINE}, 3)],
 )
 def test_fused_norm_feeds_its_linear_layer_directly_and_nothing_else(name, kwargs, count):
     model = timm.create_model(name, **kwargs)
@@ -45,16 +45,16 @@ def test_blocks_that_were_not_read_are_not_fused(name):
 
 
 def test_swins_first_norm_is_not_fused_because_windows_may_be_padded_after_it():
-    pairs = norm_linear_pairs(timm.create_model("swin_tiny_patch4_window7_224", **SWIN))
+    pairs = norm_linear_pairs(tiny_swin(**FINE))
     assert not any(norm.endswith("norm1") for norm, _ in pairs)
 
 
 @pytest.mark.parametrize("act_layer", [partial(nn.GELU, approximate="tanh"), "gelu_tanh"])
 def test_whole_mlp_is_fused_for_the_tanh_gelu_only(act_layer):
-    assert mlp_names(timm.create_model("vit_tiny_patch16_224", **VIT)) == []
-    tanh = timm.create_model("vit_tiny_patch16_224", **VIT, act_layer=act_layer)
+    assert mlp_names(tiny_vit()) == []
+    tanh = tiny_vit(act_layer=act_layer)
     assert mlp_names(tanh) == [("blocks.0.norm2", "blocks.0.mlp"), ("blocks.1.norm2", "blocks.1.mlp")]
-    with_dropout = timm.create_model("vit_tiny_patch16_224", **VIT, act_layer=act_layer, proj_drop_rate=0.1)
+    with_dropout = tiny_vit(act_layer=act_layer, proj_drop_rate=0.1)
     assert mlp_names(with_dropout) == []
 
 

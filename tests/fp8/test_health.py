@@ -3,10 +3,10 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
+from tests.models import tiny_vit
 from tests.needed import dynamos_own, needs
 from tweo_timm import Fp8HealthMonitor, Fp8Recipe, fp8_state, patch_fp8, warm_up_fp8
 
@@ -65,8 +65,7 @@ def test_undefined_ratios_are_none_and_rows_are_json():
 
 def test_monitor_is_silent_until_armed_and_changes_nothing():
     def run(watch):
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        model = tiny_vit()
         patch_fp8(model)
         monitor = Fp8HealthMonitor(model)
         counts = []

@@ -6,24 +6,24 @@ import timm
 import torch
 from torch import nn
 
+from tests.models import SWIN, VIT, tiny_vit
 from tweo_timm import Fp8Recipe, check_fp8_ran, fp8_state, patch_fp8, unpatch_fp8
 from tweo_timm.fp8.backend import choose_backend
 from tweo_timm.fp8.linear import Fp8Linear
 
-TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY_SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (1, 2), "num_heads": (2, 2), "window_size": 4}
+FINE_SWIN = {**SWIN, "patch_size": 2, "embed_dim": 32, "depths": (1, 2)}
 RUN = {
-    "vit_tiny_patch16_224": TINY_VIT,
-    "deit3_small_patch16_224": TINY_VIT,
-    "deit_tiny_distilled_patch16_224": TINY_VIT,
-    "beit_base_patch16_224": TINY_VIT,
-    "eva02_tiny_patch14_224": TINY_VIT,
-    "vit_small_patch16_dinov3": TINY_VIT,
-    "swin_tiny_patch4_window7_224": TINY_SWIN,
-    "swinv2_tiny_window8_256": TINY_SWIN,
-    "swinv2_cr_tiny_ns_224": TINY_SWIN,
-    "cait_xxs24_224": {**TINY_VIT, "patch_size": 16, "depth_token_only": 1},
-    "xcit_nano_12_p16_224": {**TINY_VIT, "patch_size": 16, "num_heads": 2},
+    "vit_tiny_patch16_224": VIT,
+    "deit3_small_patch16_224": VIT,
+    "deit_tiny_distilled_patch16_224": VIT,
+    "beit_base_patch16_224": VIT,
+    "eva02_tiny_patch14_224": VIT,
+    "vit_small_patch16_dinov3": VIT,
+    "swin_tiny_patch4_window7_224": FINE_SWIN,
+    "swinv2_tiny_window8_256": FINE_SWIN,
+    "swinv2_cr_tiny_ns_224": FINE_SWIN,
+    "cait_xxs24_224": {**VIT, "patch_size": 16, "depth_token_only": 1},
+    "xcit_nano_12_p16_224": {**VIT, "patch_size": 16, "num_heads": 2},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 32, "stages": (1, 1, 1, 1)},
     "maxvit_rmlp_nano_rw_256": {"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1)},
 }
@@ -89,7 +89,7 @@ def test_architecture_trains_in_every_layer_with_an_optimizer_built_before_and_u
 
 
 def test_unpatch_restores_modules_flags_and_hooks_by_identity():
-    model = timm.create_model("beit_base_patch16_224", num_classes=4, **TINY_VIT)
+    model = timm.create_model("beit_base_patch16_224", num_classes=4, **VIT)
     modules = dict(model.named_modules())
     patch_fp8(model, Fp8Recipe(backend="emulated"))
     assert all(block.attn.qkv_bias_separate for block in model.blocks)
@@ -137,13 +137,13 @@ def test_layer_under_two_names_of_one_parent_is_replaced_in_both():
 
 
 def test_attention_whose_qkv_is_excluded_keeps_its_flag():
-    model = timm.create_model("beit_base_patch16_224", num_classes=4, **TINY_VIT)
+    model = timm.create_model("beit_base_patch16_224", num_classes=4, **VIT)
     patch_fp8(model, Fp8Recipe(exclude=["qkv"]))
     assert not any(block.attn.qkv_bias_separate for block in model.blocks)
 
 
 def test_include_and_exclude_leave_layers_alone_and_the_report_says_why():
-    model = timm.create_model("vit_tiny_patch16_224", **TINY_VIT)
+    model = tiny_vit()
     report = patch_fp8(model, Fp8Recipe(include=[r"blocks", "head"], exclude=[r"head", r"\.1\.mlp"]))
     assert report.skipped.keys() == {"head", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"}
     assert "exclude pattern 'head'" in report.skipped["head"]
@@ -153,7 +153,7 @@ def test_include_and_exclude_leave_layers_alone_and_the_report_says_why():
 
 
 def test_zero_conversions_is_an_error():
-    model = timm.create_model("vit_tiny_patch16_224", **TINY_VIT)
+    model = tiny_vit()
     with pytest.raises(ValueError, match=r"no layer of VisionTransformer was converted.*exclude pattern"):
         patch_fp8(model, Fp8Recipe(exclude=["."]))
     with pytest.raises(ValueError, match="no layer of Conv2d"):
@@ -232,17 +232,17 @@ def test_layer_whose_weight_is_used_without_calling_it_is_found_after_the_first_
 
 
 def test_patched_checkpoint_is_a_plain_timm_checkpoint():
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=4, **TINY_VIT)
+    model = tiny_vit(num_classes=4)
     patch_fp8(model)
     loss_of(model, torch.randn(2, 3, 32, 32)).backward()
-    plain = timm.create_model("vit_tiny_patch16_224", num_classes=4, **TINY_VIT)
+    plain = tiny_vit(num_classes=4)
     plain.load_state_dict(model.state_dict(), strict=True)
     patched_copy = copy.deepcopy(model)
     patched_copy.load_state_dict(plain.state_dict(), strict=True)
 
 
 def test_a_layer_put_in_place_after_the_patch_is_not_taken_out_with_it():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    model = tiny_vit(depth=1)
     qkv = model.blocks[0].attn.qkv
     patch_fp8(model)
     model.reset_classifier(10)

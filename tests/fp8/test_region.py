@@ -4,23 +4,20 @@ import copy
 import functools
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tests import models
 from tests.needed import dynamos_own, needs
 from tweo_timm import Fp8Recipe, fp8_state, load_fp8_state, patch_fp8
 from tweo_timm.needs import lacking
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
-
 
 def tiny_vit(recipe=None, **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **TINY, **kwargs)
+    model = models.tiny_vit(num_classes=10, **kwargs)
     patch_fp8(model, recipe or Fp8Recipe(amax_history_len=4))
     return model
 

@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from timm.task import ClassificationTask
 
+from tests.models import tiny_vit
 from tweo_timm import Fp8Recipe, TweoConfig, attach_tweo, check_fp8_ran, fp8_state, load_fp8_state, patch_fp8
 from tweo_timm.fp8.te import obstacle
 
 REQUIREMENTS = ["transformer_engine==2.20.2", "einops", "onnxscript", "onnx_ir"]
 WITH_DEPENDENCIES = ["pydantic"]
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+SIZES = {"embed_dim": 64, "num_classes": 10}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,7 @@ def backend(request):
 
 def gpu_run(backend, steps, batch=16, resume=None, checkpointing=False):
     """Train a small ViT; returns losses, FP8 state and gradients of the last step."""
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **TINY).cuda()
+    model = tiny_vit(**SIZES).cuda()
     model.set_grad_checkpointing(checkpointing)
     patch_fp8(model, Fp8Recipe(backend=backend))
     if resume:
@@ -132,8 +131,7 @@ def test_gpu_checkpointing_changes_nothing(backend):
 def test_gpu_checkpointing_keeps_the_penalty_and_its_gradient(backend):
     steps = []
     for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", **TINY).cuda()
+        model = tiny_vit(**SIZES).cuda()
         patch_fp8(model, Fp8Recipe(backend=backend))
         model.set_grad_checkpointing(checkpointing)
         task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), device=torch.device("cuda"), verbose=False)
@@ -153,8 +151,7 @@ def test_gpu_checkpointing_keeps_the_penalty_and_its_gradient(backend):
 
 @pytest.mark.gpu
 def test_gpu_evaluation_leaves_state_alone(backend):
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **TINY).cuda()
+    model = tiny_vit(**SIZES).cuda()
     patch_fp8(model, Fp8Recipe(backend=backend))
     model(torch.randn(16, 3, 32, 32).cuda()).sum().backward()
     before = fp8_state(model)

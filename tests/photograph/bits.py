@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from tests.images import write_images
 from tests.photograph.runs import SCENARIOS, take, trained
-from tests.train.runs import write_images
 
 TABLES = ("summary.csv", "outliers.jsonl", "fp8_health.jsonl")
 VALIDATED = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.images import write_images
 from tests.photograph.runs import trained
-from tests.train.runs import write_images
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import yaml
 
-from tests.train.runs import last, same_tensors, train, write_images
+from tests.images import write_images
+from tests.train.runs import last, same_tensors, train
 from tweo_timm import machine
 from tweo_timm.fp8.arithmetic import ARITHMETICS
 from tweo_timm.run.precision import precision_of, resolve_precision

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from tests.train.runs import write_images
+from tests.images import write_images
 from tweo_timm.train.step import TrainStep
 
 

@@ -7,44 +7,20 @@ from collections.abc import Callable
 from multiprocessing import Process
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests import processes
+from tests import models, processes
+from tests.models import as_words
 from tweo_timm.needs import lacking
 from tweo_timm.run.world import World
 from tweo_timm.train.build import Session, build_session
 from tweo_timm.train.cli import main
 from tweo_timm.train.options import parse_train_options
 
-TINY = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
-VIT = [
-    "--model",
-    "vit_tiny_patch16_224",
-    "--model-kwargs",
-    *TINY,
-    "--num-classes",
-    "3",
-    "--input-size",
-    "3",
-    "32",
-    "32",
-]
+TINY = as_words(models.VIT)
+VIT = ["--model", models.VIT_ARCH, "--model-kwargs", *TINY, "--num-classes", "3", "--input-size", "3", "32", "32"]
 RUN = ["--device", "cpu", "-j", "0", "-b", "8", "--opt", "adamw", "--lr", "1e-3", "--warmup-epochs", "0"]
-
-
-def write_images(root: Path, train: int = 48, val: int = 12, classes: int = 3, size: int = 32) -> Path:
-    """Write an ImageFolder of noise, `train` and `val` images in all."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for index in range(count):
-            folder = root / split / f"class{index % classes}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}.png")
-    return root
 
 
 def command(data: Path, out: Path, *more: str, name: str = "run", model: list[str] | None = None) -> list[str]:

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
 import yaml
 
+from tests.models import tiny_vit
 from tests.train.runs import command, last, rows, same_tensors, train
 from tweo_timm.train.cli import main
 
@@ -38,8 +38,7 @@ def test_args_yaml_of_a_run_is_the_same_run_again(images, tmp_path):
 
 def test_the_checkpoint_is_plain_timm(images, tmp_path):
     folder = train(images, tmp_path, "--epochs", "1", "--fp8", "emulated", "--tweo-weight", "0.1", "--model-ema")
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
-    model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(folder / "last.pth.tar"), **sizes)
+    model = tiny_vit(num_classes=3, checkpoint_path=str(folder / "last.pth.tar"))
     ema = last(folder)["state_dict_ema"]
     assert all(torch.equal(value, ema[key]) for key, value in model.state_dict().items())
 

@@ -4,16 +4,15 @@ import pytest
 import torch
 from timm.models import create_model
 
+from tests.models import SWIN, SWIN_ARCH, as_words, tiny_swin, tiny_vit
 from tests.train.runs import command, session_of
 from tweo_timm.train.cli import main
 
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 NAMES = ["class0", "class1", "class2"]  # the folders of `images`
 
 
 def vit(num_classes=3, **more):
-    torch.manual_seed(7)
-    return create_model("vit_tiny_patch16_224", **SIZES, num_classes=num_classes, **more)
+    return tiny_vit(seed=7, num_classes=num_classes, **more)
 
 
 def begin(images, tmp_path, content, *more):
@@ -62,11 +61,10 @@ def test_weights_are_found_under_the_names_of_other_code_and_what_was_loaded_is_
 
 def test_a_prefix_is_taken_off_before_an_architecture_s_own_loader_sees_the_names(images, tmp_path):
     """That of Swin asks the model for the modules that the names of tables speak of."""
-    sizes = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
-    state = create_model("swin_tiny_patch4_window7_224", num_classes=12, **sizes).state_dict()
+    state = tiny_swin(num_classes=12).state_dict()
     torch.save(wrapped(state, "backbone."), tmp_path / "base.pth")
-    words = ["--model", "swin_tiny_patch4_window7_224", "--num-classes", "3", "--input-size", "3", "32", "32"]
-    words += ["--model-kwargs", *(f"{key}={value}" for key, value in sizes.items())]
+    words = ["--model", SWIN_ARCH, "--num-classes", "3", "--input-size", "3", "32", "32"]
+    words += ["--model-kwargs", *as_words(SWIN)]
     begins = ("--pretrained", "--pretrained-path", str(tmp_path / "base.pth"))
     found = session_of(images, tmp_path, *begins, model=words).model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items() if not name.startswith("head."))

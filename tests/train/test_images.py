@@ -11,7 +11,8 @@ from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.loss import compute_class_weights
 
-from tests.train.runs import VIT, command, session_of, train, write_images
+from tests.images import write_images
+from tests.train.runs import VIT, command, session_of, train
 from tweo_timm.train import data
 from tweo_timm.train.cli import main
 

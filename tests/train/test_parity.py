@@ -11,20 +11,13 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import random_seed
 
-from tests.train.runs import last, rows, same_tensors, train, write_images
+from tests.images import write_images
+from tests.models import SWIN, SWIN_ARCH, VIT, VIT_ARCH
+from tests.train.runs import last, rows, same_tensors, train
 
 EPOCHS = 3
 ACCUMULATE = 2
-SIZES = {
-    "vit": (
-        "vit_tiny_patch16_224",
-        {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    ),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)},
-    ),
-}
+SIZES = {"vit": (VIT_ARCH, VIT), "swin": (SWIN_ARCH, SWIN)}
 
 
 def plain_loop(data, name, kwargs):

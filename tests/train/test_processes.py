@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
+from tests import models
+from tests.images import write_images
 from tests.processes import run_together
 from tests.train.runs import (
     VIT,
@@ -29,7 +30,6 @@ from tests.train.runs import (
     train,
     train_together,
     wait_until,
-    write_images,
 )
 from tweo_timm.evaluate.cli import main as validate
 from tweo_timm.train.cli import main
@@ -140,9 +140,8 @@ def test_the_ema_of_two_processes_is_that_of_one(sharding, images, tmp_path):
         assert [ours[key] for key in columns] == pytest.approx([theirs[key] for key in columns], rel=1e-4)
 
 
-SWIN = ["--model", "swin_tiny_patch4_window7_224", "--num-classes", "3", "--input-size", "3", "32", "32"]
-SWIN += ["--drop-path", "0"]
-SWIN += ["--model-kwargs", "img_size=32", "window_size=4", "embed_dim=16", "depths=(1,1)", "num_heads=(2,2)"]
+SWIN = ["--model", models.SWIN_ARCH, "--model-kwargs", *models.as_words(models.SWIN), "--drop-path", "0"]
+SWIN += ["--num-classes", "3", "--input-size", "3", "32", "32"]
 MODELS = {"vit": VIT, "swin": SWIN}
 # One update of SGD with momentum: the momentum it leaves in the checkpoint is the gradient, to the bit.
 ONE_UPDATE = [
@@ -239,9 +238,7 @@ def test_a_sharded_run_leaves_a_plain_timm_checkpoint_and_continues_bit_for_bit(
         assert same_tensors(cut[key], whole[key]), key
     for weights in (whole["state_dict"], whole["state_dict_ema"]):
         assert not any(isinstance(value, torch.distributed.tensor.DTensor) for value in weights.values())
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
-    path = str(tmp_path / "whole" / "last.pth.tar")
-    model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **sizes)
+    model = models.tiny_vit(num_classes=3, checkpoint_path=str(tmp_path / "whole" / "last.pth.tar"))
     assert torch.equal(model.state_dict()["head.weight"], whole["state_dict_ema"]["head.weight"])  # timm prefers it
 
 

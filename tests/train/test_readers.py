@@ -1,6 +1,5 @@
 """Input as ImageNet comes: tar archives, WebDataset shards, Hugging Face datasets."""
 
-import io
 import json
 import pickle
 import shutil
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.train.runs import RUN, VIT, last, same_tensors, session_of, train_together, write_images
+from tests.images import add, noise, png, write_images
+from tests.train.runs import RUN, VIT, last, same_tensors, session_of, train_together
 from tweo_timm.evaluate.cli import main as validate
 from tweo_timm.train.cli import main
 
@@ -19,12 +19,6 @@ from tweo_timm.train.cli import main
 def run(tmp_path, *words, name="run"):
     assert main([*VIT, *RUN, "--output", str(tmp_path), "--experiment", name, "--epochs", "2", *words]) == 0
     return tmp_path / name
-
-
-def add(tar, name, data):
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    tar.addfile(entry, io.BytesIO(data))
 
 
 def write_shards(root, split, shards, each):
@@ -35,9 +29,7 @@ def write_shards(root, split, shards, each):
         names.append(f"toy-{split}-{shard:04d}.tar")
         with tarfile.open(root / names[-1], "w") as tar:
             for index in range(each):
-                pixels = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(pixels, "PNG")
-                add(tar, f"{shard:02d}{index:04d}.png", pixels.getvalue())
+                add(tar, f"{shard:02d}{index:04d}.png", png(noise(rng)))
                 add(tar, f"{shard:02d}{index:04d}.cls", str(index % 3).encode())
     return {"name": split, "filenames": names, "shard_lengths": [each] * shards, "num_samples": shards * each}
 

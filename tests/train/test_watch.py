@@ -15,8 +15,9 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.distributed.fsdp import fully_shard
 
+from tests.images import write_images
 from tests.models import batch, tiny_maxvit, tiny_swin, tiny_vit
-from tests.train.runs import command, last, load, same_tensors, session_of, train, write_images
+from tests.train.runs import command, last, load, same_tensors, session_of, train
 from tweo_timm.blocks import find_blocks
 from tweo_timm.run.pictures import StrictImages
 from tweo_timm.run.world import World
