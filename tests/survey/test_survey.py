@@ -77,7 +77,7 @@ def test_a_planted_residual_outlier_is_named_and_rotated_away(family):
     assert fixes["w8a8-tt+res"]["fix"] == "rotation"
     assert fixes["w8a8-tt+res"]["tried"] == 3
     assert all(name in found.verdict for name in AROUND[family])
-    assert found.verdict.endswith("w8a8-tt survives.")
+    assert found.verdict.endswith("; w8a8-tt may survive, not decided by 64 images.")
 
 
 @VIT_AND_SLOWLY_SWIN

@@ -95,8 +95,7 @@ def _tried_alone(watched: nn.Module, spies: dict[str, _Spy], images: Tensor, fea
     lost = {name: spy for name, spy in spies.items() if spy.lost_share() >= _LOST_CHANNELS}
     if not lost:
         return {}
-    exact = watched(images).double()
-    scores = {}
+    exact, scores = watched(images).double(), {}
     for name, spy in lost.items():
         spy.rounds = True
         changed = watched(images).double()
