@@ -60,6 +60,7 @@ SEEDS = {"probe": (0, 1, 2), "last": (0, 1, 2), "miet": (0, 1, 2), "lora": (0,),
 FLOAT = "float32"
 PRECISIONS = (FLOAT, "w8a8-tt+res+rot")
 TUNING_SEED = 7
+PROBES = 20  # initial weights that `bases` averages over
 # Memory is compared under a fixed policy of glibc, which costs time: docs of benchmarks/train_memory.py.
 FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
@@ -349,14 +350,14 @@ def bases(options: argparse.Namespace) -> None:
         "rotated, its gains at their rms": lambda z: functional.layer_norm(z @ turned, z.shape[1:], rms, None, 1e-6),
         "rotated, gains of 1": lambda z: functional.layer_norm(z @ turned, z.shape[1:], None, None, 1e-6),
     }
-    print(f"{ARCH}, crops of seed 0, linear probes of five initial weights; {said()}")
-    print("| backbone | basis and norm | Top-1 % | mean |\n|---|---|---|---|")
+    print(f"{ARCH}, crops of seed 0, linear probes of {PROBES} initial weights; {said()}")
+    print("| backbone | basis and norm | Top-1 %, mean | least, most |\n|---|---|---|---|")
     for precision, splits in kept.items():
         for name, read in bases.items():
             data = {split: (read(splits[split][0][:, -1, 0]), splits[split][1]) for split in ("train", "validation")}
-            top1 = [_probed(data, seed) for seed in range(5)]
-            shown = ", ".join(f"{value:.1f}" for value in top1)
-            print(f"| {precision} | {name} | {shown} | {statistics.mean(top1):.1f} |", flush=True)
+            top1 = [_probed(data, seed) for seed in range(PROBES)]
+            ends = f"{min(top1):.1f}, {max(top1):.1f}"
+            print(f"| {precision} | {name} | {statistics.mean(top1):.1f} | {ends} |", flush=True)
 
 
 def _probed(data: dict[str, tuple[Tensor, Tensor]], seed: int) -> float:
