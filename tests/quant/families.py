@@ -6,20 +6,21 @@ import timm
 import torch
 from torch import Tensor, nn
 
-_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-_SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+from tests.models import SWIN, SWIN_ARCH, VIT, VIT_ARCH
+
+_SWIN = {**SWIN, "patch_size": 2, "depths": (2, 2), "num_heads": (2, 4)}
 
 FAMILIES = {
-    "vit": ("vit_tiny_patch16_224", _VIT),
-    "deit_distilled": ("deit_tiny_distilled_patch16_224", _VIT),
-    "deit3": ("deit3_small_patch16_224", _VIT),
-    "beit": ("beitv2_base_patch16_224", _VIT),
-    "eva02": ("eva02_tiny_patch14_224", _VIT),
-    "dinov3": ("vit_small_patch16_dinov3", _VIT),
-    "cait": ("cait_xxs24_224", _VIT),
+    "vit": (VIT_ARCH, VIT),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", VIT),
+    "deit3": ("deit3_small_patch16_224", VIT),
+    "beit": ("beitv2_base_patch16_224", VIT),
+    "eva02": ("eva02_tiny_patch14_224", VIT),
+    "dinov3": ("vit_small_patch16_dinov3", VIT),
+    "cait": ("cait_xxs24_224", VIT),
     "xcit": ("xcit_nano_12_p8_224", {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}),
     "hiera": ("hiera_tiny_224", {"img_size": 64, "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 2, 1)}),
-    "swin": ("swin_tiny_patch4_window7_224", _SWIN),
+    "swin": (SWIN_ARCH, _SWIN),
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),
     "swinv2_cr": ("swinv2_cr_tiny_224", _SWIN),
     "maxvit": (

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.models import tiny_vit
+from tests.models import VIT, tiny_vit
 from tests.quant.families import FAMILIES, make_images, make_model
 from tweo_timm import patch_fp8, rotate
 from tweo_timm.blocks import find_blocks
@@ -303,7 +303,7 @@ def test_a_model_that_is_quantized_or_in_fp8_already_is_refused():
 
 def test_what_a_model_does_in_its_first_forward_only_shifts_no_scale():
     """ConViT computes relative positions once, with an addition that no later forward has."""
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "local_up_to_layer": 1}
+    kwargs = {**VIT, "local_up_to_layer": 1}
     torch.manual_seed(0)
     fresh = timm.create_model("convit_tiny", num_classes=3, **kwargs).eval()
     images = torch.randn(8, 3, 32, 32)

@@ -7,16 +7,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from tests.models import as_words
+from tests.quant.families import FAMILIES
 from tests.train.runs import TINY, VIT, command, last, same_tensors
 from tweo_timm.train.cli import main
 
-SMALL_SWIN = ["embed_dim=16", "depths=(2,2)", "num_heads=(2,4)", "window_size=4", "patch_size=2", "img_size=32"]
 IMAGES = ["--num-classes", "3", "--input-size", "3", "32", "32"]
 MODELS = [
     VIT,
     ["--model", "deit3_small_patch16_224", "--model-kwargs", *TINY, *IMAGES],
     ["--model", "eva02_tiny_patch14_224", "--model-kwargs", *TINY, *IMAGES],
-    ["--model", "swinv2_tiny_window8_256", "--model-kwargs", *SMALL_SWIN, *IMAGES],
+    ["--model", "swinv2_tiny_window8_256", "--model-kwargs", *as_words(FAMILIES["swinv2"][1]), *IMAGES],
     ["--model", "resnet10t", *IMAGES],
 ]
 # Of each group nothing, or one.
