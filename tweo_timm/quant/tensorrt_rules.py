@@ -217,7 +217,10 @@ def _standard(graph: _Graph) -> Iterator[tuple[str, str]]:
         if node.domain not in _STANDARD:
             yield _label(node), f"is {node.domain}::{node.op_type}, of another engine: export for target 'qdq'"
         elif node.op_type in _INTEGER_OPERATORS:
-            yield _label(node), f"is {node.op_type}: TensorRT takes QuantizeLinear and DequantizeLinear around a product"
+            yield (
+                _label(node),
+                f"is {node.op_type}: TensorRT takes QuantizeLinear and DequantizeLinear around a product",
+            )
 
 
 RULES: dict[str, Callable[[_Graph], Iterator[tuple[str, str]]]] = {
