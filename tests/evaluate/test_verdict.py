@@ -70,7 +70,7 @@ def test_safe_means_that_the_interval_ends_above_the_tolerance(pairs):
     a, b = (list(bits) for bits in zip(*pairs, strict=True))
     found = judge(subject := record("a", a, {"w8a8-tt": b}), subject.quantized[0])
     low, high = found.ci95
-    assert low <= found.difference <= high
+    assert -100 <= low <= found.difference <= high <= 100
     assert (found.judged == "safe") == (low >= -TOLERANCE)
 
 
@@ -89,6 +89,16 @@ def test_a_model_without_outliers_has_nothing_to_gain():
     )
     for more in ({"peak_abs": 3.1}, {"peak_abs": 2.9, "training_peak_abs": 50.0}):
         assert "nothing to gain" not in verdict([record("a", right(9, 1), **more)]).lines[2]
+
+
+def test_a_file_is_deployed_as_it_was_scored_and_a_survey_is_what_eight_bits_cost():
+    file = verdict([record("a", right(9, 1), checkpoint="a.onnx", precision="w8a8-tt")])
+    assert "scored as it is: w8a8-tt" in file.lines[1]
+    assert "deploy a.onnx" in file.lines[2]
+    surveyed = record("a", right(9, 1))
+    surveyed.answers["survey"] = object()
+    assert "in the survey below" in verdict([surveyed]).lines[1]
+    assert "--quantize" not in verdict([surveyed]).lines[2]
 
 
 def test_what_a_scheme_gains_in_time_is_said_only_where_it_was_measured():

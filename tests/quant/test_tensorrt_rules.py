@@ -112,6 +112,25 @@ def of_one_image(file):
     return helper.make_node("none", [], ["images"])
 
 
+def of_integers(file):
+    product = helper.make_node("MatMulInteger", ["a", "b"], ["planted"])
+    file.graph.node.append(product)
+    return product
+
+
+def in_sixteen_bits(file):
+    return file.give(file.first("QuantizeLinear", False), 2, np.int16(0))
+
+
+def inside_a_branch(file):
+    """What stands in an If is looked at too."""
+    pair = helper.make_node("QuantizeLinear", ["images", "planted1"], ["planted_inside"])
+    inner = helper.make_graph([pair], "then", [], [])
+    file.give(helper.make_node("none", ["", ""], []), 1, np.float32(1))
+    file.graph.node.append(helper.make_node("If", ["yes"], ["out"], then_branch=inner, else_branch=inner))
+    return pair
+
+
 def of_a_vendor(file):
     file.graph.node[-1].domain = "com.microsoft"
     return file.graph.node[-1]
@@ -128,6 +147,9 @@ PLANTED = {
     mixed: "one kind of 8 bits",
     of_one_image: "dynamic batch",
     of_a_vendor: "standard operators",
+    of_integers: "standard operators",
+    in_sixteen_bits: "symmetric",
+    inside_a_branch: "symmetric",
 }
 
 

@@ -43,6 +43,10 @@ FILES = {
         },
         "teacher.backbone.",
     ),
+    "both in one mapping": (
+        wrapped(vit(12, depth=1).state_dict(), "student.backbone.") | wrapped(STATE, "teacher.backbone."),
+        "teacher.backbone.",
+    ),
 }
 
 
