@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/side.py step                             # vit_small_patch16_224, batch 32
     OMP_NUM_THREADS=1 python benchmarks/side.py photos dinov2_small_224.safetensors
+    OMP_NUM_THREADS=1 python benchmarks/side.py bases dinov2_small_224.safetensors
     OMP_NUM_THREADS=1 python benchmarks/side.py epoch                            # from a cache, against features
 
 `step` makes training steps of each method with random weights: the largest resident set of its process, less that of a
@@ -10,6 +11,8 @@ Aims: LAST at most 0.4 of full fine-tuning's memory, and 0.6 of its time.
 
 `epoch` computes the features of a DINOv2 ViT-S/14 with random weights into a cache, and trains an epoch from it,
 reading included: processor time of an image in both. Aim: a tenth.
+
+`bases` trains linear probes on features of the same DINOv2 in its own basis and in a rotated one.
 
 `photos` trains each method on a real DINOv2 ViT-S/14 (timm's vit_small_patch14_dinov2, position embeddings for 224
 pixels): 4 training crops of each of 14 photographs, 20 validation crops of other tiles; 32 pixels each, resized to 224.
@@ -42,6 +45,7 @@ from torch.utils.data import DataLoader
 
 from tweo_timm import machine
 from tweo_timm.photos import write_photo_crops
+from tweo_timm.rewrite.methods import METHODS as METHODS_OF_ROTATION
 from tweo_timm.side import Last, Miet
 from tweo_timm.side.backbone import prepare
 from tweo_timm.side.cache import CachedFeatures, FeatureCache
@@ -53,8 +57,10 @@ RATES = {"probe": (1e-3, 3e-3, 1e-2), "last": (3e-4, 1e-3, 3e-3), "miet": (3e-4,
 RATES |= {"lora": (1e-3,), "full": (3e-5,)}
 EPOCHS = {"probe": 60, "last": 30, "miet": 30, "lora": 10, "full": 10}
 SEEDS = {"probe": (0, 1, 2), "last": (0, 1, 2), "miet": (0, 1, 2), "lora": (0,), "full": (0,)}
-PRECISIONS = ("float32", "w8a8-tt+res+rot")
+FLOAT = "float32"
+PRECISIONS = (FLOAT, "w8a8-tt+res+rot")
 TUNING_SEED = 7
+PROBES = 20  # initial weights that `bases` averages over
 # Memory is compared under a fixed policy of glibc, which costs time: docs of benchmarks/train_memory.py.
 FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
@@ -210,9 +216,9 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
     images = {split: crops(options.folder, options.seed, split) for split in ("train", "validation")}
     start = time.process_time()
     calibration = torch.split(images["train"][0][::2], BATCH)
-    backbone, _ = prepare(dinov2(options.checkpoint), ARCH, options.precision, lambda: calibration, 0, None)
+    backbone, basis, _ = prepare(dinov2(options.checkpoint), ARCH, options.precision, lambda: calibration, 0, None)
     made = time.process_time() - start
-    last, kept = Last(backbone, CLASSES), {}
+    last, kept = Last(backbone, CLASSES, basis=basis), {}
     start = time.process_time()
     for split, (pixels, labels) in images.items():
         z = torch.cat([last.features(part) for part in torch.split(pixels, BATCH)])
@@ -229,21 +235,10 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     model = build(options.method, dinov2(options.checkpoint), CLASSES)
     data, norm = _inputs(options)
     if norm is not None and hasattr(model, "head"):
-        model.head.norm.load_state_dict(norm)  # where the backbone's last norm was rotated
+        model.head.norm.load_state_dict(norm)
     model.from_cache = norm is not None
     optimizer = torch.optim.AdamW(trained(model), options.rate, weight_decay=0.01)
-    (x, targets), epochs = data["train"], options.epochs
-    per_epoch, order = -(-len(x) // BATCH), torch.Generator().manual_seed(options.seed)
-    times = []
-    for epoch in range(epochs):
-        start = time.process_time()
-        model.train()
-        for index, chosen in enumerate(torch.split(torch.randperm(len(x), generator=order), BATCH)):
-            done = (epoch + index / per_epoch) / epochs
-            for group in optimizer.param_groups:
-                group["lr"] = options.rate * 0.5 * (1 + math.cos(math.pi * done))
-            update(model, optimizer, x[chosen], targets[chosen])
-        times.append(time.process_time() - start)
+    times = _fit(model, optimizer, data, options.epochs, options.seed)
     model.eval()
     row = {"top1": _top1(model, *data["validation"]), "seconds": statistics.median(times)}
     row["parameters"] = sum(p.numel() for p in trained(model))
@@ -252,6 +247,25 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
         row |= {f"top1_{bits}": _top1(model, in_transit(messages, bits), labels) for bits in (16, 8)}
         row |= {f"bytes_{bits}": message_bytes(*messages.shape[2:], bits) for bits in (16, 8)}
     return row
+
+
+def _fit(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, tuple[Tensor, Tensor]], epochs: int, seed: int
+) -> list[float]:
+    """Train by a cosine from the optimizer's rate; processor seconds of each epoch."""
+    x, targets = data["train"]
+    per_epoch, order, rate = -(-len(x) // BATCH), torch.Generator().manual_seed(seed), optimizer.defaults["lr"]
+    times = []
+    for epoch in range(epochs):
+        start = time.process_time()
+        model.train()
+        for index, chosen in enumerate(torch.split(torch.randperm(len(x), generator=order), BATCH)):
+            done = (epoch + index / per_epoch) / epochs
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
+            update(model, optimizer, x[chosen], targets[chosen])
+        times.append(time.process_time() - start)
+    return times
 
 
 def _inputs(options: argparse.Namespace) -> tuple[dict[str, tuple[Tensor, Tensor]], Any]:
@@ -282,9 +296,9 @@ def photos(options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     costs, edge = [], []
-    for precision in PRECISIONS:
+    for precision in options.precisions:
         costs += [child("features", seed=seed, precision=precision, **shared) for seed in (0, 1, 2)]
-        for method in METHODS if precision == PRECISIONS[0] else METHODS[:3]:
+        for method in METHODS if precision == FLOAT else METHODS[:3]:
             settings = {"method": method, "precision": precision, "rate": rates[method], "epochs": EPOCHS[method]}
             rows = [child("training", seed=seed, **settings, **shared) for seed in SEEDS[method]]
             edge += [(precision, row) for row in rows if method == "miet"]
@@ -295,7 +309,7 @@ def photos(options: argparse.Namespace) -> None:
                 f"{statistics.median(row['seconds'] for row in rows):.2f} |",
                 flush=True,
             )
-    for precision, cost in zip([p for p in PRECISIONS for _ in range(3)], costs, strict=True):
+    for precision, cost in zip([p for p in options.precisions for _ in range(3)], costs, strict=True):
         each, made = cost["seconds_per_image"], cost["seconds_to_quantize"]
         print(f"features in {precision}: {each:.3f} s an image; the backbone was made in {made:.0f} s")
     print("| backbone of miet | float32 | 16 bits | 8 bits | bytes an image, 16 and 8 bits |\n|---|---|---|---|---|")
@@ -309,14 +323,48 @@ def _tuned(options: argparse.Namespace) -> dict[str, float]:
     if not options.tune:
         return {method: rates[len(rates) // 2] for method, rates in RATES.items()}
     shared = {"folder": options.folder, "checkpoint": options.checkpoint, "seed": TUNING_SEED}
-    child("features", precision=PRECISIONS[0], **shared)
+    child("features", precision=FLOAT, **shared)
     best = {}
     for method, rates in RATES.items():
-        settings = {"method": method, "precision": PRECISIONS[0], "epochs": EPOCHS[method], **shared}
+        settings = {"method": method, "precision": FLOAT, "epochs": EPOCHS[method], **shared}
         top1 = {rate: child("training", rate=rate, **settings)["top1"] for rate in rates} if len(rates) > 1 else {}
         best[method] = max(top1, key=lambda rate: top1[rate]) if top1 else rates[0]
         print(f"tuning {method}: {', '.join(f'{rate:g} {value:.1f}' for rate, value in top1.items())}", flush=True)
     return best
+
+
+def bases(options: argparse.Namespace) -> None:
+    """Compare probes in the backbone's own basis and in a rotated one, by class tokens of the crops of seed 0."""
+    shared = {"seed": 0, "folder": options.folder, "checkpoint": options.checkpoint}
+    kept = {}
+    for precision in (FLOAT, options.precision):
+        path = options.folder / f"features-0-{precision}.pt"
+        if not path.exists():
+            child("features", precision=precision, **shared)
+        kept[precision] = torch.load(path, mmap=True)
+    norm = kept[FLOAT]["norm"]
+    turned = METHODS_OF_ROTATION["random"].draw.load()(len(norm["weight"]), torch.Generator().manual_seed(0)).float()
+    rms = norm["weight"].square().mean().sqrt().expand_as(norm["weight"])
+    bases = {
+        "its own": lambda z: functional.layer_norm(z, z.shape[1:], norm["weight"], norm["bias"], 1e-6),
+        "rotated, its gains at their rms": lambda z: functional.layer_norm(z @ turned, z.shape[1:], rms, None, 1e-6),
+        "rotated, gains of 1": lambda z: functional.layer_norm(z @ turned, z.shape[1:], None, None, 1e-6),
+    }
+    print(f"{ARCH}, crops of seed 0, linear probes of {PROBES} initial weights; {said()}")
+    print("| backbone | basis and norm | Top-1 %, mean | least, most |\n|---|---|---|---|")
+    for precision, splits in kept.items():
+        for name, read in bases.items():
+            data = {split: (read(splits[split][0][:, -1, 0]), splits[split][1]) for split in ("train", "validation")}
+            top1 = [_probed(data, seed) for seed in range(PROBES)]
+            ends = f"{min(top1):.1f}, {max(top1):.1f}"
+            print(f"| {precision} | {name} | {statistics.mean(top1):.1f} | {ends} |", flush=True)
+
+
+def _probed(data: dict[str, tuple[Tensor, Tensor]], seed: int) -> float:
+    torch.manual_seed(seed)
+    fc = nn.Linear(data["train"][0].shape[1], CLASSES)
+    _fit(fc, torch.optim.AdamW(fc.parameters(), RATES["probe"][1], weight_decay=0.01), data, EPOCHS["probe"], seed)
+    return _top1(fc, *data["validation"])
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -354,7 +402,12 @@ def main() -> None:
     photo = commands.add_parser("photos")
     photo.add_argument("checkpoint", type=Path, help=f"of {ARCH}, position embeddings for 224 pixels")
     photo.add_argument("--folder", type=Path, default=Path("output/side"), help="for crops and features, 2 GB")
+    photo.add_argument("--precisions", nargs="+", default=PRECISIONS, help="of the backbone: float32, or schemes")
     photo.add_argument("--tune", action="store_true", help="choose the rates on the crops of another seed")
+    basis = commands.add_parser("bases")
+    basis.add_argument("checkpoint", type=Path, help=f"of {ARCH}, position embeddings for 224 pixels")
+    basis.add_argument("--folder", type=Path, default=Path("output/side"), help="for crops and features, 2 GB")
+    basis.add_argument("--precision", default=PRECISIONS[1], help="the scheme of the backbone beside float32")
     epoch = commands.add_parser("epoch")
     epoch.add_argument("--images", type=int, default=56)
     inner = commands.add_parser("child", help="what a process of its own does")
@@ -367,9 +420,9 @@ def main() -> None:
     if options.command == "child":
         print(json.dumps(TASKS[options.task](options)))
         return
-    if options.command == "photos":
+    if options.command in ("photos", "bases"):
         options.folder.mkdir(parents=True, exist_ok=True)
-    {"step": steps, "epoch": epochs, "photos": photos}[options.command](options)
+    {"step": steps, "epoch": epochs, "photos": photos, "bases": bases}[options.command](options)
 
 
 if __name__ == "__main__":

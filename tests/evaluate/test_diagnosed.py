@@ -29,7 +29,7 @@ def test_quantized_and_diagnosed_report_is_complete(capsys, checkpoints, common,
     assert status == 0, err
     record = json.loads((tmp_path / "r" / "report.json").read_text())["checkpoints"][0]
     assert [entry["scheme"] for entry in record["quantized"]] == ["w8a8-tt", "w4a4-ck+res"]
-    assert record["quantized"][0]["calibration"] == {"split": "train", "images": 8, "seed": 42}
+    assert record["quantized"][0]["calibration"] == {"split": "train", "images": 8, "seed": 42, "method": "absmax"}
     assert record["quantized"][0]["fidelity"]["relative_error"] < record["quantized"][1]["fidelity"]["relative_error"]
     markdown = (tmp_path / "r" / "report.md").read_text()
     for heading in ("Stethoscope", "Colinearity", "FP8 readiness", "ten sites"):

@@ -37,18 +37,24 @@ def test_the_fixed_model_is_exported(capsys, common, tmp_path):
     pytest.importorskip("onnxruntime")
     model = make_model(0)
     with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[:64] *= 40.0
         model.blocks[1].attn.qkv.weight[64:] *= 2.0**12
-        model.blocks[1].attn.proj.weight *= 2.0**-12
+        model.blocks[1].attn.proj.weight *= 2.0**-8
     path = save_checkpoint(tmp_path / "bad" / "last.pth.tar", model)
     words = ["--checkpoint", path, *common, "--survey", "--max-drop", "0", "--export", "onnx", "--report", tmp_path]
     run(capsys, *words, "--calibration-images", "8")
     _, found, _ = answer(tmp_path)
     fixed = {fix["format"]: fix for fix in found["fix"] if fix["scheme"] and fix["scheme"].startswith("w8a8")}
     assert set(found["exported"]) | set(found["not_exported"]) == {f["format"] for f in found["fix"] if f["scheme"]}
+    assert set(found["exported"]) >= {"w8a8-tt"}
     for name in set(fixed) & set(found["exported"]):
-        assert (tmp_path / f"bad.survey.{name}.onnx").exists()
+        words = ["--onnx", tmp_path / f"bad.survey.{name}.onnx", "--data-dir", common[1], "-j", "0", "-b", "4"]
+        status, result, _ = run(capsys, *words)
+        assert (status, result["crop_pct"]) == (0, 1.0)  # the file's own word, and not timm's default
+        assert result["top1"] == pytest.approx(fixed[name]["top1"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_head_is_judged_by_nearest_neighbours(capsys, common, tmp_path):
     model = make_model(0)
     model.reset_classifier(0)

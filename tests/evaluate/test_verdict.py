@@ -99,7 +99,7 @@ def test_what_a_scheme_gains_in_time_is_said_only_where_it_was_measured():
     mapping["quantized"][0]["exported"] = EXPORTED
     found = verdict([build(Record, mapping)])
     assert "w8a8-tt is safe" in found.lines[1]
-    assert "2.00 times the speed of float32 (on some, batch 1, threads 2); w4a4-tt costs accuracy" in found.lines[1]
+    assert "2.00 times the speed of float32 (its qdq file on some, batch 1, threads 2, medians); w4a4-tt costs accuracy" in found.lines[1]
     assert found.lines[2] == "Next: deploy a/b.onnx."
     exported = json.loads(json.dumps(EXPORTED))
     exported["files"][0]["fault"] = "b.onnx is off"

@@ -13,15 +13,16 @@ from tweo_timm.evaluate.zoo_cli import main
 @pytest.fixture
 def reports(tmp_path, common, monkeypatch):
     """Reports of two models, the second of them surveyed twice."""
-    monkeypatch.setattr("tweo_timm.survey.survey.FORMATS", ("bf16",))
     monkeypatch.setattr("tweo_timm.survey.survey.survey.__defaults__", (("bf16",),))
-    paths = []
-    for name, seed in (("one", 0), ("two", 1), ("again", 1)):
-        checkpoint = save_checkpoint(tmp_path / name / "last.pth.tar", make_model(seed))
-        words = ["--checkpoint", checkpoint, *common, "--survey", "--max-drop", "100", "--report", tmp_path / name]
-        assert validate([str(word) for word in words]) == 0
-        paths.append(str(tmp_path / name / "report.json"))
-    return paths
+    checkpoint = save_checkpoint(tmp_path / "one" / "last.pth.tar", make_model(0))
+    words = ["--checkpoint", checkpoint, *common, "--survey", "--max-drop", "100", "--report", tmp_path / "one"]
+    assert validate([str(word) for word in words]) == 0
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    row = report["checkpoints"][0]
+    for name in ("two", "again"):
+        row["name"], row["survey"]["weights"] = name, "0123456789abcdef"
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    return [str(tmp_path / path) for path in ("one/report.json", "two.json", "again.json")]
 
 
 def test_rows_of_the_same_weights_and_images_are_one_and_the_zoo_grows(reports, tmp_path, capsys):

@@ -9,6 +9,7 @@ from torch import nn
 from tests.models import batch, tiny_swin, tiny_vit
 from tweo_timm import find_blocks
 from tweo_timm.side import Last, LowRankAttention, Miet
+from tweo_timm.side.basis import OwnBasis
 from tweo_timm.side.miet import in_transit, message_bytes
 
 SIDES = {"last": Last, "miet": Miet}
@@ -16,8 +17,9 @@ SIDES = {"last": Last, "miet": Miet}
 
 def network(kind, backbone=None, depth=4, gap=2, **settings):
     """A side network whose up-projections are no zeros, in float64."""
+    backbone = backbone or tiny_vit(depth=depth)
     torch.manual_seed(3)
-    net = SIDES[kind](backbone or tiny_vit(depth=depth), 5, rank=6, gap=gap, num_heads=2, **settings).double()
+    net = SIDES[kind](backbone, 5, rank=6, gap=gap, num_heads=2, **settings).double()
     for module in net.modules():
         if isinstance(module, LowRankAttention):
             nn.init.normal_(module.up.weight, std=0.3)
@@ -150,6 +152,38 @@ def test_features_are_the_same_in_training_under_autocast_and_from_a_cache(kind)
     logits = net.eval()(images)
     net.from_cache = True
     assert torch.equal(net(expected), logits)
+
+
+def with_affine_norms(model):
+    """A model without a head, in float64, whose norms have gains and shifts that differ from channel to channel."""
+    torch.manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 3.0, 1.0)
+            nn.init.normal_(module.bias)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("kind", SIDES)
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (lambda: tiny_vit(depth=4, num_classes=0, init_values=0.1), {}),
+        (lambda: tiny_vit(depth=4, num_classes=0, global_pool="avg", class_token=False, fc_norm=True), {}),
+        (lambda: tiny_swin(num_classes=0), {"gap": 1, "blocks": r"layers\.1\.blocks\.\d+"}),
+        (lambda: tiny_swin(num_classes=0), {"gap": 1, "blocks": r"layers\.0\.blocks\.\d+"}),
+    ],
+    ids=["vit", "vit of averages", "last stage of a swin", "first, which is not rotated"],
+)
+def test_beside_a_rotated_backbone_the_network_is_the_one_beside_the_backbone_as_it_was(kind, model, settings):
+    plain, images = with_affine_norms(model()), batch()[0].double()
+    rotated = copy.deepcopy(plain)
+    basis = OwnBasis.rotating(rotated, "random", [images])
+    turned = network(kind, rotated, basis=basis, **settings)
+    mine = network(kind, plain, **settings)
+    torch.testing.assert_close(turned.features(images), mine.features(images), rtol=1e-9, atol=1e-10)
+    assert all(torch.equal(value, turned.state_dict()[name]) for name, value in mine.state_dict().items())
+    torch.testing.assert_close(turned(images), mine(images), rtol=1e-8, atol=1e-9)
 
 
 def test_backbones_of_several_shapes_are_refused_and_one_of_their_stages_is_not():

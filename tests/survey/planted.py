@@ -25,8 +25,23 @@ def square(model, family):
 
 def residual(model, family):
     """A channel of the stream that stands out between two blocks."""
-    model.get_submodule(FIRST[family]).mlp.fc2.bias[3] += 30.0
-    model.get_submodule(SECOND[family]).mlp.fc2.bias[3] -= 30.0
+    size = {"vit": 30.0, "swin": 80.0}[family]
+    model.get_submodule(FIRST[family]).mlp.fc2.bias[3] += size
+    model.get_submodule(SECOND[family]).mlp.fc2.bias[3] -= size
+
+
+BAD = {"vit": "blocks.1", "swin": "layers.1.blocks.0"}
+
+
+def felt_layer(model, family):
+    """A bad layer of an attention that looks somewhere, and that the model feels."""
+    attention = model.get_submodule(BAD[family]).attn
+    width = attention.proj.weight.shape[1]
+    attention.qkv.weight[: 2 * width] *= 10.0
+    attention.proj.weight *= {"vit": 1.0, "swin": 16.0}[family]
+    attention.qkv.weight[2 * width :] *= 2.0**10
+    attention.qkv.bias[2 * width :] *= 2.0**10
+    attention.proj.weight *= 2.0**-10
 
 
 def bad_layer(model, family, exponent=10):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.quant.families import make_images, make_model
+from tests.survey import planted
 from tweo_timm import quantize_static
 from tweo_timm.quant.static import quantization_scales
 from tweo_timm.survey.sensitivity import DRAWS, sensitivities
@@ -64,6 +65,23 @@ def test_a_site_that_is_not_finite_comes_first_and_the_model_stays_as_it_was():
     assert sensitivities(model, quantized, [images])[0].name == "layers.0.blocks.1.mlp.fc1"
     quantized.layers[0].blocks[1].mlp.fc1.bias[0] = before["layers.0.blocks.1.mlp.fc1.bias"][0]
     assert all(torch.equal(value, quantized.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("family", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
+def test_a_layer_that_loses_q_and_k_comes_first_though_a_saturated_softmax_has_no_gradient(family):
+    model, images = make_model(family), make_images(family, 32)
+    name = f"{planted.SECOND[family]}.attn.qkv"
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        layer.weight[: 2 * layer.in_features] *= 40.0
+        planted.bad_layer(model, family, 18)
+        quantized = quantize_static(model, [images], "w8a8-tt")
+        names = list(quantization_scales(quantized))
+        alone = quantize_static(model, [images], "w8a8-tt", keep_float=[n for n in names if n != name])
+        wanted, got = (m(images).double().log_softmax(-1) for m in (model, alone))
+    found = sensitivities(model, quantized, [images])
+    assert found[0].name == name
+    assert found[0].score == pytest.approx(2 * float((wanted.exp() * (wanted - got)).sum(-1).mean()), rel=1e-3)
 
 
 def test_a_model_without_a_head_is_scored_by_the_change_of_its_features():

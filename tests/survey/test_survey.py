@@ -33,7 +33,7 @@ def test_a_sound_model_is_called_sound_in_one_sentence(family):
     json.dumps(plain(found.to_json()), allow_nan=False)
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@VIT_AND_SLOWLY_SWIN
 def test_a_planted_value_is_named_with_its_factor_and_scaled_away(family):
     found, rows, fixes = surveyed(planted.value, family, ("fp16",))
     row, site = rows["fp16", False], f"{planted.SECOND[family]}.mlp.fc2"
@@ -46,7 +46,7 @@ def test_a_planted_value_is_named_with_its_factor_and_scaled_away(family):
     assert float16_readings(found.variants["fp16"].model, [torch.zeros(1, 3, 32, 32)]).headroom(VALUES) > 1
 
 
-@VIT_AND_SLOWLY_SWIN
+@pytest.mark.parametrize("family", ["vit", "swin"])
 def test_a_planted_square_is_named_and_a_whole_layernorm_is_the_fix(family):
     found, rows, fixes = surveyed(planted.square, family, ("fp16",))
     assert rows["fp16", False].survives
@@ -59,25 +59,36 @@ def test_a_planted_square_is_named_and_a_whole_layernorm_is_the_fix(family):
     assert "keep LayerNormalization one operator" in found.verdict
 
 
-def test_a_planted_residual_outlier_is_named_and_rotated_away():
-    found, rows, fixes = surveyed(planted.residual, "vit", ("w8a8-tt", "w8a8-tt+res"))
+AROUND = {
+    "vit": ["blocks.0.add1", "blocks.1.add0"],
+    "swin": ["layers.1.blocks.0.add2", "layers.1.blocks.1.add2"],
+}
+"""The two sites of the stream between the two blocks; a shifted window of Swin has an addition more."""
+
+
+@VIT_AND_SLOWLY_SWIN
+def test_a_planted_residual_outlier_is_named_and_rotated_away(family):
+    found, rows, fixes = surveyed(planted.residual, family, ("w8a8-tt", "w8a8-tt+res"))
     assert rows["w8a8-tt", False].survives
     row = rows["w8a8-tt+res", False]
     assert not row.survives
-    assert {site["name"] for site in row.sites[:2]} == {"blocks.0.add1", "blocks.1.add0"}
+    assert sorted(site["name"] for site in row.sites[:2]) == AROUND[family]
     assert rows["w8a8-tt+res", True].survives
     assert fixes["w8a8-tt+res"]["fix"] == "rotation"
     assert fixes["w8a8-tt+res"]["tried"] == 3
-    assert found.verdict.endswith("w8a8-tt survives.")
+    assert all(name in found.verdict for name in AROUND[family])
+    assert found.verdict.endswith("; w8a8-tt may survive, not decided by 64 images.")
 
 
-def test_a_planted_bad_layer_is_named_and_per_channel_weights_are_the_fix():
-    _, rows, fixes = surveyed(planted.bad_layer, "vit", ("w8a8-tt",))
+@VIT_AND_SLOWLY_SWIN
+def test_a_planted_bad_layer_is_named_and_per_channel_weights_are_the_fix(family):
+    found, rows, fixes = surveyed(planted.felt_layer, family, ("w8a8-tt",), max_drop=8.0)
     row = rows["w8a8-tt", False]
     assert not row.survives
-    assert (row.spread, row.sites[0]["name"]) == ("concentrated", "blocks.1.attn.qkv")
+    assert (row.spread, row.sites[0]["name"]) == ("concentrated", f"{planted.BAD[family]}.attn.qkv")
     assert row.sites[0]["share"] > 0.8
     assert (fixes["w8a8-tt"]["fix"], fixes["w8a8-tt"]["scheme"]) == ("channel", "w8a8-ct")
+    assert f"most at {planted.BAD[family]}.attn.qkv, concentrated): weights per channel" in found.verdict
 
 
 @VIT_AND_SLOWLY_SWIN
@@ -87,10 +98,13 @@ def test_a_worse_layer_is_mended_for_float16_by_a_power_of_two_behind_v(family):
     assert (fixes["fp16"]["fix"], fixes["fp16"]["sites"]) == ("pairs", [f"{planted.SECOND[family]}.attn.proj"])
 
 
+@pytest.mark.slow
 def test_what_can_neither_be_scaled_nor_rotated_is_kept_in_float32():
-    _, _, fixes = surveyed(planted.inner, "vit", ("fp16", "w8a8-tt"))
+    found, _, fixes = surveyed(planted.inner, "vit", ("fp16", "w8a8-tt"))
     assert (fixes["fp16"]["fix"], fixes["fp16"]["sites"], fixes["fp16"]["top1"]) == ("sites", ["blocks.1.mlp"], 100.0)
     assert (fixes["w8a8-tt"]["fix"], fixes["w8a8-tt"]["sites"]) == ("sites", ["blocks.1.mlp.fc2"])
+    assert "blocks.1.mlp in float32" in found.verdict
+    assert "blocks.1.mlp.fc2 in float," in found.verdict
 
 
 def test_training_is_the_last_fix_and_is_not_claimed_to_be_measured(monkeypatch):

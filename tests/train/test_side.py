@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.utils import unwrap_model
 
 from tests.train.runs import command, last, load, same_tensors, session_of, train, train_together
 from tests.train.test_resume import assert_same_run
@@ -29,6 +30,7 @@ def test_optimizer_and_checkpoint_hold_side_network_and_head_alone(words, images
     trained = {name for name, p in session.model.named_parameters() if p.requires_grad}
     given = {id(p) for group in session.optimizer.param_groups for p in group["params"]}
     assert given == {id(p) for name, p in session.model.named_parameters() if name in trained}
+    assert unwrap_model(session.task.get_eval_model(ema=True)).backbone is session.model.backbone
     before = copy.deepcopy(session.model.backbone.state_dict())
     content = last(train(images, tmp_path, *words, "--model-ema"))
     assert content["state_dict"].keys() == content["state_dict_ema"].keys() == trained

@@ -50,12 +50,14 @@ class Case:
         images: the split that is scored.
         samples: a few images for what looks closer.
         world: device and rank.
+        class_names: by index; None if nobody knows.
     """
 
     subject: Subject
     images: Images
     samples: Samples
     world: World
+    class_names: list[str | None] | None = None
 
     @property
     def options(self) -> ValidateOptions:

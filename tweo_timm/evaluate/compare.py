@@ -155,8 +155,8 @@ def paired_difference(a: Tensor, b: Tensor) -> Paired:
     reach = NormalDist().inv_cdf(0.975) * spread
     return Paired(
         100 * (only_b - only_a) / count,
-        100 * (centre - reach),
-        100 * (centre + reach),
+        100 * max(centre - reach, -1.0),
+        100 * min(centre + reach, 1.0),
         mcnemar_p(only_a, only_b),
     )
 

@@ -76,7 +76,9 @@ def open_images(options: ValidateOptions, data_config: dict[str, Any], num_class
 
 def _require_split(options: ValidateOptions, split: str) -> None:
     """Refuse a split to calibrate on that is not there: timm would read the images that are scored."""
-    root = str(options.data or options.data_dir)
+    root = options.data or options.data_dir
+    if root is None:
+        raise ValueError("no data: pass --data-dir FOLDER (with train/ and val/ inside), or --dataset TYPE/NAME")
     if reads_folders(options.dataset) and split != options.split and split_folder(Path(root), split) is None:
         raise ValueError(
             f"{root} holds no split {split!r} to calibrate on: pass the folder that holds the training split too, or "

@@ -40,6 +40,7 @@ from tweo_timm.quant.deploy import export_record
 from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.float8 import saturation
+from tweo_timm.quant.onnx_file import OnnxModel
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.records import plain
@@ -70,7 +71,7 @@ def measure(subject: Subject, world: World) -> Record:
     images = open_images(options, subject.data_config, num_classes_of(subject), world)
     names = _class_names(subject, images)
     samples = Samples(subject, world)
-    asked = Asked(Case(subject, images, samples, world))
+    asked = Asked(Case(subject, images, samples, world, names))
     with asked.watching():
         whole, outliers = _score_with_outliers(subject, images, world)
     record = Record(
@@ -177,6 +178,8 @@ def _score_with_outliers(subject: Subject, images: Images, world: World) -> tupl
 
 
 def _recorder(subject: Subject) -> OutlierRecorder | None:
+    if isinstance(subject.model, OnnxModel):  # shows its logits alone
+        return None
     try:
         return OutlierRecorder(subject.model, subject.options.tweo_blocks)
     except ValueError as error:

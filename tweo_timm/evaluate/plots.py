@@ -231,7 +231,7 @@ PICTURES: dict[str, tuple[Draw, str]] = {
     "training_loss": (
         _training_loss,
         "Mean between one log line and the next, without the penalty of TWEO: what the runs have in common. A curve "
-        "that ends early was not finite from there.",
+        "ends where its run did, or where the loss was not finite any more.",
     ),
     "training_peak": (
         _training_peak,

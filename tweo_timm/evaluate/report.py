@@ -153,17 +153,20 @@ def _print_rows(rows: Sequence[dict[str, str]]) -> None:
 def _markdown(report: Report, pictures: Sequence[Drawn]) -> str:
     records = report.checkpoints
     data = records[0].data
+    precisions = ", ".join(dict.fromkeys(record.precision for record in records))
     made = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     parts = [
         "# Validation report",
         "\n".join(f"- {markdown(line)}" for line in report.verdict.lines),
         code(report.command),
         f"{data.images} images of split {code(data.split)}, fingerprint {code(data.fingerprint)}. "
-        f"In {markdown(records[0].precision)} on {markdown(report.machine['processor'])}, "
+        f"In {markdown(precisions)} on {markdown(report.machine['processor'])}, "
         f"{report.machine['cores']} cores; {made}; {report.made}.",
         markdown_table(table_of(records)),
         "Peaks are max |A| over all outputs of transformer blocks: `training peak` over all steps of the training, "
-        "`peak` over the images above.",
+        "`peak` over the images above."
+        if any(record.blocks for record in records)
+        else "",
     ]
     parts += describe_schemes(records)
     parts += describe_groups(report.groups, records[0].title) or _differences(report)

@@ -59,7 +59,7 @@ def build_side(
         return [batch.to(device) for batch in batches]
 
     seed = record.fields("calibration").integer("seed", AT_LEAST_0) if record.has("calibration") else 0
-    backbone, mine = prepare(backbone, arch, precision, calibration, seed, options.tweo_blocks)
+    backbone, basis, mine = prepare(backbone, arch, precision, calibration, seed, options.tweo_blocks)
     theirs = dict(record.mapping)
     if mine != theirs:
         raise ValueError(
@@ -70,7 +70,7 @@ def build_side(
     if name not in SIDES:
         entry.refuse("side", name, f"one of {', '.join(SIDES)}")
     sizes = {size: settings.integer(size, AT_LEAST_1) for size in ("rank", "gap", "modules_per_block", "num_heads")}
-    net: SideNetwork = SIDES[name].load()(backbone, num_classes, blocks=options.tweo_blocks, **sizes)
+    net: SideNetwork = SIDES[name].load()(backbone, num_classes, blocks=options.tweo_blocks, basis=basis, **sizes)
     net.backbone_record = mine
     return net
 

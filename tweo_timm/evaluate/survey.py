@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tweo_timm import machine
+from tweo_timm.artefact import Artefact
 from tweo_timm.evaluate.answers import SurveyAnswer, SurveyRow
 from tweo_timm.evaluate.case import Case
 from tweo_timm.evaluate.markdown import markdown_table, number
@@ -164,14 +165,18 @@ def _at_other_sizes(model: nn.Module, samples: Sequence[Tensor], sizes: Sequence
 
 
 def _exported(case: Case, bench: Bench, found: Survey) -> dict[str, Any]:
-    """Write the fixed models of which there are files."""
+    """Write the fixed models of which there are files; each says how its images are prepared."""
+    subject, options = case.subject, case.options
+    calibration = {"split": options.calibration_split, "seed": options.seed}
     exported: dict[str, str] = {}
     refused: dict[str, str] = {}
-    for name, variant in found.variants.items() if case.options.export else ():
-        folder = Path(case.options.report) if case.options.report else (case.subject.path or Path()).parent
-        path = folder / f"{case.subject.name.replace('/', '-')}.survey.{name}.onnx"
+    for name, variant in found.variants.items() if options.export else ():
+        folder = Path(options.report) if options.report else (subject.path or Path()).parent
+        path = folder / f"{subject.name.replace('/', '-')}.survey.{name}.onnx"
+        said = Artefact(variant.scheme, subject.preprocessing, case.class_names, calibration, subject.arch)
+        form: dict[str, Any] = {"input_dtype": options.export_input, "dtype": options.export_dtype}
         try:
-            export_onnx(bench.build(variant), path, case.samples.diagnosis[:2])
+            export_onnx(bench.build(variant), path, case.samples.diagnosis[:2], artefact=said, **form)
             exported[name] = str(path)
         except (RuntimeError, ValueError, OSError) as error:
             refused[name] = str(error)

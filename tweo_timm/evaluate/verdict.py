@@ -132,6 +132,10 @@ def _by_peak(best: Record, rival: Record) -> str:
 
 def _precision(best: Record, schemes: Sequence[SchemeVerdict]) -> str:
     """What each scheme does to it; how fast it is where that was measured."""
+    if not schemes and _is_file(best):
+        return f"The file is scored as it is: {best.precision}."
+    if not schemes and "survey" in best.answers:
+        return "What formats of few bits cost is in the survey below."
     if not schemes:
         return "Quantization was not measured."
     count = f"{best.data.images} images"
@@ -140,6 +144,11 @@ def _precision(best: Record, schemes: Sequence[SchemeVerdict]) -> str:
         + "; ".join(f"{found.scheme} {_judged(found)}{_speed(best, found.scheme)}" for found in schemes)
         + "."
     )
+
+
+def _is_file(record: Record) -> bool:
+    """Whether it is of --onnx: a file that is what it is."""
+    return str(record.checkpoint).endswith(".onnx")
 
 
 def _judged(found: SchemeVerdict) -> str:
@@ -163,7 +172,11 @@ def _fastest(exported: Exported | None) -> tuple[str, float, str] | None:
     wrong = exported.wrong_targets()
     sound = {file.target for file in exported.files} - wrong
     rows = [
-        (row.file, row.ratio, f"on {times.cpu}, batch {times.batch}, threads {times.threads}")
+        (
+            row.file,
+            row.ratio,
+            f"its {row.file} file on {times.cpu}, batch {times.batch}, threads {times.threads}, medians",
+        )
         for times in exported.latency
         for row in times.rows
     ]
@@ -183,7 +196,11 @@ def _next(best: Record, schemes: Sequence[SchemeVerdict]) -> str:
     safe = [found for found in schemes if found.judged == "safe"]
     small = max(_peak(best), best.training_peak_abs or 0.0) <= TAU
     gain = f"nothing to gain from TWEO or a rotation, since peaks are below tau ({TAU:g})"
-    if not schemes:
+    if not schemes and _is_file(best):
+        step = f"deploy {best.checkpoint}, whose images are prepared as it was scored"
+    elif not schemes and "survey" in best.answers:
+        step = "do what the survey says"
+    elif not schemes:
         step = "add --quantize w8a8-tt w8a8-tt+res to see what 8 bits cost"
     elif safe:
         step = _deploy(best, max(safe, key=lambda found: _gain(best, found.scheme)).scheme)

@@ -21,6 +21,7 @@ _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
 _PASSING = {"Reshape", "Transpose", "Slice", "Concat", "Squeeze", "Unsqueeze", "Pad", "Identity", "Flatten", "Cast"}
 _STANDARD = ("", "ai.onnx")
+_INTEGER_OPERATORS = {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Graph:
     def __init__(self, model: Any) -> None:
         from onnx import TensorProto
 
-        self.nodes = list(model.graph.node)
+        self.nodes = list(_nodes(model.graph))
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in self.nodes:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
@@ -125,6 +126,15 @@ class _Graph:
         return made is not None
 
 
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph and of the graphs inside them, such as the branches of an If."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
 def _label(node: Any) -> str:
     return str(node.name or node.output[0])
 
@@ -136,6 +146,8 @@ def _symmetric(graph: _Graph) -> Iterator[tuple[str, str]]:
         kind = graph.kind(node)
         if kind == "UINT8":
             yield _label(node), "stores uint8: quantize to int8 with zero point 0"
+        elif kind is None and node.op_type == _QUANTIZE:
+            yield _label(node), "stores neither int8 nor E4M3: quantize to one of them"
         elif len(node.input) > 2 and node.input[2] in graph.constants:
             zero = numpy_helper.to_array(graph.constants[node.input[2]]).astype(np.float32)
             if zero.any():
@@ -204,6 +216,8 @@ def _standard(graph: _Graph) -> Iterator[tuple[str, str]]:
     for node in graph.nodes:
         if node.domain not in _STANDARD:
             yield _label(node), f"is {node.domain}::{node.op_type}, of another engine: export for target 'qdq'"
+        elif node.op_type in _INTEGER_OPERATORS:
+            yield _label(node), f"is {node.op_type}: TensorRT takes QuantizeLinear and DequantizeLinear around a product"
 
 
 RULES: dict[str, Callable[[_Graph], Iterator[tuple[str, str]]]] = {

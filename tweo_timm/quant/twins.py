@@ -213,8 +213,9 @@ class _Hooks:
         visit: Callable[[Unit], None],
     ) -> None:
         self._quantized, self._rows, self._num_images, self._visit = quantized, rows, num_images, visit
-        self._outputs: list[Any] = []
+        self._output: Any = None
         self._inside = False
+        self._open: nn.Module | None = None  # the unit whose own forward runs, on one image: nothing in it is a unit
         self._handles: list[Any] = []
         for name in rows:
             module = reference.get_submodule(name)
@@ -227,22 +228,26 @@ class _Hooks:
 
     def _before(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._inside:
+            if self._inside or self._open is not None:  # a layer that several blocks share, CoaT's, is named outside
                 return None
             modules = module, self._quantized.get_submodule(name)
             unit = Unit(name, modules, (args, kwargs), self._rows[name], self._num_images)
             self._inside = True
             try:
                 self._visit(unit)
-                self._outputs.append(unit.outputs())
+                self._output = unit.outputs()
             finally:
                 self._inside = False
+            self._open = module
             return unit.first()
 
         return hook
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return output if self._inside else self._outputs.pop()
+        if self._inside or module is not self._open:
+            return output
+        self._open = None
+        return self._output
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

@@ -33,6 +33,8 @@ def check_num_classes(dataset: Any, num_classes: int, mapped: bool = False, chos
     names = class_names(dataset)
     if not names:
         return
+    if set(names) == {""}:
+        raise ValueError("the data has images but no class folders: put those of each class into a folder of its name")
     count = max(names.values()) + 1  # torchvision's ImageNet has several names per class
     if mapped and count <= num_classes:
         return

@@ -3,14 +3,15 @@
 Weights are named by a fingerprint of their values, not by a path. A quantized backbone is the float one, the scheme and
 the calibration images: these three name it, so that it can be made again where a network is validated.
 
-Refused: whatever `quantize_static` refuses. A backbone that is to be rotated gets a head that returns its features,
-which a rotation needs, and which no side network reads.
+Refused: whatever `quantize_static` refuses. A backbone that is to be rotated (+rot, +rotr) is rotated here, before it
+is quantized, so that its streams can be read in the basis that they had (basis.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
-from tweo_timm.rewrite.head import add_feature_head
+from tweo_timm.side.basis import OwnBasis
 from tweo_timm.side.config import PRECISIONS
 
 CALIBRATION_BATCH = 32
@@ -41,7 +42,7 @@ def prepare(
     calibration: Callable[[], Sequence[Tensor]],
     seed: int,
     blocks: str | None,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, OwnBasis | None, dict[str, Any]]:
     """Bring a float backbone into its precision.
 
     Args:
@@ -53,12 +54,13 @@ def prepare(
         blocks: regular expression naming the transformer blocks by hand.
 
     Returns:
-        The backbone, and what names it: arch, fingerprint, precision and, for schemes, the calibration's images, seed
-        and fingerprint.
+        The backbone; the basis that it had, if it was rotated; and what names it: arch, fingerprint, precision and, for
+        schemes, the calibration's images, seed and fingerprint.
 
     Raises:
         ValueError: it cannot be quantized in this way.
     """
+    basis = None
     record: dict[str, Any] = {
         "arch": arch,
         "fingerprint": fingerprint(backbone.state_dict()),
@@ -74,11 +76,11 @@ def prepare(
         record["calibration"] = {"images": count, "seed": seed, "fingerprint": fingerprint(images)}
         try:
             if scheme.rotation:
-                add_feature_head(backbone)
-            backbone = quantize_static(backbone, batches, scheme, blocks)
+                basis = OwnBasis.rotating(backbone, scheme.rotation_method, batches)
+            backbone = quantize_static(backbone, batches, replace(scheme, rotation=""), blocks)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"a backbone in {precision} is not possible for {arch}: {error}") from error
-    return backbone, record
+    return backbone, basis, record
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ import torch
 from timm.layers import global_pool_nlc, trunc_normal_
 from torch import Tensor, nn
 
+from tweo_timm.side.basis import OwnBasis
+
 POOLS = ("token", "avg", "avgmax", "max")
 
 
@@ -23,6 +25,7 @@ class Head(nn.Module):
         dim: width of the tokens.
         num_classes: classes.
         drop: dropout before the linear layer.
+        basis: of a rotated backbone, with the norm that it had before.
 
     Attributes:
         pool: how tokens become one vector: "token" (the first), "avg", "avgmax" or "max" (of the patches).
@@ -30,11 +33,13 @@ class Head(nn.Module):
         fc: the linear layer.
     """
 
-    def __init__(self, backbone: nn.Module, dim: int, num_classes: int, drop: float = 0.0) -> None:
+    def __init__(
+        self, backbone: nn.Module, dim: int, num_classes: int, drop: float = 0.0, basis: OwnBasis | None = None
+    ) -> None:
         super().__init__()
         self.num_prefix_tokens = int(getattr(backbone, "num_prefix_tokens", 0))
         self.pool = _pool(backbone, self.num_prefix_tokens)
-        self.norm = _norm(backbone, dim)
+        self.norm = _norm(getattr(backbone, "norm", None) if basis is None else basis.norm, dim)
         self.drop = nn.Dropout(drop)
         self.fc = nn.Linear(dim, num_classes)
         trunc_normal_(self.fc.weight, std=0.02)
@@ -54,8 +59,7 @@ def _pool(backbone: Any, num_prefix_tokens: int) -> str:
     return "token" if getattr(backbone, "cls_token", None) is not None and num_prefix_tokens else "avg"
 
 
-def _norm(backbone: Any, dim: int) -> nn.LayerNorm:
-    theirs = getattr(backbone, "norm", None)
+def _norm(theirs: nn.Module | None, dim: int) -> nn.LayerNorm:
     if not isinstance(theirs, nn.LayerNorm) or theirs.normalized_shape != (dim,):
         return nn.LayerNorm(dim, eps=1e-6)
     norm = nn.LayerNorm(dim, eps=theirs.eps)

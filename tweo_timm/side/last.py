@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tweo_timm.side.basis import OwnBasis
 from tweo_timm.side.config import SideConfig
 from tweo_timm.side.head import Head
 from tweo_timm.side.network import SideNetwork
@@ -29,6 +30,7 @@ class Last(SideNetwork):
         drop: dropout before the classifier.
         drop_path: stochastic depth of the attention modules.
         blocks: regular expression naming the backbone's blocks by hand; None finds them by structure.
+        basis: that which a rotated backbone had before; None for one that is as it was made.
 
     Attributes:
         blocks: the side blocks, one for each group.
@@ -50,13 +52,14 @@ class Last(SideNetwork):
         drop: float = SideConfig.drop,
         drop_path: float = SideConfig.drop_path,
         blocks: str | None = None,
+        basis: OwnBasis | None = None,
     ) -> None:
         config = SideConfig(rank, gap, modules_per_block, num_heads, drop, drop_path)
-        super().__init__(backbone, num_classes, config, blocks, summed=False)
+        super().__init__(backbone, num_classes, config, blocks, summed=False, basis=basis)
         self.blocks = nn.ModuleList(
             nn.Sequential(*self._modules_of(modules_per_block)) for _ in range(self.reading.count - 1)
         )
-        self.head = Head(backbone, self.reading.dim, num_classes, drop)
+        self.head = Head(backbone, self.reading.dim, num_classes, drop, basis)
 
     def tokens(self, features: Tensor) -> Tensor:
         """Return u_m - (z_0 + ... + z_{m-1}), (B, N, C), of z_0 ... z_m, (B, m + 1, N, C)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.side.basis import OwnBasis
 from tweo_timm.side.config import SideConfig
 from tweo_timm.side.head import Head
 from tweo_timm.side.network import SideNetwork
@@ -33,6 +34,7 @@ class Miet(SideNetwork):
         drop: dropout before the classifier.
         drop_path: stochastic depth of the attention modules.
         blocks: regular expression naming the backbone's blocks by hand; None finds them by structure.
+        basis: that which a rotated backbone had before; None for one that is as it was made.
 
     Attributes:
         edge: the attention modules.
@@ -54,11 +56,12 @@ class Miet(SideNetwork):
         drop: float = SideConfig.drop,
         drop_path: float = SideConfig.drop_path,
         blocks: str | None = None,
+        basis: OwnBasis | None = None,
     ) -> None:
         config = SideConfig(rank, gap, modules_per_block, num_heads, drop, drop_path)
-        super().__init__(backbone, num_classes, config, blocks, summed=True)
+        super().__init__(backbone, num_classes, config, blocks, summed=True, basis=basis)
         self.edge = nn.Sequential(*self._modules_of(modules_per_block))
-        self.head = Head(backbone, self.reading.dim, num_classes, drop)
+        self.head = Head(backbone, self.reading.dim, num_classes, drop, basis)
 
     def tokens(self, features: Tensor) -> Tensor:
         """Return the edge's tokens (B, N, C) of the sum (B, 1, N, C)."""

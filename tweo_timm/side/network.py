@@ -17,6 +17,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from tweo_timm.side.attention import LowRankAttention
+from tweo_timm.side.basis import OwnBasis
 from tweo_timm.side.config import SideConfig
 from tweo_timm.side.head import Head
 from tweo_timm.side.reading import Reading
@@ -31,6 +32,7 @@ class SideNetwork(nn.Module, abc.ABC):
         config: settings of the side network.
         blocks: regular expression naming the backbone's blocks by hand; None finds them by structure.
         summed: whether the streams are only read as their sum.
+        basis: that which a rotated backbone had before; None for one that is as it was made.
 
     Attributes:
         backbone: the frozen model; no state_dict of the network holds it.
@@ -52,7 +54,13 @@ class SideNetwork(nn.Module, abc.ABC):
     head: Head
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, config: SideConfig, blocks: str | None, summed: bool
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        config: SideConfig,
+        blocks: str | None,
+        summed: bool,
+        basis: OwnBasis | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -60,7 +68,7 @@ class SideNetwork(nn.Module, abc.ABC):
         backbone.requires_grad_(False).eval()
         self.backbone = backbone
         self.config = config
-        self.reading = Reading(backbone, config.gap, blocks)
+        self.reading = Reading(backbone, config.gap, blocks, basis)
         self.num_classes = num_classes
         self.from_cache = False
         self.summed = summed

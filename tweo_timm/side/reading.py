@@ -20,6 +20,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from tweo_timm.blocks import channel_axis, find_blocks
+from tweo_timm.side.basis import OwnBasis
 from tweo_timm.tap import BlockTap
 
 
@@ -30,6 +31,7 @@ class Reading:
         backbone: a model with transformer blocks; it is run once on a blank image.
         gap: blocks in a group.
         blocks: regular expression naming the transformer blocks by hand; None finds them by structure.
+        basis: of a rotated backbone, in which its streams are read.
 
     Attributes:
         first: name of the block whose input is z_0.
@@ -41,7 +43,8 @@ class Reading:
         ValueError: the streams differ in shape, or `gap` does not divide the number of blocks.
     """
 
-    def __init__(self, backbone: nn.Module, gap: int, blocks: str | None = None) -> None:
+    def __init__(self, backbone: nn.Module, gap: int, blocks: str | None = None, basis: OwnBasis | None = None) -> None:
+        self.basis = basis
         found = list(find_blocks(backbone, blocks))
         if gap < 1 or len(found) % gap:
             divisors = ", ".join(str(g) for g in range(1, len(found) + 1) if not len(found) % g)
@@ -86,7 +89,7 @@ class Reading:
                 found[0][:, place[name]] = stream
 
         self._run(backbone, images, take)
-        return found[0]
+        return found[0] if self.basis is None else self.basis.back(found[0], self.first)
 
     def _run(self, backbone: nn.Module, images: Tensor, take: Callable[[str, Tensor], None]) -> None:
         """Run the backbone, and hand out each stream when it is there, in the order of execution; z_0 has no name."""

@@ -27,6 +27,8 @@ _MARGIN = 2.0
 """What is scaled down is to be this far below float16's limit."""
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """How many sites are kept in float, one try after the other."""
+_NAMED = 3
+"""So many of them a sentence names; the record has all."""
 
 
 @dataclass
@@ -129,7 +131,7 @@ def _pairs_scaled(problem: Problem) -> Iterator[Trial]:
     else:
         pairs, stream = weight_exponents(model) if problem.integers else {}, {}
     if pairs:
-        words = f"a power of two between two layers, v and proj say (exponents up to {max(pairs.values())})"
+        words = f"a power of two between {named(sorted(pairs))} and what writes to it (2^{max(pairs.values())} at most)"
         yield Trial(words, problem.variant.but(model=_rescaled(problem, {}, pairs)), sorted(pairs))
         if stream:
             both = problem.variant.but(model=_rescaled(problem, stream, pairs))
@@ -151,12 +153,11 @@ def _sites_in_float(problem: Problem) -> Iterator[Trial]:
     if problem.float16:
         names = enclosing(problem.variant.model, problem.readings)
         if names:
-            yield Trial(f"{counted(len(names), 'module')} in float32", problem.variant.but(keep=tuple(names)), names)
+            yield Trial(f"{named(names)} in float32", problem.variant.but(keep=tuple(names)), names)
         return
     names = [site.name for site in problem.sites]
     for count in (count for count in _COUNTS if count <= len(names) // 2):
-        words = f"{counted(count, 'site')} in float"
-        yield Trial(words, problem.variant.but(keep=tuple(names[:count])), names[:count])
+        yield Trial(f"{named(names[:count])} in float", problem.variant.but(keep=tuple(names[:count])), names[:count])
 
 
 def _training(problem: Problem) -> Iterator[Trial]:
@@ -222,9 +223,15 @@ def _holds_in_float16(problem: Problem, variant: Variant) -> bool:
     return all(_inside(site.name, variant.keep) for site in overflowing)
 
 
-def counted(count: int, noun: str) -> str:
-    """Say how many of something there are."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def named(names: Sequence[str]) -> str:
+    """Name a few layers or sites, and count the others."""
+    first, others = list(names[:_NAMED]), len(names) - _NAMED
+    return listing([*first, f"{others} more"] if others > 0 else first)
+
+
+def listing(names: Sequence[str]) -> str:
+    """Join names in the way of a sentence."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _inside(name: str, modules: Sequence[str]) -> bool:

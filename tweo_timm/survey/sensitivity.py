@@ -7,6 +7,10 @@ would cause (the Fisher information in the direction of the error). A model with
 gradient is that of a random direction of its features, and the score is the mean square of their change.
 
 The sum is squared after it is taken: errors of a layer cancel, or add up. Sites whose error is not finite come first.
+
+A gradient speaks for small errors. Where whole channels are rounded away (q and k beside a v that is a thousand times
+larger: attention becomes uniform, and a softmax that was saturated has no gradient to say so) the site is tried alone
+on the first batch, and its score is twice the divergence that was found.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ _CHUNK = 8
 """Images at a time: the outputs of all sites are alive together."""
 DRAWS = 8
 """Labels drawn for each image."""
+_LOST_ERROR, _LOST_CHANNELS = 0.5, 0.1
+"""A channel is lost if its error has this share of its root mean square; a site is tried alone if so many are."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def sensitivities(
     if not spies:
         raise ValueError("the model has no quantized layer: pass what quantize_static returned")
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    sums, count = dict.fromkeys(spies, 0.0), 0
+    sums, count, batches = dict.fromkeys(spies, 0.0), 0, list(batches)
     for images in (part for batch in batches for part in torch.split(batch, _CHUNK)):
         logits = watched(images.to(device))
         count += len(images)
@@ -76,8 +82,34 @@ def sensitivities(
                 sums[name] += spy.squared_sum(gradient, len(images))
     if not count:
         raise ValueError("sensitivity is measured on at least one image")
-    found = [Sensitivity(name, _finite_or_infinite(sums[name] / count / DRAWS), spies[name].peak) for name in spies]
+    scores = {name: total / count / DRAWS for name, total in sums.items()} | _tried_alone(
+        watched, spies, batches[0].to(device), features
+    )
+    found = [Sensitivity(name, _finite_or_infinite(score), spies[name].peak) for name, score in scores.items()]
     return sorted(found, key=lambda site: -site.score)
+
+
+@torch.no_grad()
+def _tried_alone(watched: nn.Module, spies: dict[str, _Spy], images: Tensor, features: bool) -> dict[str, float]:
+    """The scores of sites that lose channels, each rounded while the others are float."""
+    lost = {name: spy for name, spy in spies.items() if spy.lost_share() >= _LOST_CHANNELS}
+    if not lost:
+        return {}
+    exact, scores = watched(images).double(), {}
+    for name, spy in lost.items():
+        spy.rounds = True
+        changed = watched(images).double()
+        spy.rounds = False
+        scores[name] = _damage(exact, changed, features)
+    return scores
+
+
+def _damage(exact: Tensor, changed: Tensor, features: bool) -> float:
+    """What the score of a small error would be: twice the divergence, or the squared change of features."""
+    if features:
+        return float((changed - exact).square().sum(-1).mean())
+    wanted = exact.log_softmax(-1)
+    return 2 * float((wanted.exp() * (wanted - changed.log_softmax(-1))).sum(-1).mean())
 
 
 def _loss(logits: Tensor, features: bool, generator: torch.Generator) -> Tensor:
@@ -101,6 +133,7 @@ class _Spy(nn.Module):
     """
 
     stream = 0
+    rounds = False
     output: Tensor
     error: Tensor
 
@@ -108,6 +141,8 @@ class _Spy(nn.Module):
         super().__init__()
         self.exact, self.rounded = exact, rounded
         self.peak = 0.0
+        self.squares = torch.zeros(2, 1, dtype=torch.float64)
+        """Of errors and of outputs, summed over everything but channels, (2, C)."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -116,15 +151,31 @@ class _Spy(nn.Module):
             return getattr(self.__dict__["_modules"]["exact"], name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the float model has here."""
+        """Return what the float model has here; when it `rounds`, what the format makes of it."""
+        if self.rounds:
+            with torch._C.DisableTorchFunction():
+                return self.rounded(x)  # type: ignore[no-any-return]
         y: Tensor = x if self.exact is None else self.exact(x)
+        if not torch.is_grad_enabled():  # another site is tried alone
+            return y
         with torch.no_grad(), torch._C.DisableTorchFunction():  # a StreamQuantizer counts additions
             self.peak = max(self.peak, float(x.abs().amax()))
             self.error = self.rounded(x.detach()) - y.detach()
+            self._count_channels(y.detach())
         if not y.requires_grad:  # the first site: its weights are not asked for
             y.requires_grad_()
         self.output = y
         return y
+
+    def _count_channels(self, y: Tensor) -> None:
+        axis = 1 if isinstance(self.exact, nn.Conv2d) else -1
+        both = torch.stack([part.double().square().movedim(axis, -1).flatten(0, -2).sum(0) for part in (self.error, y)])
+        self.squares = self.squares.to(both) + both
+
+    def lost_share(self) -> float:
+        """The share of channels of which the format leaves little."""
+        error, output = self.squares
+        return float((error > _LOST_ERROR**2 * output).double().mean())
 
     def squared_sum(self, gradient: Tensor | None, num_images: int) -> float:
         """The sum over images of (sum of gradient times error)^2; windows of an image are consecutive."""

@@ -18,7 +18,7 @@ from tweo_timm.diagnose.float16 import READINGS, VALUES, Float16Readings
 from tweo_timm.quant.scheme import BASES, Scheme
 from tweo_timm.survey.bench import Bench, Variant
 from tweo_timm.survey.decide import FAILS, SURVIVES, top1_of
-from tweo_timm.survey.fixes import Problem, smallest_fix
+from tweo_timm.survey.fixes import Problem, listing, named, smallest_fix
 from tweo_timm.survey.sensitivity import Sensitivity, share_of
 
 FORMATS = ("fp16", "bf16", "fp8", "fp8-unit", "w8a8-tt", "w8a8-tt+res")
@@ -187,8 +187,8 @@ def sentence(found: Survey) -> str:
     on = f"on these {found.images} images"
     if not failed:
         measured = [row.format for row in plain_rows if row.top1 is not None]
-        few = f" (too few to decide {_points(found.max_drop)} for all of them)" if undecided else ""
-        return f"Sound: {_listing(measured)} each lose at most {_points(found.max_drop)} of Top-1 {on}{few}."
+        few = f", which are too few to decide that for {listing(undecided)}" if undecided else ""
+        return f"Sound: {listing(measured)} each lose at most {_points(found.max_drop)} of Top-1 {on}{few}."
     groups: dict[str, list[Row]] = {}
     for row in failed:
         groups.setdefault(_fix_of(row, found)["words"], []).append(row)
@@ -204,28 +204,39 @@ def _clause(rows: Sequence[Row], found: Survey) -> str:
     certain = any(row.verdict == FAILS for row in rows)
     verb = ("does not" if len(rows) == 1 else "do not") if certain else "may not"
     top1 = [_fix_of(row, found)["top1"] for row in rows]
-    then = "" if None in top1 else f", then {_listing([f'{value:.2f} %' for value in top1])}"
-    words = f"{_listing([row.format for row in rows])} {verb} survive ({_breaks(rows[0])})"
+    then = "" if None in top1 else f", then {listing([f'{value:.2f} %' for value in top1])}"
+    words = f"{listing([row.format for row in rows])} {verb} survive ({_breaks(rows[0])})"
     return f"{words}: {_fix_of(rows[0], found)['words']}{then}"
 
 
 def _breaks(row: Row) -> str:
-    first = row.sites[0]["name"] if row.sites else ""
     spread = f", {row.spread}" if row.spread else ""
     if row.headroom is not None and row.headroom < 1:
-        return f"first at {first}, {1 / max(row.sites[0]['factor'], 1e-30):.3g} times too large{spread}"
+        return f"first at {row.sites[0]['name']}, {1 / max(row.sites[0]['factor'], 1e-30):.3g} times too large{spread}"
+    worst = f", most at {named(_worst(row))}" if row.sites else ""
     if row.drop is None:
-        return f"outputs are not finite{f', most at {first}' if first else ''}"
-    return f"{row.drop:.2f} points lost{f', most at {first}' if first else ''}{spread}"
+        return f"outputs are not finite{worst}"
+    return f"{row.drop:.2f} points lost{worst}{spread}"
+
+
+def _worst(row: Row) -> list[str]:
+    """The sites that do most of the damage together; only the first where it is diffuse."""
+    names: list[str] = []
+    done = 0.0
+    for site in row.sites:
+        names.append(site["name"])
+        done += site["share"]
+        if row.spread != "concentrated" or done >= CONCENTRATED_SHARE:
+            break
+    return names
 
 
 def _rest(rows: Sequence[Row]) -> str:
-    sound = [row.format for row in rows if row.survives]
-    return f"{_listing(sound)} {'survives' if len(sound) == 1 else 'survive'}" if sound else "nothing else survives"
-
-
-def _listing(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    sound = [row.format for row in rows if row.survives and row.verdict == SURVIVES]
+    open_ = [row.format for row in rows if row.survives and row.verdict != SURVIVES]
+    parts = [f"{listing(sound)} {'survives' if len(sound) == 1 else 'survive'}"] if sound else []
+    parts += [f"{listing(open_)} may survive, {row.verdict}" for row in rows if row.format in open_[:1]]
+    return "; ".join(parts) or "nothing else survives"
 
 
 def _points(count: float) -> str:

@@ -44,7 +44,7 @@ from tweo_timm.train.param_groups import scale_rates
 from tweo_timm.train.pretrained import settle_head
 from tweo_timm.train.rate import batch_remark, resolved_lr
 from tweo_timm.train.shard import check_sharding, shard
-from tweo_timm.train.side import build_side
+from tweo_timm.train.side import build_side, share_backbone
 from tweo_timm.train.side_data import cached_datasets
 
 _logger = logging.getLogger(__name__)
@@ -336,6 +336,8 @@ def _set_up_ema(options: TrainOptions, task: TrainingTask) -> nn.Module | None:
         stochastic_rounding_seed=options.seed,
     )
     ema_model: nn.Module = unwrap_model(task.get_eval_model(ema=True))
+    if not options.model_ema_force_cpu:
+        share_backbone(ema_model, task)
     return ema_model
 
 

@@ -101,9 +101,10 @@ def _prefix(weights: Collection[str], names: Collection[str]) -> str:
     timm's own loaders know some such names too (`visual.` of OpenCLIP), which lead to others than a model's.
     """
     wrapped = {match[0] for match in map(_WRAPPED.match, weights) if match}
+    in_order = sorted(wrapped, key=lambda prefix: (WRAPPERS.index(prefix.split(".")[0]), prefix))  # of equals the first
     counts = {
         prefix: sum(name.startswith(prefix) and name.removeprefix(prefix) in names for name in weights)
-        for prefix in wrapped
+        for prefix in in_order
     }
     best, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
     return best if count > sum(name in names for name in weights) else ""

@@ -57,12 +57,13 @@ def build_side(options: TrainOptions, world: World) -> nn.Module:
         batches = calibration_images(options, data_config, num_classes, count, CALIBRATION_BATCH)
         return [batch.to(world.device) for batch in batches]
 
-    backbone, record = prepare(
+    backbone, basis, record = prepare(
         backbone, options.model, options.side_precision, calibration, options.seed, options.tweo_blocks
     )
     try:
         settings = options.side_config(options.drop, options.drop_path or 0.0).to_json()
-        net: SideNetwork = SIDES[options.side].load()(backbone, num_classes, blocks=options.tweo_blocks, **settings)
+        kind = SIDES[options.side].load()
+        net: SideNetwork = kind(backbone, num_classes, blocks=options.tweo_blocks, basis=basis, **settings)
     except ValueError as error:
         raise ValueError(f"--side {options.side} beside {options.model}: {error}") from error
     net.backbone_record = record
@@ -85,6 +86,18 @@ def build_side(options: TrainOptions, world: World) -> nn.Module:
 
 def _as_trained(backbone: Any) -> int:
     return int(backbone.pretrained_cfg.get("num_classes", 0))
+
+
+def share_backbone(average: nn.Module, task: TrainingTask) -> None:
+    """Let the EMA of a side network read the frozen backbone that the network reads, in place of a copy of its own.
+
+    Args:
+        average: the EMA's model, on the device of the network; models of other kinds stay as they are.
+        task: whose network it averages.
+    """
+    net = unwrap_model(task.get_eval_model())
+    if isinstance(average, SideNetwork) and isinstance(net, SideNetwork):
+        average.backbone = net.backbone
 
 
 def side_entry(task: TrainingTask) -> dict[str, Any]:
