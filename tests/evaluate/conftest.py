@@ -5,25 +5,21 @@ import json
 
 import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
 
+from tests.images import noise, write
+from tests.models import VIT, VIT_ARCH, tiny_vit
 from tweo_timm.evaluate.cli import main
-
-ARCH = "vit_tiny_patch16_224"
-KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def make_model(seed, **kwargs):
-    torch.manual_seed(seed)
-    return timm.create_model(ARCH, num_classes=3, **(KWARGS | kwargs)).eval()
+    return tiny_vit(seed, **{"num_classes": 3, **kwargs}).eval()
 
 
 def save_checkpoint(path, model, **entries):
     path.parent.mkdir(parents=True, exist_ok=True)
-    args = argparse.Namespace(model=ARCH, num_classes=3, model_kwargs=KWARGS, input_size=[3, 32, 32], crop_pct=1.0)
-    content = {"epoch": 1, "arch": ARCH, "version": 2, "args": args, "state_dict": model.state_dict()}
+    args = argparse.Namespace(model=VIT_ARCH, num_classes=3, model_kwargs=VIT, input_size=[3, 32, 32], crop_pct=1.0)
+    content = {"epoch": 1, "arch": VIT_ARCH, "version": 2, "args": args, "state_dict": model.state_dict()}
     torch.save(content | entries, path)
     return path
 
@@ -39,13 +35,11 @@ def run(capsys, *words):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    noise = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("validation", 7)):
         for label in ("ant", "bee", "cat"):
-            folder = root / split / label
-            folder.mkdir(parents=True)
             for number in range(count):
-                Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+                write(root / split / label / f"{number}.png", noise(rng))
     return root
 
 

@@ -1,11 +1,10 @@
 """Validation by timm's own parts, with no knowledge of this package but the statistics of outliers."""
 
-import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
 
-from tests.evaluate.conftest import ARCH, KWARGS
+from tests.models import tiny_vit
 from tweo_timm import record_outliers
 
 
@@ -22,7 +21,7 @@ def timm_batch(model, photos, size):
 
 def timm_top1(path, photos, size=32):
     """Top-1 as timm's own parts compute it, with no knowledge of this package."""
-    model = timm.create_model(ARCH, num_classes=3, checkpoint_path=str(path), **KWARGS).eval()
+    model = tiny_vit(num_classes=3, checkpoint_path=str(path)).eval()
     model.set_input_size(img_size=(size, size))
     images, targets = timm_batch(model, photos, size)
     with torch.no_grad(), record_outliers(model) as record:

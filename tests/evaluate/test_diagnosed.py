@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from tests.evaluate.conftest import ARCH, KWARGS, make_model, run
+from tests.evaluate.conftest import make_model, run
+from tests.models import VIT, VIT_ARCH
 from tweo_timm.evaluate.cli import main
 from tweo_timm.media import markdown, one_line
 from tweo_timm.quant.onnx_file import OnnxModel
@@ -156,8 +157,8 @@ def test_a_bad_checkpoint_does_not_keep_the_others_from_being_measured(capsys, c
 @pytest.mark.parametrize("more", [["--no-prefetcher"], ["--stethoscope", "--quantize", "w8a8-tt"]], ids=" ".join)
 def test_a_model_for_grey_images_needs_no_mean_of_its_own(capsys, common, tmp_path, more):
     path = tmp_path / "last.pth.tar"
-    args = argparse.Namespace(num_classes=3, in_chans=1, model_kwargs=KWARGS)
-    torch.save({"arch": ARCH, "args": args, "state_dict": make_model(0, in_chans=1).state_dict()}, path)
+    args = argparse.Namespace(num_classes=3, in_chans=1, model_kwargs=VIT)
+    torch.save({"arch": VIT_ARCH, "args": args, "state_dict": make_model(0, in_chans=1).state_dict()}, path)
     status, result, err = run(capsys, "--checkpoint", path, "--img-size", 32, *common, *more)
     assert status == 0, err
     assert result["img_size"] == 32

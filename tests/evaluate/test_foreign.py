@@ -5,7 +5,8 @@ import socket
 import pytest
 import torch
 
-from tests.evaluate.conftest import KWARGS, make_model, run, save_checkpoint
+from tests.evaluate.conftest import make_model, run, save_checkpoint
+from tests.models import VIT
 
 
 def test_weights_that_are_not_finite_are_named_and_nothing_is_scored(capsys, common, tmp_path):
@@ -39,7 +40,7 @@ def test_an_architecture_of_a_file_leads_to_no_network(arch, capsys, common, tmp
     assert status == 1
     assert "--model" in err
     named = ("--model", "vit_tiny_patch16_224", "--num-classes", "3", "--input-size", "3", "32", "32")
-    kwargs = [f"{key}={value}" for key, value in KWARGS.items() if key != "img_size"]
+    kwargs = [f"{key}={value}" for key, value in VIT.items() if key != "img_size"]
     assert run(capsys, "--checkpoint", path, *named, *common, "--model-kwargs", "img_size=32", *kwargs)[0] == 0
 
 

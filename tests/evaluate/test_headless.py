@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from tests.evaluate.conftest import ARCH, KWARGS, make_model, run, save_checkpoint
+from tests.evaluate.conftest import make_model, run, save_checkpoint
+from tests.models import VIT, VIT_ARCH, as_words
 from tweo_timm.outliers import record_outliers
 
 
@@ -14,7 +15,7 @@ def headless(path, **kwargs):
     """A checkpoint that says that it has no classes, and its weights alone."""
     model = make_model(0, **kwargs).eval()
     model.reset_classifier(0)
-    args = argparse.Namespace(model=ARCH, num_classes=0, model_kwargs=KWARGS, input_size=[3, 32, 32], crop_pct=1.0)
+    args = argparse.Namespace(model=VIT_ARCH, num_classes=0, model_kwargs=VIT, input_size=[3, 32, 32], crop_pct=1.0)
     save_checkpoint(path / "backbone.pth.tar", model, args=args)
     torch.save(model.state_dict(), path / "weights.pth")
     return model
@@ -41,7 +42,7 @@ def test_it_has_no_top1_and_everything_else(capsys, common, tmp_path):
 
 def test_weights_without_a_head_name_the_flag(capsys, common, tmp_path):
     headless(tmp_path)
-    words = ["--model", ARCH, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
+    words = ["--model", VIT_ARCH, "--model-kwargs", *as_words(VIT)]
     status, _, err = run(capsys, *words, "--checkpoint", tmp_path / "weights.pth", *common)
     assert status == 1
     assert "A model without a head takes --num-classes 0" in err

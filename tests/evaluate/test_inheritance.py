@@ -10,8 +10,9 @@ import timm
 import torch
 from timm.models import resume_checkpoint
 
-from tests.evaluate.conftest import ARCH, make_model, run, save_checkpoint
-from tests.train.runs import TINY, last
+from tests.evaluate.conftest import make_model, run, save_checkpoint
+from tests.models import VIT_ARCH, tiny_vit
+from tests.train.runs import TINY, VIT, last
 from tweo_timm.evaluate.inheritance import ELSEWHERE, KINDS, OTHERS, inheritable
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.run.flags import option_table
@@ -20,8 +21,7 @@ from tweo_timm.train.cli import main as train
 from tweo_timm.train.options import TrainOptions
 
 TRAINING, VALIDATION = option_table(TrainOptions), option_table(ValidateOptions)
-VIT = ["--model", ARCH, "--model-kwargs", *TINY, "--num-classes", "3", "--input-size", "3", "32", "32"]
-GRAY = ["--model", ARCH, "--model-kwargs", *TINY, "--num-classes", "3", "--input-size", "1", "32", "32"]
+GRAY = ["--model", VIT_ARCH, "--model-kwargs", *TINY, "--num-classes", "3", "--input-size", "1", "32", "32"]
 RESNET = ["--model", "resnet10t", "--num-classes", "3", "--img-size", "32"]
 BN = ["--model", "test_efficientnet", "--num-classes", "3", "--img-size", "32", "--bn-eps", "0.9"]
 HERE = ["--device", "cpu", "-j", "0", "-b", "4"]
@@ -128,8 +128,7 @@ def test_a_class_map_that_is_gone_is_named(capsys, photos, tmp_path):
 def test_class_names_are_in_checkpoints_that_timm_loads_and_resumes(photos, tmp_path):
     folder, _ = trained(photos, tmp_path, *VIT)
     assert last(folder)["class_names"] == ["ant", "bee", "cat"]
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = timm.create_model(ARCH, num_classes=3, checkpoint_path=str(folder / "last.pth.tar"), **kwargs)
+    model = tiny_vit(num_classes=3, checkpoint_path=str(folder / "last.pth.tar"))
     assert resume_checkpoint(model, str(folder / "last.pth.tar")) == 1
 
 

@@ -5,7 +5,8 @@ import random
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.evaluate.conftest import ARCH, make_model, run, save_checkpoint
+from tests.evaluate.conftest import make_model, run, save_checkpoint
+from tests.models import VIT_ARCH
 from tweo_timm.repair.cli import main as repair
 from tweo_timm.run.checkpoint_file import read
 
@@ -16,7 +17,7 @@ def pair(tmp_path):
     names = ["ant", "bee", "cat"]
     original = save_checkpoint(tmp_path / "run" / "last.pth.tar", make_model(0), class_names=names)
     mended = tmp_path / "mended" / "out.safetensors"
-    assert repair(["--model", ARCH, "--checkpoint", str(original), "--output", str(mended)]) == 0
+    assert repair(["--model", VIT_ARCH, "--checkpoint", str(original), "--output", str(mended)]) == 0
     return original, mended
 
 

@@ -1,18 +1,17 @@
 """validate.py --task multilabel: several labels an image, measured by mAP and F1."""
 
-import io
 import json
 import tarfile
 
 import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from timm.data import create_dataset, create_loader
 
-from tests.evaluate.conftest import ARCH, KWARGS
+from tests.evaluate.conftest import make_model
+from tests.images import add, noise, png
+from tests.models import VIT, VIT_ARCH, as_words
 from tests.processes import run_together
 from tweo_timm.evaluate.cli import main
 from tweo_timm.train.cli import main as train
@@ -25,18 +24,14 @@ MODEL = ["--num-classes", str(CLASSES), "--task", "multilabel", "--device", "cpu
 def shards(tmp_path_factory):
     """WebDataset shards of noise with any number of labels an image, none included."""
     root = tmp_path_factory.mktemp("shards")
-    noise = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     splits = {}
     for split, count in (("train", 16), ("validation", 11)):
         with tarfile.open(root / f"{split}.tar", "w") as tar:
             for index in range(count):
-                pixels = io.BytesIO()
-                Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(pixels, "PNG")
-                labels = np.flatnonzero(noise.random(CLASSES) < 0.4).tolist()
-                for kind, data in (("png", pixels.getvalue()), ("json", json.dumps({"labels": labels}).encode())):
-                    entry = tarfile.TarInfo(f"{index:04d}.{kind}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
+                add(tar, f"{index:04d}.png", png(noise(rng)))
+                labels = np.flatnonzero(rng.random(CLASSES) < 0.4).tolist()
+                add(tar, f"{index:04d}.json", json.dumps({"labels": labels}).encode())
         splits[split] = {"name": split, "filenames": [f"{split}.tar"], "shard_lengths": [count], "num_samples": count}
     (root / "_info.json").write_text(json.dumps({"splits": splits}))
     return ["--dataset", "wds/toy", "--data-dir", str(root), "--target-key", "labels"]
@@ -46,7 +41,7 @@ def shards(tmp_path_factory):
 def runs(shards, tmp_path_factory):
     """Two short trainings on the shards."""
     root = tmp_path_factory.mktemp("runs")
-    words = ["--model", ARCH, "--model-kwargs", *[f"{name}={value}" for name, value in KWARGS.items()]]
+    words = ["--model", VIT_ARCH, "--model-kwargs", *as_words(VIT)]
     words += [*MODEL, *shards, "--opt", "adamw", "--warmup-epochs", "0", "--epochs", "1", "--output", str(root)]
     for name, weight in (("base", "0"), ("tweo", "0.1")):
         assert train([*words, "--experiment", name, "--tweo-weight", weight]) == 0
@@ -63,9 +58,8 @@ def summary(folder):
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_logits_of_a_plain_loop(photos, tmp_path, capsys):
-    torch.manual_seed(1)
-    model = timm.create_model(ARCH, num_classes=3, **KWARGS).eval()
-    torch.save({"arch": ARCH, "state_dict": model.state_dict()}, tmp_path / "weights.pth.tar")
+    model = make_model(1)
+    torch.save({"arch": VIT_ARCH, "state_dict": model.state_dict()}, tmp_path / "weights.pth.tar")
     loader = create_loader(
         create_dataset("", root=str(photos), split="validation"),
         input_size=(3, 32, 32),
@@ -82,8 +76,7 @@ def test_metrics_are_those_of_scikit_learn_on_the_logits_of_a_plain_loop(photos,
         scores = model(images).sigmoid().numpy()
     labels = torch.nn.functional.one_hot(targets, 3).numpy()
     words = ["--num-classes", "3", "--task", "multilabel", "--multilabel-threshold", "0.45", "--crop-pct", "1.0"]
-    kwargs = [f"{name}={value}" for name, value in KWARGS.items()]
-    words += ["--checkpoint", str(tmp_path / "weights.pth.tar"), "--model-kwargs", *kwargs]
+    words += ["--checkpoint", str(tmp_path / "weights.pth.tar"), "--model-kwargs", *as_words(VIT)]
     assert main([*words, "--data-dir", str(photos), "--device", "cpu", "-j", "0", "-b", "4"]) == 0
     result = json.loads(capsys.readouterr().out.split("--result\n")[1])
     assert result["map"] == pytest.approx(100 * average_precision_score(labels, scores, average="macro"), abs=1e-3)

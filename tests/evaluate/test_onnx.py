@@ -13,7 +13,9 @@ import timm
 import torch
 from PIL import Image
 
+from tests import models
 from tests.evaluate.conftest import run, save_checkpoint
+from tests.images import noise, write
 from tests.quant.families import randomize
 from tweo_timm.artefact import Artefact, Preprocessing
 from tweo_timm.evaluate.cli import main
@@ -29,9 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript.*
 
 CLASSES = ["Grünfink", "Kiwi, klein", "Öltanker 'Å'"]
 SIZES = [(32, 32), (57, 40), (8, 11), (300, 214), (37, 36)]  # width, height
-VIT = ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2})
-SWIN_SIZES = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4}
-SWIN = ("swin_tiny_patch4_window7_224", SWIN_SIZES)
+VIT = (models.VIT_ARCH, {**models.VIT, "depth": 1})
+SWIN = (models.SWIN_ARCH, {**models.SWIN, "patch_size": 2, "num_heads": (2, 4)})
 PAGE = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 SCRIPT = re.search(r"```python\n(import json, sys.*?)```", PAGE, re.DOTALL)
@@ -40,13 +41,12 @@ SCRIPT = re.search(r"```python\n(import json, sys.*?)```", PAGE, re.DOTALL)
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory):
     """Photographs of all sizes: smooth noise, whose crop matters, in classes with umlauts."""
-    root, noise = tmp_path_factory.mktemp("birds"), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("birds"), np.random.default_rng(0)
     for split, rounds in (("train", 1), ("validation", 2)):
         for name in CLASSES:
-            (root / split / name).mkdir(parents=True)
             for number, size in enumerate(SIZES * rounds):
-                small = Image.fromarray(noise.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-                small.resize(size, Image.Resampling.BICUBIC).save(root / split / name / f"{number}.png")
+                photo = noise(rng, 5, 6).resize(size, Image.Resampling.BICUBIC)
+                write(root / split / name / f"{number}.png", photo)
     return root
 
 

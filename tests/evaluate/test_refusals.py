@@ -11,25 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.evaluate.conftest import ARCH, make_model, run, save_checkpoint
+from tests.evaluate.conftest import make_model, run, save_checkpoint
+from tests.models import VIT_ARCH
 
 
 def test_checkpoint_of_another_architecture_is_refused_by_name(capsys, checkpoints, common):
     status, _, err = run(capsys, "--checkpoint", checkpoints[0], "--model", "swin_tiny_patch4_window7_224", *common)
     assert status == 1
-    assert ARCH in err
+    assert VIT_ARCH in err
     assert "leave out --model" in err
     assert "Traceback" not in err
 
 
 def test_another_name_whose_weights_fit_is_validated_as_timm_does_with_a_word(capsys, checkpoints, common, caplog):
     top1 = run(capsys, "--checkpoint", checkpoints[0], *common)[1]["top1"]
-    for name in (f"{ARCH}.augreg_in21k", "deit_tiny_patch16_224"):
+    for name in (f"{VIT_ARCH}.augreg_in21k", "deit_tiny_patch16_224"):
         words = ["--mean", 0.5, "--std", 0.5, "--model", name]  # DeiT is of another mean
         status, result, err = run(capsys, "--checkpoint", checkpoints[0], *words, *common)
         assert status == 0, err
         assert (result["model"], result["top1"]) == (name, top1)
-        assert f"trained as a {ARCH}, validated as the {name}" in caplog.text
+        assert f"trained as a {VIT_ARCH}, validated as the {name}" in caplog.text
 
 
 def test_weights_that_do_not_fit_are_refused(capsys, common, tmp_path):

@@ -1,9 +1,8 @@
 """Schemes that differ in one choice stand side by side in the report."""
 
-import timm
 import torch
 
-from tests.evaluate.conftest import KWARGS, run
+from tests.evaluate.conftest import make_model, run
 from tests.evaluate.test_stored import EXPORTED
 from tests.evaluate.test_verdict import record, right
 from tweo_timm.evaluate.record import Record
@@ -49,11 +48,7 @@ def test_compensations_stand_below_their_scheme_with_what_they_add():
 
 
 def test_what_a_compensation_adds_is_counted_by_hand():
-    torch.manual_seed(0)
-    model, images = (
-        timm.create_model("vit_tiny_patch16_224", num_classes=3, **KWARGS).eval(),
-        torch.randn(48, 3, 32, 32),
-    )
+    model, images = make_model(0), torch.randn(48, 3, 32, 32)
     assert added_parameters(quantize_static(model, [images], "w4a4-tt")) == (0, 0)
     total, left = added_parameters(quantize_static(model, [images], "w4a4-tt+qwtlinear"))
     assert total == left

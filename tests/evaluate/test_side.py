@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tests.evaluate.conftest import ARCH, make_model, run
-from tests.train.runs import TINY, last
+from tests.evaluate.conftest import make_model, run
+from tests.train.runs import VIT, last
 from tweo_timm.train.cli import main as train
 
 HERE = ["--device", "cpu", "-j", "0", "-b", "4"]
@@ -31,8 +31,8 @@ def runs(backbones, photos, tmp_path_factory):
     """A folder with a trained side network in each precision."""
     out = tmp_path_factory.mktemp("side")
     for name, words in PRECISIONS.items():
-        words = [*words, "--side", "last", "--side-gap", "1", "--side-rank", "4", "--model", ARCH, "--num-classes", "3"]
-        words += ["--model-kwargs", *TINY, "--input-size", "3", "32", "32", "--opt", "adamw", "--lr", "1e-2"]
+        words = [*words, *VIT, "--side", "last", "--side-gap", "1", "--side-rank", "4", "--opt", "adamw"]
+        words += ["--lr", "1e-2"]
         words += [*HERE, "--data-dir", str(photos), "--initial-checkpoint", str(backbones / "0.pth"), "--epochs", "1"]
         assert train([*words, "--warmup-epochs", "0", "--output", str(out), "--experiment", name]) == 0
     return out

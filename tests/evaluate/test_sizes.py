@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 
-from tests.evaluate.conftest import ARCH, KWARGS, make_model, run, save_checkpoint
+from tests.evaluate.conftest import make_model, run, save_checkpoint
 from tests.evaluate.reference import timm_batch, timm_top1
+from tests.models import SWIN, SWIN_ARCH, VIT, VIT_ARCH, tiny_swin
 from tweo_timm import record_outliers
 
 
@@ -41,8 +42,8 @@ def test_a_vit_is_resized_for_images_of_another_size_as_timm_resizes_it(capsys, 
 def test_weights_alone_fit_at_their_architectures_size_and_at_the_one_asked_for(capsys, common, tmp_path, trained_at):
     path = tmp_path / "weights.pth"
     torch.save(make_model(0, img_size=trained_at).state_dict(), path)
-    kwargs = [f"{name}={value}" for name, value in KWARGS.items() if name != "img_size"]
-    words = ["--model", ARCH, "--num-classes", 3, "--img-size", 48, "--model-kwargs", *kwargs]
+    kwargs = [f"{name}={value}" for name, value in VIT.items() if name != "img_size"]
+    words = ["--model", VIT_ARCH, "--num-classes", 3, "--img-size", 48, "--model-kwargs", *kwargs]
     status, result, err = run(capsys, "--checkpoint", path, *words, *common)
     assert status == 0, err
     assert result["img_size"] == 48
@@ -58,23 +59,21 @@ def test_a_model_that_cannot_be_resized_says_so(capsys, common, tmp_path):
     assert "built for images of 32x32" in err
 
 
-SWIN = {"window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+UNSIZED = {name: value for name, value in SWIN.items() if name != "img_size"}
 
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("alone", [False, True], ids=["checkpoint", "weights alone"])
 def test_a_swin_is_built_for_the_images_as_timm_builds_it(size, alone, capsys, common, photos, tmp_path):
-    arch = "swin_tiny_patch4_window7_224"
-    torch.manual_seed(3)
-    weights = timm.create_model(arch, num_classes=3, img_size=32, **SWIN).state_dict()
-    args = argparse.Namespace(num_classes=3, model_kwargs=SWIN, img_size=32, crop_pct=1.0)
-    torch.save(weights if alone else {"arch": arch, "args": args, "state_dict": weights}, tmp_path / "swin.pth")
-    model = timm.create_model(arch, num_classes=3, img_size=size, **SWIN).eval()
+    weights = tiny_swin(seed=3, num_classes=3).state_dict()
+    args = argparse.Namespace(num_classes=3, model_kwargs=UNSIZED, img_size=32, crop_pct=1.0)
+    torch.save(weights if alone else {"arch": SWIN_ARCH, "args": args, "state_dict": weights}, tmp_path / "swin.pth")
+    model = tiny_swin(num_classes=3, img_size=size).eval()
     model.load_state_dict(weights)
     with torch.no_grad(), record_outliers(model) as record:
         model(timm_batch(model, photos, size)[0])
-    words = ["--model", arch, "--num-classes", 3, "--crop-pct", 1.0, "--model-kwargs"]
-    words += [f"{name}={str(value).replace(' ', '')}" for name, value in SWIN.items()]
+    words = ["--model", SWIN_ARCH, "--num-classes", 3, "--crop-pct", 1.0, "--model-kwargs"]
+    words += [f"{name}={str(value).replace(' ', '')}" for name, value in UNSIZED.items()]
     words += ["--img-size", size] if alone or size != 32 else []
     status, result, err = run(capsys, "--checkpoint", tmp_path / "swin.pth", *words, *common)
     assert status == 0, err

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
-from tests.evaluate.conftest import ARCH, KWARGS, make_model, run, save_checkpoint
+from tests.evaluate.conftest import make_model, run, save_checkpoint
 from tests.evaluate.reference import timm_top1
+from tests.images import noise, write
+from tests.models import VIT, VIT_ARCH, as_words, tiny_vit
 from tweo_timm.evaluate.options import parse_validate_options
 from tweo_timm.evaluate.subject import find_sources
 
@@ -23,7 +24,7 @@ def test_top1_and_peak_equal_timms_own_parts(capsys, checkpoints, common, photos
     assert status == 0
     assert result["top1"] == pytest.approx(top1, abs=1e-4)
     assert result["peak_abs"] == pytest.approx(summary["peak_abs"], rel=1e-6)
-    assert result["model"] == ARCH
+    assert result["model"] == VIT_ARCH
 
 
 def test_report_holds_what_it_promises(capsys, checkpoints, common, tmp_path):
@@ -155,7 +156,7 @@ def test_results_file_is_timms(capsys, checkpoints, common, tmp_path):
         "--results-format",
         "json",
     )
-    assert json.loads((tmp_path / "r.json").read_text())["model"] == ARCH
+    assert json.loads((tmp_path / "r.json").read_text())["model"] == VIT_ARCH
 
 
 def test_model_without_blocks_is_scored_all_the_same(capsys, common, tmp_path):
@@ -169,15 +170,14 @@ def test_model_without_blocks_is_scored_all_the_same(capsys, common, tmp_path):
 
 
 def test_valid_labels_say_which_of_the_models_classes_those_of_the_data_are(capsys, common, photos, tmp_path):
-    torch.manual_seed(0)
-    model = timm.create_model(ARCH, num_classes=7, **KWARGS)
+    model = tiny_vit(num_classes=7)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     (tmp_path / "labels.txt").write_text("5\n0\n3\n")
-    kwargs = [f"{name}={value}" for name, value in KWARGS.items()]
-    words = ["--checkpoint", tmp_path / "weights.pth", "--model", ARCH, "--num-classes", 7, "--model-kwargs", *kwargs]
+    words = ["--checkpoint", tmp_path / "weights.pth", "--model", VIT_ARCH, "--num-classes", 7]
+    words += ["--model-kwargs", *as_words(VIT)]
     status, result, err = run(capsys, *words, *common, "--valid-labels", tmp_path / "labels.txt")
     assert status == 0, err
-    head = timm.create_model(ARCH, num_classes=3, **KWARGS)
+    head = tiny_vit(num_classes=3)
     weights = model.state_dict() | {f"head.{name}": getattr(model.head, name)[[5, 0, 3]] for name in ("weight", "bias")}
     head.load_state_dict(weights)
     torch.save(head.state_dict(), tmp_path / "three.pth")
@@ -187,19 +187,14 @@ def test_valid_labels_say_which_of_the_models_classes_those_of_the_data_are(caps
 
 
 def test_real_labels_decide_the_comparison_and_the_quantized_accuracy_too(capsys, tmp_path):
-    noise = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for number in range(12):
         folder = tmp_path / "data" / "val" / f"class{number % 6}"
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"ILSVRC2012_val_{number + 1:08d}.JPEG")
+        write(folder / f"ILSVRC2012_val_{number + 1:08d}.JPEG", noise(rng))
     (tmp_path / "real.json").write_text(json.dumps([[] if n == 3 else [n % 6, (n + 1) % 6] for n in range(12)]))
     paths = []
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = timm.create_model(ARCH, num_classes=6, **KWARGS)
-        (tmp_path / str(seed)).mkdir()
-        paths.append(save_checkpoint(tmp_path / str(seed) / "last.pth.tar", model))
+        paths.append(save_checkpoint(tmp_path / str(seed) / "last.pth.tar", make_model(seed, num_classes=6)))
     words = ["--data-dir", tmp_path / "data", "--device", "cpu", "--workers", 0, "--split", "val", "--num-classes", 6]
     words += ["--real-labels", tmp_path / "real.json", "--report", tmp_path / "r"]
     words += ["--quantize", "w8a8-tt", "--calibration-split", "val", "--calibration-images", 8]
@@ -213,11 +208,11 @@ def test_real_labels_decide_the_comparison_and_the_quantized_accuracy_too(capsys
     assert run(capsys, "--checkpoint", *paths, *words)[0] == 1
 
 
-@pytest.mark.parametrize("args", [None, {"num_classes": 3, "model_kwargs": KWARGS}], ids=["no options", "a dict"])
+@pytest.mark.parametrize("args", [None, {"num_classes": 3, "model_kwargs": VIT}], ids=["no options", "a dict"])
 def test_options_in_a_checkpoint_may_be_a_dict_or_missing(capsys, common, tmp_path, args):
     path = tmp_path / "last.pth.tar"
-    torch.save({"arch": ARCH, "args": args, "state_dict": make_model(0).state_dict()}, path)
-    own = [] if args else ["--num-classes", 3, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
+    torch.save({"arch": VIT_ARCH, "args": args, "state_dict": make_model(0).state_dict()}, path)
+    own = [] if args else ["--num-classes", 3, "--model-kwargs", *as_words(VIT)]
     status, _, err = run(capsys, "--checkpoint", path, "--img-size", 32, *common, *own)
     assert status == 0, err
 
