@@ -85,6 +85,7 @@ def _name_blocks(axes: Axes, of_each: Sequence[Sequence[str]]) -> None:
     """Write the names of blocks below them, where all curves have the same."""
     names = of_each[0] if of_each and all(names == of_each[0] for names in of_each) else ()
     step = -(-len(names) // 16)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if names:
         labels = [picture(name) for name in names[::step]]
         axes.set_xticks(range(0, len(names), step), labels, rotation=30, ha="right", fontsize=8)

@@ -323,9 +323,13 @@ def _load(model: nn.Module, content: dict[str, Any], path: Path, arch: str, use_
     try:
         load_weights(model, path, use_ema, _without_split_statistics)
     except RuntimeError as error:
-        reason = str(error)[:400].rstrip(". ")
+        reason = " ".join(str(error).split())[:300].rstrip(". ")
         headless = ". A model without a head takes --num-classes 0" if "Missing key" in reason else ""
-        raise ValueError(f"the weights in {path} do not fit {arch}: {reason}{headless}") from error
+        of_head = re.search(
+            r"size mismatch for (head|fc|classifier)\b[^:]*: copying a param with shape [^\d]*(\d+)", reason
+        )
+        classes = f". The file has {of_head[2]} classes: leave out --num-classes" if of_head else ""
+        raise ValueError(f"the weights in {path} do not fit {arch}: {reason}{headless}{classes}") from error
 
 
 def _without_split_statistics(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -139,7 +139,9 @@ def _opened(path: str | Path, threads: int | None) -> Any:
         return open_session(path, threads)
     except Exception as error:  # onnxruntime has a class for each status, none of them public
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is no file that onnxruntime can open: {reason}") from error
+        raise ValueError(
+            f"{path} is no file that onnxruntime can open ({reason}); a checkpoint is validated by --checkpoint"
+        ) from error
 
 
 def _logits_of(outputs: Sequence[Any], where: str) -> tuple[str, int | None]:

@@ -130,7 +130,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _damaged(path: Path, reason: str) -> str:
-    return f"checkpoint {path} is truncated, damaged or no checkpoint ({reason}){_before(path)}"
+    other = "; an ONNX file is scored by validate.py --onnx" if path.suffix == ".onnx" else ""
+    return f"checkpoint {path} is truncated, damaged or no checkpoint ({reason}){_before(path)}{other}"
 
 
 def _before(path: Path) -> str:

@@ -46,15 +46,16 @@ class Reading:
     def __init__(self, backbone: nn.Module, gap: int, blocks: str | None = None, basis: OwnBasis | None = None) -> None:
         self.basis = basis
         found = list(find_blocks(backbone, blocks))
-        if gap < 1 or len(found) % gap:
-            divisors = ", ".join(str(g) for g in range(1, len(found) + 1) if not len(found) % g)
-            raise ValueError(f"gap is {gap}; it must divide the {len(found)} blocks of the backbone: {divisors}")
-        self.first, self.names = found[0], found[gap - 1 :: gap]
+        self.first, self.names = found[0], found
         size = get_model_input_config(backbone)["input_size"]
         shapes: dict[str, tuple[int, ...]] = {}
         blank = torch.zeros(1, *size, device=next(backbone.parameters()).device)
         self._run(backbone, blank, lambda name, stream: shapes.update({name: tuple(stream.shape[1:])}))
         _refuse_pyramids(shapes, backbone)
+        if gap < 1 or len(found) % gap:
+            divisors = ", ".join(str(g) for g in range(1, len(found) + 1) if not len(found) % g)
+            raise ValueError(f"gap is {gap}; it must divide the {len(found)} blocks of the backbone: {divisors}")
+        self.names = found[gap - 1 :: gap]
         self.tokens, self.dim = next(iter(shapes.values()))
 
     @property
