@@ -52,7 +52,8 @@ def gradient_norms(
             torch.autograd.grad(term, trained, retain_graph=True, materialize_grads=True)
             for term in (task_loss, penalty)
         ]
-    return Norms(*(_norm([average(one) if average else one for one in gradients]) for gradients in found))
+    with torch.no_grad():  # zeros in the place of no gradient ask for one themselves in torch 2.8
+        return Norms(*(_norm([average(one) if average else one for one in gradients]) for gradients in found))
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

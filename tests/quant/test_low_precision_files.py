@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from packaging import version
 
 from tests.quant.families import make_images, make_model
 from tweo_timm.quant.deploy import Agreement, fault_of
 from tweo_timm.quant.static import quantize_static
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from onnx import TensorProto  # noqa: E402
@@ -20,6 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript.*
 
 
 MORE = [("swin", "fp8"), ("vit", "fp8-unit")]
+not_in_old_engines = pytest.mark.skipif(
+    version.parse(onnxruntime.__version__) < version.parse("1.31"),
+    reason="onnxruntime 1.20 takes E4M3 products of attention for integers, and rounds int8 between float16 otherwise",
+)
 
 
 def relative(got, wanted):
@@ -35,6 +40,7 @@ def nodes(path, *kinds):
     return [node for node in onnx.load(path).graph.node if node.op_type in kinds]
 
 
+@not_in_old_engines
 @pytest.mark.parametrize(
     ("family", "scheme"),
     [("vit", "fp8+res+attn"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)],
@@ -76,6 +82,7 @@ def assert_float16_inside(path):
     assert all({a.name: a.i for a in node.attribute}.get("stash_type", 1) == 1 for node in norms)
 
 
+@not_in_old_engines
 @pytest.mark.parametrize("scheme", ["w8a8-ct", pytest.param("fp8+res", marks=pytest.mark.slow)])
 def test_a_quantized_float16_file_has_its_integers_between_float16_and_is_as_near_to_the_float_model(scheme, tmp_path):
     model, images = make_model("vit"), make_images("vit", 6)

@@ -128,6 +128,10 @@ def _parsed(command: Command, call: Call) -> Any:
         with printing():  # what -h has printed
             pass
         raise
+    except BrokenPipeError as error:  # argparse lets it through before Python 3.11
+        with printing():
+            raise
+        raise SystemExit(0) from error
 
 
 def _import_device_module(name: str) -> None:
