@@ -54,6 +54,7 @@ def test_several_checkpoints_schemes_and_reports_are_lists():
     ("argv", "words"),
     [
         ("--torchscript", ["--torchscript cannot be honoured", "--torchcompile"]),
+        ("--survey --quantize w8a8-tt --calibration percentile:99.9", ["a survey calibrates by absmax"]),
         ("--fuser te", ["--fuser te cannot be honoured"]),
         ("--aot-autograd", ["--aot-autograd cannot be honoured", "--torchcompile aot_eager"]),
         ("--num-gpu 2", ["--num-gpu 2 cannot be honoured", "--num-gpu 1"]),
