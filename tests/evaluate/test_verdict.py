@@ -82,6 +82,15 @@ def test_of_checkpoints_that_images_cannot_tell_apart_the_one_with_the_smaller_p
     assert verdict([record("a", right(150, 8)), record("b", right(150, 80))]).checkpoint == "a"
 
 
+def test_two_files_differ_where_interval_and_mcnemars_test_say_so():
+    a, b = record("a", right(60, 0)), record("b", right(60, 5))
+    paired = paired_difference(torch.tensor(right(60, 5)), torch.tensor(right(60, 0)))
+    assert paired.low > 0
+    assert paired.p > 0.05
+    assert "do not tell the two files apart" in verdict([a, b]).lines[0]
+    assert "these two files differ" in verdict([a, record("b", right(60, 9))]).lines[0]
+
+
 def test_a_model_without_outliers_has_nothing_to_gain():
     assert (
         "nothing to gain from TWEO or a rotation, since peaks are below tau (3)"

@@ -20,6 +20,7 @@ from tweo_timm.schema import Declared, entry
 TOLERANCE = 1.0
 """Points of Top-1 that a scheme may lose and be called safe."""
 TAU = TweoConfig().tau
+_RARE = 0.05
 
 
 @dataclass(kw_only=True)
@@ -97,7 +98,12 @@ def _best(records: Sequence[Record]) -> Record | None:
 
 def _not_told_apart(record: Record, best: Record) -> bool:
     paired = paired_records(record, best, record.data.images) if record.headline == "top1" else None
-    return record.headline_value == best.headline_value if paired is None else paired.low <= 0
+    return record.headline_value == best.headline_value if paired is None else not _told_apart(paired)
+
+
+def _told_apart(paired: Paired) -> bool:
+    """Whether images say that the second is better: by its interval and by McNemar's test, which the report has too."""
+    return paired.low > 0 and paired.p < _RARE
 
 
 def _peak(record: Record) -> float:
@@ -115,7 +121,7 @@ def _which(best: Record, records: Sequence[Record]) -> str:
     if paired is None:
         return f"Take {best.name}: {about}; the next is {rival.name} with {rival.headline_value:.2f} %."
     points = f"{paired.difference:+.2f} points against {rival.name} (interval over images {_interval(paired)})"
-    if paired.low > 0:
+    if _told_apart(paired):
         return f"Take {best.name}: {about}. {points}: these two files differ on these images."
     return f"Take {best.name}: {about}. {points}: these images do not tell the two files apart{_by_peak(best, rival)}."
 
