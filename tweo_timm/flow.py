@@ -7,10 +7,11 @@ TorchFunctionMode sees every call; a Flow remembers, by label, where a tensor's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # Functions whose result holds the values of their tensor argument, in another shape or order.
 _LAYOUT = {
@@ -54,6 +55,47 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else []
+
+
+def nested_tensors(value: Any) -> list[Tensor]:
+    """Return the tensors of nested tuples, lists and dicts, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in items for tensor in nested_tensors(item)]
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return the same nesting with other tensors, in the order of `nested_tensors`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {key: with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [with_tensors(item, tensors) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+Mode = TypeVar("Mode", bound="HookedMode")
+
+
+class HookedMode(TorchFunctionMode):
+    """A TorchFunctionMode with hooks on modules, which are there while it is entered."""
+
+    def hooks(self) -> Iterator[Any]:
+        """Register the hooks, and yield the handle of each."""
+        raise NotImplementedError
+
+    def __enter__(self: Mode) -> Mode:
+        self._handles = list(self.hooks())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
 
 
 class Flow:

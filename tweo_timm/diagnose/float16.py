@@ -18,7 +18,7 @@ and compared with float16's largest number; tests hold it against arithmetic in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,8 @@ import torch
 from timm.layers import LayerNorm2d
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from tweo_timm.flow import name_of, tensors_in
+from tweo_timm.flow import HookedMode, name_of, tensors_in
 from tweo_timm.layers import projections_called, sees_images
 from tweo_timm.modes import evaluating
 
@@ -118,7 +117,7 @@ def float16_readings(model: nn.Module, batches: Iterable[Tensor]) -> Float16Read
     return reader.found()
 
 
-class _Reader(TorchFunctionMode):
+class _Reader(HookedMode):
     """Sees every function of a forward pass, and knows in whose code it is called."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -129,21 +128,14 @@ class _Reader(TorchFunctionMode):
         """Owner -> the largest of a product and what became of it: logits if a softmax follows, values if none does."""
         self._sites: dict[str, dict[str, Site]] = {reading: {} for reading in READINGS}
         self._began = 0
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> _Reader:
+    def hooks(self) -> Iterator[Any]:
+        """Of every module, to know whose code runs, and of every norm."""
         for name, module in self._model.named_modules():
-            self._handles.append(module.register_forward_pre_hook(self._begin(name or _WHOLE), prepend=True))
+            yield module.register_forward_pre_hook(self._begin(name or _WHOLE), prepend=True)
             if _is_norm(module) and sees_images(name):
-                self._handles.append(module.register_forward_pre_hook(self._norm(name)))
-            self._handles.append(module.register_forward_hook(self._end(name or _WHOLE), always_call=True))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+                yield module.register_forward_pre_hook(self._norm(name))
+            yield module.register_forward_hook(self._end(name or _WHOLE), always_call=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.flow import nested_tensors, with_tensors
 from tweo_timm.quant.convert import Observation, refuse_unknown
 from tweo_timm.quant.scheme import Scheme
 
@@ -68,10 +69,4 @@ def _cast_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The value with every tensor changed, in tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_each(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _each(item, change) for key, item in value.items()}
-    return value
+    return with_tensors(value, map(change, nested_tensors(value)))

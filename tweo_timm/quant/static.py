@@ -14,17 +14,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tweo_timm.batches import image_batches
 from tweo_timm.blocks import find_blocks
-from tweo_timm.flow import name_of
+from tweo_timm.flow import HookedMode, name_of
 from tweo_timm.fp8.patch import is_patched
 from tweo_timm.layers import call_projections
 from tweo_timm.quant.calibration import ABSMAX, cut_off, percentile_of, refuse_percentile
@@ -197,7 +196,7 @@ def _refuse_no_images(batches: Sequence[Tensor]) -> None:
         raise ValueError("calibration needs at least one image: pass batches of the training split")
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(HookedMode):
     """The hooks of one calibration, and the count of the times that a weight is read."""
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], seen: Observation) -> None:
@@ -209,21 +208,14 @@ class _Watch(TorchFunctionMode):
         self._calls: Counter[str] = Counter()
         self._reads: Counter[str] = Counter()
         self._watchers: list[SiteWatcher] = []
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> _Watch:
+    def hooks(self) -> Iterator[Any]:
+        """Of every layer and block."""
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._layer_hook(name)))
+            yield layer.register_forward_pre_hook(self._layer_hook(name))
         for name, block in self._blocks.items():
-            self._handles.append(block.register_forward_pre_hook(self._enter_hook(name), with_kwargs=True))
-            self._handles.append(block.register_forward_hook(self._leave_hook(), always_call=True))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+            yield block.register_forward_pre_hook(self._enter_hook(name), with_kwargs=True)
+            yield block.register_forward_hook(self._leave_hook(), always_call=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -18,7 +18,7 @@ a block whose control flow differs from the calibration's is an error, not a wro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tweo_timm.blocks import channel_axis
-from tweo_timm.flow import Flow, name_of
+from tweo_timm.flow import Flow, HookedMode, name_of
 from tweo_timm.layers import adds_channels_first
 from tweo_timm.quant.quantizer import Quantizer
 from tweo_timm.stream import stream_of, streams_in, with_stream
@@ -101,7 +101,7 @@ class BlockSites:
         self.amax[site] = torch.maximum(self.amax[site], peak) if site in self.amax else peak
 
 
-class SiteWatcher(_Ordinals):
+class SiteWatcher(HookedMode, _Ordinals):
     """Finds a block's sites in one float forward, and their largest magnitudes; enter it around the block's forward.
 
     Args:
@@ -119,22 +119,15 @@ class SiteWatcher(_Ordinals):
         self._flow = Flow()
         self._adds: list[tuple[frozenset[str], int]] = []
         self._owners: list[nn.Module] = [block]
-        self._handles: list[Any] = []
         for key, x in self._arguments.items():
             self._flow.label(x, {self._STREAM, f"input{key}"})
 
-    def __enter__(self) -> SiteWatcher:
-        for module in self._block.modules():  # so as to know whose code an addition is
+    def hooks(self) -> Iterator[Any]:
+        """Of the modules inside the block: to know whose code an addition is."""
+        for module in self._block.modules():
             if module is not self._block:
-                self._handles.append(module.register_forward_pre_hook(self._begin))
-                self._handles.append(module.register_forward_hook(self._end))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+                yield module.register_forward_pre_hook(self._begin)
+                yield module.register_forward_hook(self._end)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._owners.append(module)

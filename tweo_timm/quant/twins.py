@@ -13,12 +13,13 @@ quantized output, because that is what the layers behind it will meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.flow import nested_tensors, with_tensors
 from tweo_timm.quant.quantizer import QuantizedLayer
 from tweo_timm.stream import stream_of
 
@@ -96,9 +97,9 @@ class Unit:
         """Return the outputs of both modules for all images, the float one's first."""
         numbers = torch.split(torch.arange(self._num_images), CHUNK if self.takes_images else self._num_images)
         parts = [self.run(quantized, images) for quantized in (False, True) for images in numbers]
-        together = zip(*(_tensors_in(part) for part in parts), strict=True)
+        together = zip(*(nested_tensors(part) for part in parts), strict=True)
         joined = [self._joined(list(ts), each) for each, ts in zip(self._rows.leaving, together, strict=True)]
-        return _with_tensors(parts[0], iter(joined))
+        return with_tensors(parts[0], iter(joined))
 
     def _joined(self, parts: list[Tensor], rows: int) -> Tensor:
         if not rows:
@@ -115,9 +116,9 @@ class Unit:
     def _given(self, images: Tensor) -> Any:
         chosen = [
             tensor.reshape(-1, rows, *tensor.shape[1:])[images].flatten(0, 1) if rows else tensor
-            for rows, tensor in zip(self._rows.entering, _tensors_in(self._arguments), strict=True)
+            for rows, tensor in zip(self._rows.entering, nested_tensors(self._arguments), strict=True)
         ]
-        return _with_tensors(self._arguments, iter(chosen))
+        return with_tensors(self._arguments, iter(chosen))
 
 
 class _Seen(Exception):  # noqa: N818 - it ends a forward pass early, and is no error
@@ -183,7 +184,7 @@ def _lengths(reference: nn.Module, names: Iterable[str], images: Tensor) -> dict
 
     def hook(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            entering, leaving = ([len(t) if t.ndim else 0 for t in _tensors_in(v)] for v in ((args, kwargs), output))
+            entering, leaving = ([len(t) if t.ndim else 0 for t in nested_tensors(v)] for v in ((args, kwargs), output))
             lengths.setdefault(name, (entering, leaving))
 
         return note
@@ -248,23 +249,3 @@ class _Hooks:
             return output
         self._open = None
         return self._output
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of nested tuples, lists and dicts, in their order."""
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for item in items for tensor in _tensors_in(item)]
-
-
-def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same nesting with other tensors, in the order of `_tensors_in`."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [_with_tensors(item, tensors) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
