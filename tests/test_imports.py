@@ -29,8 +29,21 @@ LAYERS = [
     ["layers", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
-    ["settings", "photos", "records", "schema"],
-    ["suggestion", "version", "machine", "tables", "outputs", "media", "structure", "modes", "extras", "needs", "wide"],
+    ["settings", "photos", "records", "schema", "fingerprint"],
+    [
+        "suggestion",
+        "fingerprint",
+        "version",
+        "machine",
+        "tables",
+        "outputs",
+        "media",
+        "structure",
+        "modes",
+        "extras",
+        "needs",
+        "wide",
+    ],
 ]
 # On one layer, or above, and yet the first does not know the second.
 STRANGERS = [("train", "evaluate"), ("evaluate", "train")]

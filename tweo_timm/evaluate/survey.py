@@ -21,10 +21,10 @@ from tweo_timm.evaluate.markdown import markdown_table, number
 from tweo_timm.evaluate.neighbours import NearestNeighbours
 from tweo_timm.evaluate.options import ValidateOptions
 from tweo_timm.evaluate.scoring import score
+from tweo_timm.fingerprint import fingerprint
 from tweo_timm.media import code, markdown
 from tweo_timm.quant.export import export_onnx
 from tweo_timm.rewrite.head import add_feature_head
-from tweo_timm.side.backbone import fingerprint
 from tweo_timm.survey.bench import Bench, Outcome
 from tweo_timm.survey.survey import Survey, survey
 from tweo_timm.version import __version__

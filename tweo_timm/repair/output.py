@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
+from tweo_timm.fingerprint import checksum
 from tweo_timm.outputs import Outputs
 from tweo_timm.records import plain
 from tweo_timm.repair.source import Source, timm_version
 from tweo_timm.rewrite.change import RotationReport, output_error, run, tolerance
 from tweo_timm.rewrite.features import RotatedFeatures
-from tweo_timm.run.checkpoint_file import checksum
 from tweo_timm.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def write_repaired(
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.safetensors"
         text = json.dumps(record)
-        save_file(tensors, part, {"tweo_timm": text, "sha256": checksum(text, tensors)})
+        save_file(tensors, part, {"tweo_timm": text, "sha256": checksum(tensors, text)})
         error = _compare(part, source, report, batches, reference)
         content = part.read_bytes()
     outputs = Outputs(output.parent)

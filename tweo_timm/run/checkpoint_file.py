@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import pickle
@@ -29,6 +28,7 @@ import torch
 from timm.models import clean_state_dict, is_model, load_checkpoint
 from torch import Tensor, nn
 
+from tweo_timm.fingerprint import checksum
 from tweo_timm.records import Fields, shown
 from tweo_timm.settings import ANY, AT_LEAST_0
 from tweo_timm.suggestion import suggest_path
@@ -165,15 +165,6 @@ def _record_of(path: Path) -> dict[str, Any]:
     return known | {"class_names": record.get("class_names")}
 
 
-def checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 that tweo-repair writes into a file of weights, which has none of its own: of record and tensors."""
-    digest = hashlib.sha256(record.encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -185,7 +176,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # its own exceptions, and those of the system
         raise ValueError(_damaged(path, str(error)[:200])) from error
     written = metadata.get("sha256")  # a stranger's file has none
-    if "tweo_timm" in metadata and written and written != checksum(metadata["tweo_timm"], tensors):
+    if "tweo_timm" in metadata and written and written != checksum(tensors, metadata["tweo_timm"]):
         raise ValueError(_damaged(path, "its checksum does not hold"))
     return tensors
 

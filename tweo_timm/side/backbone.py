@@ -9,7 +9,6 @@ is quantized, so that its streams can be read in the basis that they had (basis.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tweo_timm.fingerprint import fingerprint
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.side.basis import OwnBasis
@@ -24,15 +24,6 @@ from tweo_timm.side.config import PRECISIONS
 
 CALIBRATION_BATCH = 32
 """Images in a calibration batch, wherever a backbone is quantized."""
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hexadecimal digits of the names, types, shapes and values of some tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def prepare(
