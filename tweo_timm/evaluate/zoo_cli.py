@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from tweo_timm.run import options as shared
 from tweo_timm.run.command import Command, run
-from tweo_timm.run.flags import CommandLine
-from tweo_timm.run.recipe import naming, resolve
+from tweo_timm.run.recipe import read_settings
 from tweo_timm.run.rules import out_of_bounds
 from tweo_timm.settings import flag
 
@@ -19,16 +18,7 @@ _DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class ConfigOptions(shared.ConfigOptions):
-    """Configuration."""
-
-    config: str = flag(
-        "", "YAML file of these settings; flags override it.", "-c", "--config", metavar="FILE", recorded=False
-    )
-
-
-@dataclass(frozen=True)
-class ZooOptions(ConfigOptions):
+class ZooOptions(shared.FileOptions):
     """The settings of one merge.
 
     Raises:
@@ -50,10 +40,7 @@ def parse_zoo_options(argv: Sequence[str] | None = None, prog: str = "tweo-surve
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
         ValueError: the settings are wrong.
     """
-    given = CommandLine(ZooOptions, prog, _DESCRIPTION).parse(argv)
-    values, recipe = resolve(ZooOptions, given)
-    with naming(recipe, given):
-        return ZooOptions(**values)
+    return read_settings(ZooOptions, prog, _DESCRIPTION, argv)
 
 
 def _complaints(options: ZooOptions) -> Iterator[str]:

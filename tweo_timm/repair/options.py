@@ -8,8 +8,8 @@ from typing import Any
 
 from tweo_timm.rewrite.methods import METHOD_NAMES, METHODS
 from tweo_timm.run import options as shared
-from tweo_timm.run.flags import CommandLine, freeze
-from tweo_timm.run.recipe import naming, resolve
+from tweo_timm.run.flags import freeze
+from tweo_timm.run.recipe import read_settings
 from tweo_timm.run.rules import out_of_bounds
 from tweo_timm.settings import AT_LEAST_0, AT_LEAST_1, flag
 
@@ -17,15 +17,6 @@ _DESCRIPTION = (
     "Take the outliers out of a trained checkpoint by an exact rotation of its residual stream: no training, the same "
     "architecture, the same outputs. Works without data; --method learned needs some images."
 )
-
-
-@dataclass(frozen=True)
-class ConfigOptions(shared.ConfigOptions):
-    """Configuration."""
-
-    config: str = flag(
-        "", "YAML file of these settings; flags override it.", "-c", "--config", metavar="FILE", recorded=False
-    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class ImageOptions:
 
 
 @dataclass(frozen=True)
-class RepairOptions(ConfigOptions, CheckpointOptions, RotationOptions, ImageOptions):
+class RepairOptions(shared.FileOptions, CheckpointOptions, RotationOptions, ImageOptions):
     """The settings of one repair, one field per flag.
 
     Raises:
@@ -94,10 +85,7 @@ def parse_repair_options(argv: Sequence[str] | None = None, prog: str = "tweo-re
         SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
         ValueError: the YAML file or the combination of settings is wrong; the message names flag, value and remedy.
     """
-    given = CommandLine(RepairOptions, prog, _DESCRIPTION).parse(argv)
-    values, recipe = resolve(RepairOptions, given)
-    with naming(recipe, given):
-        return RepairOptions(**values)
+    return read_settings(RepairOptions, prog, _DESCRIPTION, argv)
 
 
 def _complaints(options: RepairOptions) -> Iterator[str]:

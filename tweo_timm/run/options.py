@@ -32,6 +32,15 @@ class ConfigOptions:
 
 
 @dataclass(frozen=True)
+class FileOptions(ConfigOptions):
+    """Configuration."""
+
+    config: str = flag(
+        "", "YAML file of these settings; flags override it.", "-c", "--config", metavar="FILE", recorded=False
+    )
+
+
+@dataclass(frozen=True)
 class DatasetOptions:
     """Dataset."""
 

@@ -14,15 +14,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from tweo_timm.run import strict_yaml
-from tweo_timm.run.flags import Option, convert, option_table
+from tweo_timm.run.flags import CommandLine, Option, convert, option_table
 from tweo_timm.run.legacy import Modernized, modernize
 from tweo_timm.run.shipped import find_recipe
 from tweo_timm.settings import Decides
@@ -35,6 +35,9 @@ _BLOCKS: dict[str, dict[str, str]] = {"tweo": {}, "fp8": {"backend": "fp8"}}
 # The flag without which everything else in a block would do nothing.
 _SWITCHES = {"tweo": ("tweo_weight", "weight: 0.01"), "fp8": ("fp8", "backend: auto")}
 _MAX_EXTENDS = 16
+
+
+Kind = TypeVar("Kind")
 
 
 class RecipeError(ValueError):
@@ -70,6 +73,25 @@ def resolve(options: type, given: dict[str, Any]) -> tuple[dict[str, Any], Recip
     recipe = load_recipe(path, options, given.get("config_unknown", "error")) if path else Recipe("")
     given = _one_folder(given, "the command line")
     return {**recipe.values, **given}, recipe
+
+
+def read_settings(options: type[Kind], prog: str, description: str, argv: Sequence[str] | None) -> Kind:
+    """Read a command line, and the YAML file it names, into settings.
+
+    Args:
+        options: The options dataclass.
+        prog: The program's name in messages.
+        description: What ``-h`` says of it.
+        argv: The words after the program's name; None: those of this process.
+
+    Raises:
+        SystemExit: for ``-h`` (status 0), or a word argparse does not accept (status 2), with a message.
+        ValueError: the YAML file or the combination of settings is wrong; the message names flag, value and remedy.
+    """
+    given = CommandLine(options, prog, description).parse(argv)
+    values, recipe = resolve(options, given)
+    with naming(recipe, given):
+        return options(**values)
 
 
 def _one_folder(values: dict[str, Any], where: str) -> dict[str, Any]:
