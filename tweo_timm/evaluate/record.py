@@ -167,6 +167,10 @@ class Exported(Declared):
         """The targets whose file does not compute what the model does."""
         return {file.target for file in self.files if file.fault}
 
+    def sound_targets(self) -> set[str]:
+        """The targets whose file does."""
+        return {file.target for file in self.files} - self.wrong_targets()
+
 
 @dataclass(kw_only=True)
 class Scored(Declared):

@@ -88,7 +88,7 @@ def _milliseconds(quantized: Quantized) -> float | None:
     """The median of one image in the fastest file that computes what the model does."""
     if quantized.exported is None:
         return None
-    sound = {file.target for file in quantized.exported.files} - quantized.exported.wrong_targets()
+    sound = quantized.exported.sound_targets()
     return min(
         (row.median_ms for t in quantized.exported.latency if t.batch == 1 for row in t.rows if row.file in sound),
         default=None,

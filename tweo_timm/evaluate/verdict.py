@@ -175,8 +175,7 @@ def _fastest(exported: Exported | None) -> tuple[str, float, str] | None:
     """Target, speed where float32 is 1, and conditions of the fastest file that computes what the model does."""
     if exported is None:
         return None
-    wrong = exported.wrong_targets()
-    sound = {file.target for file in exported.files} - wrong
+    sound = exported.sound_targets()
     rows = [
         (
             row.file,

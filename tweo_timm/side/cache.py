@@ -56,11 +56,8 @@ class FeatureCache:
     def _paths(self) -> dict[str, Path]:
         return {kind: self.folder / f"{self.name}.{kind}" for kind in ("features", "targets")}
 
-    def is_complete(self, check: bool) -> bool:
-        """Whether the cache is there.
-
-        Args:
-            check: whether its files are read and compared with their checksums.
+    def is_complete(self) -> bool:
+        """Whether the cache is there; its files are read, and compared with their checksums.
 
         Raises:
             ValueError: it is of something else, or its files were changed.
@@ -78,7 +75,7 @@ class FeatureCache:
         if before != now:
             raise ValueError(f"{where} is of something else: {differences(before, now)}: {remedy}")
         for kind, path in self._paths.items():
-            if check and found.fields(SUMS).integer(kind, AT_LEAST_0) != _checksum(path):
+            if found.fields(SUMS).integer(kind, AT_LEAST_0) != _checksum(path):
                 raise ValueError(f"{where}: {path.name} is not as it was written: {remedy}")
         return True
 
@@ -88,7 +85,6 @@ class FeatureCache:
         Raises:
             OSError: the disk has no room for it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self._paths["features"]
         path.unlink(missing_ok=True)  # of a run that was killed; a link goes, not what it points to
         with open(path, "xb") as file:

@@ -99,7 +99,7 @@ class Journal:
         if not listed:
             return
         begun = self.summary.exists() and self.summary.stat().st_size > 0
-        Outputs(self.folder).append(self.summary.name, _table([row], self._columns, header=not begun))
+        Outputs(self.folder).append(self.summary.name, as_csv([row], self._columns, header=not begun))
         if self._wandb is not None:
             self._wandb.log(row)
 
@@ -180,11 +180,11 @@ def _continue_table(path: Path, columns: Sequence[str], epoch: int) -> None:
         kept, foreign = [], True
     if foreign:
         path.rename(path.with_name(f"{path.name}.before"))
-    Outputs(path.parent).write(path.name, _table(kept, columns, header=bool(kept)))
+    Outputs(path.parent).write(path.name, as_csv(kept, columns, header=bool(kept)))
 
 
-def _table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], header: bool) -> str:
-    """Rows as CSV, under our columns."""
+def as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], header: bool = True) -> str:
+    """Return rows as CSV, under these columns."""
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, restval="", extrasaction="ignore", lineterminator="\n")
     if header:

@@ -113,7 +113,7 @@ def _compute_if_missing(
     complete, refusal = False, None
     if world.primary:
         try:
-            complete = cache.is_complete(check=True)
+            complete = cache.is_complete()
         except (ValueError, OSError) as error:
             refusal = error
     complete, refusal = world.gather((complete, refusal))[0]

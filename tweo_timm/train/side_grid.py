@@ -9,8 +9,6 @@ Refused: names that are no settings, and settings by which the backbone's featur
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from tweo_timm.side.miet import MESSAGE_BITS, message_bytes
 from tweo_timm.suggestion import suggest
 from tweo_timm.train.checkpoint import LAST
 from tweo_timm.train.folder import output
+from tweo_timm.train.journal import as_csv
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.side import KEY
 
@@ -131,7 +130,7 @@ def run_grid(
         if primary:
             rows.append(_row(point, result, folder))
     if primary:
-        Outputs(output(options) / options.experiment).write(TABLE, _csv(rows))
+        Outputs(output(options) / options.experiment).write(TABLE, as_csv(rows, _columns(rows)))
     return "\n".join(_table(rows)), complete
 
 
@@ -153,14 +152,6 @@ def _row(point: Point, result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, _columns(rows), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
 
 
 def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
