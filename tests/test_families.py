@@ -10,7 +10,7 @@ from torch import nn
 from tests.rewrite.families import FAMILIES, make_images, make_model
 from tweo_timm import Fp8Recipe, describe_stream, patch_fp8
 from tweo_timm.layers import projections_called
-from tweo_timm.quant.smooth import _Readers
+from tweo_timm.quant.smooth import Readers
 
 _SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -18,15 +18,15 @@ _SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_hea
 @pytest.mark.parametrize("family", FAMILIES)
 def test_declared_readers_of_a_norm_are_those_that_its_output_is_seen_to_flow_into(family):
     model = make_model(family)
-    watch = _Readers(model)
+    watch = Readers(model)
     with torch.no_grad(), projections_called(model):
         watch.follow(model, make_images(family))
     stages = describe_stream(model).stages
     declared = {norm: {port.module for port in ports} for stage in stages for norm, ports in stage.norms.items()}
     assert declared or family == "vit without a last norm"
     for norm, modules in declared.items():
-        seen = set(watch._linears[norm]) - {""}
-        pooled = norm == "norm" and "mean" in watch._others[norm]  # nothing is followed through an average
+        seen = set(watch.linears[norm]) - {""}
+        pooled = norm == "norm" and "mean" in watch.others[norm]  # nothing is followed through an average
         assert seen == (set() if pooled else modules), norm
 
 

@@ -74,7 +74,7 @@ def test_photos_are_a_command_of_their_own(tmp_path, capsys):
 
 def test_quickstart_runs_every_recipe_once_a_seed_and_compares_all(monkeypatch, tmp_path, capsys):
     commands = []
-    monkeypatch.setattr(quickstart, "_run", commands.append)
+    monkeypatch.setattr(quickstart, "run_command", commands.append)
     monkeypatch.setattr(quickstart, "write_photo_crops", lambda folder: folder)
     report = tmp_path / "report"
     report.mkdir()
@@ -98,7 +98,7 @@ def test_quickstart_runs_every_recipe_once_a_seed_and_compares_all(monkeypatch, 
 
 def test_failing_step_stops_the_quickstart_with_its_status(capfd):
     with pytest.raises(SystemExit) as stop:
-        quickstart._run(["train", "--no-such-flag"])
+        quickstart.run_command(["train", "--no-such-flag"])
     assert stop.value.code == 2
     assert "failed with status 2" in capfd.readouterr().err
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoints = [str(options.output / name / "last.pth.tar") for name in names]
     precision = ["--quantize", "w8a8-tt", "w8a8-tt+res", "w4a4-tt+res"] if len(options.seeds) == 1 else []
     loading = ["--data-dir", str(photos), "--device", "cpu", "--workers", "1"]
-    _run(["evaluate", "--checkpoint", *checkpoints, *loading, *precision, "--report", str(report)])
+    run_command(["evaluate", "--checkpoint", *checkpoints, *loading, *precision, "--report", str(report)])
     _print_seeds(report / "report.csv", options.seeds)
     print(f"\nPictures and tables: {report}/  (start with {report}/report.md)")
     print(f"Run folders with summary.csv and outliers.jsonl: {options.output}/<run>/")
@@ -69,7 +69,7 @@ def _train_all(photos: Path, options: argparse.Namespace) -> list[str]:
         print(f"\nTraining {done + 1} of {len(runs)}{left}: {name}")
         words = ["--data-dir", str(photos), "--output", str(options.output)]
         words += ["--experiment", name, "--seed", str(seed), *(["--fp8", "emulated"] if options.fp8 else [])]
-        _run(["train", "-c", f"quickstart_{run}", *words, "--resume", "auto"])
+        run_command(["train", "-c", f"quickstart_{run}", *words, "--resume", "auto"])
     return names
 
 
@@ -85,7 +85,7 @@ def _processor() -> str:
     return f"{about['processor']}, {about['cores']} cores"
 
 
-def _run(words: list[str]) -> None:
+def run_command(words: list[str]) -> None:
     """Print and run one of our commands; a failure ends the quickstart with the command's own message and status."""
     shown = shlex.join(["python", "-m", f"tweo_timm.{words[0]}", *words[1:]])
     print(f"\n$ TIMM_FUSED_ATTN=0 OMP_NUM_THREADS=1 {shown}", flush=True)

@@ -36,10 +36,10 @@ def measure(part: Part, plan: Plan, worker: Worker) -> None:
     """Compare roundings, layers and a model, one row each."""
     for name in FORMATS:
         title = f"{PREFIX}: rounding to {name}"
-        part.attempt(title, lambda n=name: _exact(worker.run(roundings, n, plan.device, limit_s=LIMIT_S)))
+        part.attempt(title, lambda n=name: exact(worker.run(roundings, n, plan.device, limit_s=LIMIT_S)))
     for scaling in SCALINGS:
         title = f"{PREFIX}: one step of one layer, {scaling}"
-        part.attempt(title, lambda s=scaling: _exact(worker.run(layer_steps, s, plan.device, limit_s=LIMIT_S)))
+        part.attempt(title, lambda s=scaling: exact(worker.run(layer_steps, s, plan.device, limit_s=LIMIT_S)))
     workload = plan.workloads[0]
     for scaling in SCALINGS:
         title = f"native to emulated: {workload.arch}, {scaling}"
@@ -47,7 +47,7 @@ def measure(part: Part, plan: Plan, worker: Worker) -> None:
         part.attempt(title, lambda c=call: worker.run(*c, limit_s=LIMIT_S))
 
 
-def _exact(found: Mapping[str, Any]) -> Mapping[str, Any]:
+def exact(found: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what was found, if all of it is equal.
 
     Raises:

@@ -245,7 +245,7 @@ def test_a_terminal_shows_names_as_they_are(name):
     with pytest.MonkeyPatch.context() as patch:
         terminal = Console(file=screen, force_terminal=True, width=200, color_system=None)
         patch.setattr(report_module, "Console", lambda: terminal)
-        report_module._print_rows([{"model": name, "Top-1 %": "12.00"}])
+        report_module.print_rows([{"model": name, "Top-1 %": "12.00"}])
     assert f"│ {name}" in screen.getvalue()
 
 

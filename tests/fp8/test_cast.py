@@ -83,7 +83,7 @@ def test_strided_and_half_precision_sources_round_like_contiguous_float32():
 def test_tensor_larger_than_a_chunk_rounds_as_its_parts(monkeypatch):
     x = torch.randn(1000)
     whole = round_to_fp8(x, torch.tensor(2.0), E4M3)
-    monkeypatch.setattr("tweo_timm.fp8.cast._CHUNK_PER_THREAD", 17)
+    monkeypatch.setattr("tweo_timm.fp8.cast.CHUNK_PER_THREAD", 17)
     assert_same_bits(round_to_fp8(x, torch.tensor(2.0), E4M3), whole)
 
 

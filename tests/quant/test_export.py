@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tests.quant.families import make_images, make_model
 from tweo_timm import machine
 from tweo_timm.quant import export
-from tweo_timm.quant.deploy import Agreement, _self_error_ratio, export_record, fault_of
+from tweo_timm.quant.deploy import Agreement, export_record, fault_of, self_error_ratio_of
 from tweo_timm.quant.export import export_onnx, require_export_extra
 from tweo_timm.quant.onnx_file import OnnxModel
-from tweo_timm.quant.qdq import _patch_size, _patches
+from tweo_timm.quant.qdq import patch_size_of, patches_of
 from tweo_timm.quant.scheme import Scheme
 from tweo_timm.quant.static import quantization_scales, quantize_static
 
@@ -125,11 +125,11 @@ def test_patches_are_cut_where_a_convolution_is_a_product_and_nowhere_else(name:
         "overlapping": nn.Conv2d(3, 5, 3, stride=2),
         "same": nn.Conv2d(3, 5, 1, padding="same"),
     }[name]
-    size = _patch_size(conv)
+    size = patch_size_of(conv)
     assert (size is not None) == (name in ("fast_with_rest", "conv1x1"))
     if size is not None:
         x = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0))
-        tokens, grid = _patches(x, size)
+        tokens, grid = patches_of(x, size)
         y = nn.functional.linear(tokens, conv.weight.flatten(1), conv.bias).transpose(1, 2).unflatten(2, grid)
         torch.testing.assert_close(y, conv(x))
 
@@ -156,7 +156,7 @@ def test_a_deep_untrained_model_is_as_far_from_itself_as_its_file_can_be() -> No
     quantized = quantize_static(model, [images], "w8a8-tt")
     with torch.no_grad():
         logits = quantized(images)
-        assert _self_error_ratio(quantized, images, logits, model(images)) > 0.1  # 1.07 measured
+        assert self_error_ratio_of(quantized, images, logits, model(images)) > 0.1  # 1.07 measured
         assert torch.equal(quantized(images), logits)  # what was put on its layers is off again
 
 

@@ -268,7 +268,7 @@ class Resumption:
         file = CheckpointFile(path, content)
         self.trainer.resume(file)
         AtomicSaver(self.folder, as_namespace(self.trainer.session.options)).take_over(file)
-        self.trainer._set_off()
+        self.trainer.set_off()
 
     def try_with(self, place, value):
         """Put a value in place of an entry; what comes of it is a run that goes on, or one line that names the file."""

@@ -32,7 +32,7 @@ def test_augmentation_at_its_strongest_keeps_no_bit_of_an_image_whatever_pillow_
 @pytest.mark.parametrize("bits", range(9))
 def test_posterizing_keeps_the_highest_bits(bits, mode):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3) if mode == "RGB" else (4, 5), dtype=np.uint8)
-    kept = np.asarray(data._posterize(Image.fromarray(pixels), bits))
+    kept = np.asarray(data.posterize_to_bits(Image.fromarray(pixels), bits))
     assert np.array_equal(kept, pixels >> (8 - bits) << (8 - bits))
 
 

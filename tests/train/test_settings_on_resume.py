@@ -28,7 +28,7 @@ def resumed_groups(images, out, checkpoint, *more):
     session = session_of(images, out, *more, "--resume", str(checkpoint))
     trainer = Trainer(session, SignalWatch())
     trainer.resume(read(checkpoint))
-    trainer._set_off()
+    trainer.set_off()
     return session.optimizer.param_groups
 
 

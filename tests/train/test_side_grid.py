@@ -37,14 +37,14 @@ def test_each_combination_is_its_own_run_and_a_table_compares_them(images, tmp_p
 
 
 def test_a_combination_that_breaks_does_not_take_the_others_along(images, tmp_path, monkeypatch):
-    run = training._run
+    run = training.train_once
 
     def breaks(options, *rest):
         if options.side_rank == 4:
             raise Failure("the loss is not finite")
         return run(options, *rest)
 
-    monkeypatch.setattr(training, "_run", breaks)
+    monkeypatch.setattr(training, "train_once", breaks)
     assert main(command(images, tmp_path, *SIDE, str(tmp_path / "features"), "--side-grid", "rank=4,8")) == 1
     stopped, whole = table(tmp_path / "run")
     assert stopped["stopped"] == "the loss is not finite"

@@ -126,18 +126,19 @@ def print_verdict(report: Report) -> None:
 
 def print_table(records: Sequence[Record]) -> None:
     """Print the comparison table, then those of exported files: drawn on a terminal, Markdown elsewhere."""
-    _print_rows(table_of(records))
+    print_rows(table_of(records))
     for record in records:
         for heading, caption, rows in _export_tables(record):
             line = f"{record.name}: {heading}. {caption}".rstrip()
             print(f"\n{terminal(line)}")
-            _print_rows(rows)
+            print_rows(rows)
         for sentence, rows in tables(record):
             print(f"\n{terminal(f'{record.name}: {sentence}')}")
-            _print_rows(rows)
+            print_rows(rows)
 
 
-def _print_rows(rows: Sequence[dict[str, str]]) -> None:
+def print_rows(rows: Sequence[dict[str, str]]) -> None:
+    """Print rows as a table on a terminal, else as Markdown."""
     console = Console()
     if not console.is_terminal:
         print(markdown_table(rows))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 # Elements a thread rounds at a time: small enough for the work buffers to stay in cache, large enough that starting
 # ten operators costs little.
-_CHUNK_PER_THREAD = 1 << 18
+CHUNK_PER_THREAD = 1 << 18
 _EXPONENT_BITS = 0x7F800000
 
 
@@ -102,7 +102,7 @@ def _round_chunk(x: Tensor, scale: Tensor, fmt: Fp8Format, work: Tensor, out: Te
 def _chunk_size(flat: Tensor) -> int:
     if flat.device.type != "cpu":
         return flat.numel()
-    return min(flat.numel(), _CHUNK_PER_THREAD * torch.get_num_threads())
+    return min(flat.numel(), CHUNK_PER_THREAD * torch.get_num_threads())
 
 
 def absolute_maximum(x: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def _processor() -> str:
     return f"{found['processor']}{instructions}, where int8 products {exact}"
 
 
-def _self_error_ratio(quantized: nn.Module, images: Tensor, wanted: Tensor, original: Tensor) -> float | None:
+def self_error_ratio_of(quantized: nn.Module, images: Tensor, wanted: Tensor, original: Tensor) -> float | None:
     """How far the quantized model is from itself when every layer's input is multiplied by `JITTER`.
 
     `wanted` are its own logits of the images, `original` those of the float model.
@@ -244,7 +244,7 @@ def _run_over(
             original = model(x)
             reference = original if quantized is None else quantized(x)
             if quantized is not None and not images:
-                self_error_ratio = _self_error_ratio(quantized, x, reference, original)
+                self_error_ratio = self_error_ratio_of(quantized, x, reference, original)
             logits = [run(x) for run in runs]
             for agreement, got in zip(agreements, logits, strict=True):
                 agreement.update(reference, got, original)

@@ -109,7 +109,7 @@ class QdqLayer(QuantizedLayer):
             )
         self.bits, self.channel_axis, self.compensation = layer.bits, layer.channel_axis, None
         self.input = QdqPoint(layer.input_quantizer, unsigned=unsigned)
-        self._patch = _patch_size(layer.geometry) if unsigned else None
+        self._patch = patch_size_of(layer.geometry) if unsigned else None
         is_product = layer.geometry is None or self._patch is not None
         self.register_buffer("weight_int", layer.weight_int)
         self.register_buffer("weight_scale", layer.weight_scale)
@@ -130,7 +130,7 @@ class QdqLayer(QuantizedLayer):
             if self._patch is None:
                 convolved: Tensor = geometry._conv_forward(self.input(x), self._weight(), self.bias)
                 return convolved
-            tokens, grid = _patches(x, self._patch)
+            tokens, grid = patches_of(x, self._patch)
             y = self._product(tokens)
             return y.transpose(1, 2).reshape(-1, y.shape[-1], *grid)
 
@@ -154,7 +154,7 @@ def _zero_point(quantizer: Quantizer, unsigned: bool) -> Tensor:
     return torch.tensor(quantizer.zero_point, dtype=torch.int8)
 
 
-def _patch_size(geometry: Any) -> tuple[int, int] | None:
+def patch_size_of(geometry: Any) -> tuple[int, int] | None:
     """The patches of a convolution that is a product of patches and weight, such as ViT's patch embedding; or None."""
     if not isinstance(geometry, nn.Conv2d) or isinstance(geometry.padding, str) or any(geometry.padding):
         return None
@@ -162,7 +162,7 @@ def _patch_size(geometry: Any) -> tuple[int, int] | None:
     return (geometry.kernel_size[0], geometry.kernel_size[1]) if is_product else None
 
 
-def _patches(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+def patches_of(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
     """Cut (B, C, H, W) into (B, patches, C * h * w), a rest left out, as a convolution does; and the patches' grid."""
     height, width = x.shape[2] // size[0], x.shape[3] // size[1]
     x = x[:, :, : height * size[0], : width * size[1]]

@@ -51,7 +51,7 @@ def smooth(model: nn.Module, batches: Sequence[Tensor], alpha: float = 0.5) -> d
         raise ValueError("smoothing needs at least one calibration image")
     device = next(model.parameters()).device
     probe = batches[0][:_PROBE_IMAGES].to(device)
-    watch = _Readers(model)
+    watch = Readers(model)
     with torch.no_grad():
         watch.follow(model, probe)
         readers, skipped = watch.verdict()
@@ -73,16 +73,22 @@ def smooth(model: nn.Module, batches: Sequence[Tensor], alpha: float = 0.5) -> d
     return {"alpha": alpha, "smoothed": readers, "skipped": skipped}
 
 
-class _Readers(TorchFunctionMode):
-    """Finds who reads the output of each norm, and the largest magnitudes of what Linear layers read."""
+class Readers(TorchFunctionMode):
+    """Finds who reads the output of each norm, and the largest magnitudes of what Linear layers read.
+
+    Attributes:
+        linears: of each norm, by name, the Linear layers that read its output.
+        others: of each norm, the other functions that read its output.
+        amax: of each Linear layer, by name, the largest magnitude of each input channel, shape (channels,).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._flow = Flow()
         self._layers = {id(layer.weight): name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
         self._norms = {name: module for name, module in model.named_modules() if hasattr(module, "normalized_shape")}
-        self._linears: dict[str, list[str]] = defaultdict(list)
-        self._others: dict[str, set[str]] = defaultdict(set)
+        self.linears: dict[str, list[str]] = defaultdict(list)
+        self.others: dict[str, set[str]] = defaultdict(set)
         self._sources: dict[str, set[frozenset[str]]] = defaultdict(set)
         self.amax: dict[str, Tensor] = {}
 
@@ -112,22 +118,22 @@ class _Readers(TorchFunctionMode):
             peak = args[0].detach().abs().flatten(0, -2).amax(0)
             self.amax[layer] = torch.maximum(self.amax[layer], peak) if layer in self.amax else peak
             for norm in labels:
-                self._linears[norm].append(layer)
+                self.linears[norm].append(layer)
         elif name_of(func) in ("cat", "concat") or not self._flow.moves(func, args, kwargs, result):
             for norm in labels if tensors_in(result) else ():
-                self._others[norm].add(name_of(func))
+                self.others[norm].add(name_of(func))
         return result
 
     def verdict(self) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return norm -> its Linear layers where those alone read it, and norm -> reason where not."""
         readers, skipped = {}, {}
         for name, norm in self._norms.items():
-            layers = list(dict.fromkeys(self._linears[name]))
+            layers = list(dict.fromkeys(self.linears[name]))
             mixed = [layer for layer in layers if self._sources[layer] != {frozenset({name})}]
             if getattr(norm, "weight", None) is None:
                 skipped[name] = "has no weight that could hold the factors"
-            elif self._others[name]:
-                skipped[name] = f"its output is also read by {', '.join(sorted(self._others[name]))}"
+            elif self.others[name]:
+                skipped[name] = f"its output is also read by {', '.join(sorted(self.others[name]))}"
             elif mixed:
                 skipped[name] = f"{mixed[0] or 'a linear function'} reads other inputs too"
             elif not layers:

@@ -42,7 +42,7 @@ def train(options: TrainOptions, call: Call) -> int:
         with sweep_attempt(options), joined(options.device) as world, SignalWatch() as signals:
             if options.side_grid:
                 return _grid(options, world, signals)
-            result, folder = _run(options, world, signals)
+            result, folder = train_once(options, world, signals)
     except Interrupted as interruption:
         return 128 + interruption.number
     if world.primary:
@@ -52,14 +52,14 @@ def train(options: TrainOptions, call: Call) -> int:
 
 def _grid(options: TrainOptions, world: World, signals: SignalWatch) -> int:
     """Train every combination of --side-grid, and print their table."""
-    table, complete = run_grid(options, lambda point: _run(point, world, signals), world.primary)
+    table, complete = run_grid(options, lambda point: train_once(point, world, signals), world.primary)
     if world.primary:
         with printing():
             print(table)
     return 0 if complete else 1
 
 
-def _run(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:
+def train_once(options: TrainOptions, world: World, signals: SignalWatch) -> tuple[dict[str, Any], Path]:
     """Build everything, and only then touch the run folder: a command that cannot run changes nothing."""
     world.refuse(Outputs(output(options) / options.experiment).check, "--output")
     resumed = find_checkpoint(options, world)

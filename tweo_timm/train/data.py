@@ -294,14 +294,15 @@ def _posterizing_to_black() -> Iterator[None]:
     timm's policies ask for that at their strongest: rand-m9-mstd0.5-inc1 for one image in 500, and Pillow now refuses.
     """
     before = {name: op for name, op in NAME_TO_OP.items() if op is posterize}
-    NAME_TO_OP.update(dict.fromkeys(before, _posterize))
+    NAME_TO_OP.update(dict.fromkeys(before, posterize_to_bits))
     try:
         yield
     finally:
         NAME_TO_OP.update(before)
 
 
-def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+def posterize_to_bits(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """Keep the highest `bits` bits of each channel; 0 bits leave a black image."""
     posterized: Image.Image = posterize(image, bits, **settings) if bits > 0 else Image.new(image.mode, image.size)
     return posterized
 

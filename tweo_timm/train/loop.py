@@ -212,7 +212,7 @@ class Trainer:
             _logger.info(
                 "Already finished: %d of %d epochs are done. To go on, give more --epochs", last_epoch, last_epoch
             )
-        self._set_off()
+        self.set_off()
         rows = []
         for epoch in range(self.cursor.epoch, last_epoch):
             rows.append(self._epoch(epoch, last_epoch))
@@ -232,7 +232,7 @@ class Trainer:
             ranked, key=lambda row: row.get("validation", row["train"])[name], reverse=not self.session.falling_metric
         )
 
-    def _set_off(self) -> None:
+    def set_off(self) -> None:
         """Bring schedule, counters and random state to where the first epoch begins."""
         session, cursor = self.session, self.cursor
         if self._entry is None:
