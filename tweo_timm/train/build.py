@@ -155,10 +155,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
     check_image_sizes(options, model, data_config["input_size"])
     num_classes = int(options.num_classes or model.num_classes)  # type: ignore[arg-type]
     fp8 = _patch_fp8(options, model)
-    features_of = cached_datasets(options, model, data_config, world) if options.side_cache else None
-    data = open_data(options, data_config, num_classes, world, features_of)
-    if options.side == "off":  # the head beside a frozen backbone is always new
-        settle_head(options, model, names_by_index(data.class_names))
+    data = _data(options, model, data_config, num_classes, world)
     updates_per_epoch = _updates_per_epoch(options, data)
     blocks = _blocks(options, model)
     if options.fsdp:
@@ -178,21 +175,7 @@ def build_session(options: TrainOptions, world: World) -> Session:
         tweo.apart = functools.partial(held_fp8, model)
     namespace.lr = _learning_rate(options, data.batch_size * world.size * options.grad_accum_steps, world)
     optimizer = build_optimizer(options, namespace, task.get_trainable_module())
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(namespace, decreasing_metric=_falling_metric(options, data)),
-        updates_per_epoch=updates_per_epoch,
-    )
-    if scheduler is None:
-        scale_rates(optimizer)
-    if options.start_epoch is not None and options.start_epoch >= num_epochs:
-        raise ValueError(
-            f"--start-epoch {options.start_epoch} leaves nothing to train of {num_epochs} epochs, which count from 0; "
-            "give a smaller one, or more --epochs"
-        )
-    if options.stop_epoch is not None and options.stop_epoch > num_epochs:
-        raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
-    _say_endless_warmup(options, options.stop_epoch or num_epochs)
+    scheduler, num_epochs = _schedule(options, namespace, optimizer, _falling_metric(options, data), updates_per_epoch)
     session = Session(
         options=options,
         world=world,
@@ -216,6 +199,39 @@ def build_session(options: TrainOptions, world: World) -> Session:
     if session.second_order:
         _check_differentiable_twice(session)
     return session
+
+
+def _data(options: TrainOptions, model: nn.Module, data_config: dict[str, Any], num_classes: int, world: World) -> Data:
+    """Images, or features of a frozen backbone; a head that knows the very classes of the data is kept."""
+    features_of = cached_datasets(options, model, data_config, world) if options.side_cache else None
+    data = open_data(options, data_config, num_classes, world, features_of)
+    if options.side == "off":  # the head beside a frozen backbone is always new
+        settle_head(options, model, names_by_index(data.class_names))
+    return data
+
+
+def _schedule(
+    options: TrainOptions, namespace: argparse.Namespace, optimizer: torch.optim.Optimizer, falling: bool, updates: int
+) -> tuple[Any, int]:
+    """The learning rate's schedule, None if it is constant, and the number of epochs after which it ends.
+
+    Raises:
+        ValueError: if --start-epoch or --stop-epoch lies outside of it.
+    """
+    scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(namespace, decreasing_metric=falling), updates_per_epoch=updates
+    )
+    if scheduler is None:
+        scale_rates(optimizer)
+    if options.start_epoch is not None and options.start_epoch >= num_epochs:
+        raise ValueError(
+            f"--start-epoch {options.start_epoch} leaves nothing to train of {num_epochs} epochs, which count from 0; "
+            "give a smaller one, or more --epochs"
+        )
+    if options.stop_epoch is not None and options.stop_epoch > num_epochs:
+        raise ValueError(f"--stop-epoch {options.stop_epoch} is after the last of {num_epochs} epochs: leave it out")
+    _say_endless_warmup(options, options.stop_epoch or num_epochs)
+    return scheduler, num_epochs
 
 
 def _say_endless_warmup(options: TrainOptions, epochs: int) -> None:
