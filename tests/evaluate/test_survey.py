@@ -59,9 +59,12 @@ def test_a_model_without_a_head_is_judged_by_nearest_neighbours(capsys, common, 
     model = make_model(0)
     model.reset_classifier(0)
     path = save_checkpoint(tmp_path / "features" / "last.pth.tar", model)
-    words = ["--checkpoint", path, *common, "--num-classes", "0", "--survey", "--max-drop", "100"]
+    words = ["--checkpoint", path, *common, "--num-classes", "0", "--survey", "--max-drop", "0"]
     run(capsys, *words, "--report", tmp_path)
     record, found, _ = answer(tmp_path)
+    sites = {site["name"] for row in found["rows"] if not row["rotated"] for site in row["sites"]}
+    assert sites
+    assert "head" not in sites  # the head that a rotation needs is no part of the model as it is
     assert (found["judged_by"], record["top1"]) == ("nearest neighbour", None)
     assert found["images"] == record["data"]["images"]
     assert any(row["rotated"] for row in found["rows"])

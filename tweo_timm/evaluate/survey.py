@@ -24,7 +24,6 @@ from tweo_timm.evaluate.scoring import score
 from tweo_timm.fingerprint import fingerprint
 from tweo_timm.media import code, markdown
 from tweo_timm.quant.export import export_onnx
-from tweo_timm.rewrite.head import add_feature_head
 from tweo_timm.survey.bench import Bench, Outcome
 from tweo_timm.survey.survey import Survey, survey
 from tweo_timm.version import __version__
@@ -130,9 +129,6 @@ def _origin(case: Case) -> dict[str, Any]:
 def _bench(case: Case) -> Bench:
     subject, options = case.subject, case.options
     model = copy.deepcopy(subject.model).eval()
-    if not case.images.classes:
-        with contextlib.suppress(ValueError):  # a model that cannot be described cannot be rotated: the survey says why
-            add_feature_head(model)
     samples = list(torch.split(case.samples.diagnosis, _SAMPLES))
 
     neighbours = NearestNeighbours(case.images, options, case.world)

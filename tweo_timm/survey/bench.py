@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tweo_timm.diagnose.float16 import Float16Readings, float16_readings
 from tweo_timm.quant.static import quantize_static
+from tweo_timm.rewrite.head import add_feature_head
 from tweo_timm.rewrite.rotate import rotate
 from tweo_timm.survey.decide import Decision, Outcome, decide
 from tweo_timm.survey.sensitivity import Sensitivity, sensitivities
@@ -113,7 +115,7 @@ class Bench:
         return sensitivities(variant.model, built, self.samples, features=self.features, seed=self.seed)
 
     def rotated(self, method: str) -> nn.Module:
-        """Return the model with its stream rotated; computed once.
+        """Return the model with its stream rotated; computed once. One without a head gains one that returns features.
 
         Raises:
             ValueError: it cannot be.
@@ -122,6 +124,9 @@ class Bench:
             self.say(f"rotating the stream: {method}")
             turned = copy.deepcopy(self.model)
             try:
+                if self.features:
+                    with contextlib.suppress(ValueError):  # behind a pool that hides the basis none is needed
+                        add_feature_head(turned)
                 rotate(turned, method, self.calibration, self.seed)
             except ValueError as error:
                 self._rotated[method] = error

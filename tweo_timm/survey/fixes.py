@@ -143,9 +143,10 @@ def _rotation(problem: Problem) -> Iterator[Trial]:
         return
     for method in ("random", "learned"):
         turned = problem.variant.but(model=problem.bench.rotated(method))
-        yield Trial(f"rotate the stream (tweo-repair --method {method})", turned)
+        command = f"tweo-repair --method {method}{' --as-head' * problem.bench.features}"
+        yield Trial(f"rotate the stream ({command})", turned)
         if problem.integers and not problem.scheme.per_channel:
-            words = f"rotate the stream (tweo-repair --method {method}), and weights per channel"
+            words = f"rotate the stream ({command}), and weights per channel"
             yield Trial(words, _with_letters(turned, "c", "k" if problem.scheme.per_token else "t"))
 
 
