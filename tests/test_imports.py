@@ -26,7 +26,7 @@ LAYERS = [
     ["measurement"],
     ["outliers"],
     ["tap", "blocks", "families", "prenorm", "draft", "stats", "loss", "balance", "fp8.*"],
-    ["layers", "flow", "stream", "batches"],
+    ["layers", "clipped_softmax", "flow", "stream", "batches"],
     ["fp8.arithmetic", "fp8.scaling"],
     ["fp8.cast", "fp8.recipe", "config", "side.config", "artefact"],
     ["settings", "photos", "records", "schema", "fingerprint"],

@@ -25,6 +25,9 @@ def test_one_factor_at_a_time_leaves_the_papers_point_and_no_run_is_planned_twic
     assert len(set(planned)) == len(planned)
     for setting in planned:
         assert sum(getattr(setting, name) != value for name, value in PAPER.items()) <= 1
+    peers = [setting for setting in planned if setting.clipped]
+    assert planned[-4:] == peers
+    assert all(setting.weight == 0 for setting in peers)
     assert len({setting.name(seed) for setting, seed in runs()}) == len(planned) * len(SEEDS)
     assert planned[:2] == [Setting("ViT", "healthy", weight=0), Setting("ViT", "healthy", weight=0.001)]
 

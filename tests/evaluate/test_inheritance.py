@@ -10,8 +10,9 @@ import timm
 import torch
 from timm.models import resume_checkpoint
 
+from tests import models
 from tests.evaluate.conftest import make_model, run, save_checkpoint
-from tests.models import VIT_ARCH, tiny_vit
+from tests.models import SWIN_ARCH, VIT_ARCH, as_words, tiny_vit
 from tests.train.runs import TINY, VIT, last
 from tweo_timm.evaluate.inheritance import ELSEWHERE, KINDS, OTHERS, inheritable
 from tweo_timm.evaluate.options import ValidateOptions
@@ -23,6 +24,7 @@ from tweo_timm.train.options import TrainOptions
 TRAINING, VALIDATION = option_table(TrainOptions), option_table(ValidateOptions)
 GRAY = ["--model", VIT_ARCH, "--model-kwargs", *TINY, "--num-classes", "3", "--input-size", "1", "32", "32"]
 RESNET = ["--model", "resnet10t", "--num-classes", "3", "--img-size", "32"]
+SWIN = ["--model", SWIN_ARCH, "--model-kwargs", *as_words(models.SWIN), "--num-classes", "3", "--img-size", "32"]
 BN = ["--model", "test_efficientnet", "--num-classes", "3", "--img-size", "32", "--bn-eps", "0.9"]
 HERE = ["--device", "cpu", "-j", "0", "-b", "4"]
 
@@ -74,6 +76,8 @@ DECIDED = {
     "--crop-pct": [*VIT, "--crop-pct", "0.5", "--gp", "avg"],
     "--val-split": [*VIT, "--val-split", "train"],
     "--bn-eps": BN,
+    "--clipped-softmax": [*VIT, "--clipped-softmax", "0.9"],
+    "--clipped-softmax of a Swin": [*SWIN, "--clipped-softmax", "0.9"],
     "--split-bn": [*RESNET, "--aug-splits", "2", "--split-bn"],
 }
 

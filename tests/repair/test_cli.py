@@ -168,6 +168,13 @@ def test_refusals_name_the_remedy_and_leave_nothing(name, tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
+def test_a_checkpoint_of_a_clipped_softmax_is_refused_because_plain_timm_computes_another(tmp_path, capsys):
+    args = argparse.Namespace(clipped_softmax=0.5)
+    torch.save({"state_dict": saved("vit", tmp_path).state_dict(), "args": args}, tmp_path / "in.pth")
+    assert main(arguments("vit", tmp_path / "in.pth", tmp_path / "o.safetensors")) == 1
+    assert "trained with --clipped-softmax 0.5, which plain timm does not compute" in capsys.readouterr().err
+
+
 def test_a_damaged_file_is_one_line(tmp_path, capsys):
     (tmp_path / "in.pth").write_bytes(b"PK\3\4 no checkpoint")
     assert main(arguments("vit", tmp_path / "in.pth", tmp_path / "o.safetensors")) == 1

@@ -108,6 +108,18 @@ def test_an_optimizer_that_draws_random_numbers_goes_on_with_the_next_ones(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_clipped_softmax_goes_on_clipped(images, tmp_path, interrupt):
+    clipped = ["--clipped-softmax", "0.9", "--model-ema"]
+    train(images, tmp_path, *clipped, name="whole")
+    words = command(images, tmp_path, *clipped, "--resume", "auto")
+    interrupt(3)
+    assert main(words) == 128 + signal.SIGTERM
+    assert main(words) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    train(images, tmp_path, "--model-ema", name="plain")
+    assert not same_tensors(last(tmp_path / "plain")["state_dict"], last(tmp_path / "whole")["state_dict"])
+
+
 def test_a_run_stopped_between_epochs_continues_bit_for_bit(images, tmp_path, interrupt, uninterrupted):
     words = command(images, tmp_path, *ALL_RANDOM, "--resume", "auto")
     interrupt(7, signal.SIGINT)

@@ -108,6 +108,7 @@ def test_the_weights_of_a_backbone_are_read_without_their_classifier(images, tmp
         (["--side", "last", "--layer-decay", "0.7"], "--layer-decay 0.7 does not go"),
         (["--side", "last", "--model-dtype", "bfloat16"], "--model-dtype bfloat16 does not go"),
         (["--side", "last", "--fsdp"], "--fsdp does not go"),
+        (["--side", "last", "--clipped-softmax", "0.5"], "--clipped-softmax 0.5 does not go"),
         (["--side", "last", "--side-precision", "w9"], "--side-precision w9 is not float32 or bfloat16"),
         (["--side", "last", "--side-rank", "0"], "--side-rank is 0"),
         (["--side", "last", "--side-heads", "3"], "--side-heads is 3; it must be a divisor of the rank, 16"),

@@ -20,6 +20,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
+from tweo_timm.clipped_softmax import alpha_of, clip_softmax
+
 _GAMMA = re.compile(r"(^|\.)gamma_?\d*$")
 _ONES = re.compile(r"(^|\.)(gamma_?\d*|temperature)$")
 _SMALL = 0.1
@@ -41,6 +43,7 @@ def random_model(model: nn.Module, seed: int) -> tuple[nn.Module, str, dict[str,
             torch.manual_seed(seed)
             created = timm.create_model(architecture, num_classes=getattr(model, "num_classes", None))
         if _shapes(created) == _shapes(model):
+            clip_softmax(created, alpha_of(model))
             return created, "created", {}
     fresh, rules = reinitialised(model, seed)
     return fresh, "drawn again", rules

@@ -31,9 +31,9 @@ __all__ = ["ValidateOptions", "as_namespace", "parse_validate_options"]
 
 _OF_A_CHECKPOINT = (
     *("model", "pretrained", "checkpoint", "use_ema", "test_pool", "reparam", "gp", "in_chans", "model_kwargs"),
-    *("pretrained_cfg_overlay", "bn_eps", "use_train_size", "tf_preprocessing", "tweo_blocks", "quantize", "export"),
-    *("stethoscope", "colinearity", "fp8_readiness", "amp", "model_dtype", "channels_last", "fast_norm"),
-    "torchcompile",
+    *("pretrained_cfg_overlay", "clipped_softmax", "bn_eps", "use_train_size", "tf_preprocessing", "tweo_blocks"),
+    *("quantize", "export", "stethoscope", "colinearity", "fp8_readiness", "amp", "model_dtype", "channels_last"),
+    *("fast_norm", "torchcompile"),
 )
 """What builds, changes or looks into a model, which an ONNX file does not allow."""
 

@@ -27,7 +27,7 @@ from tweo_timm.run.checkpoint_file import load_weights, read
 from tweo_timm.run.class_map import find_class_map
 from tweo_timm.run.class_names import recorded_names
 from tweo_timm.run.dataset import preprocessing
-from tweo_timm.run.model import check_compiler, check_image_size, suggest_model
+from tweo_timm.run.model import check_compiler, check_image_size, clip_as_asked, suggest_model
 from tweo_timm.run.precision import precision_of
 from tweo_timm.suggestion import suggest_path
 
@@ -305,9 +305,11 @@ def _create(arch: str, options: ValidateOptions, pretrained: bool, headless: boo
             pretrained_cfg_overlay=options.pretrained_cfg_overlay or None,
             **options.model_kwargs,
         )
-        return create_model(**arguments)  # type: ignore[no-any-return]
+        model: nn.Module = create_model(**arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
         raise ValueError(f"cannot create {arch}: {str(error)[:400]}{suggest_model(arch, error)}") from error
+    clip_as_asked(model, arch, options.clipped_softmax)
+    return model
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def read_source(options: RepairOptions) -> Source:
         raise ValueError(f"--checkpoint {path} does not say its architecture: pass --model NAME")
     arch = options.model or own
     settings = content["args"]
+    _refuse_clipped(path, settings)
     arguments = _arguments(arch, options, settings, weights)
     taken = next((key for key in (*_EMA, *_RAW) if content.get(key) is not None), "")
     found = {"another set of weights": [*_EMA, *_RAW], "the optimizer's state": ["optimizer"]}
@@ -85,6 +86,15 @@ def read_source(options: RepairOptions) -> Source:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     names = content.get("class_names") or content.get("label_names")
     return Source(path, digest, arch, arguments, model.eval(), taken, dropped, settings, names)
+
+
+def _refuse_clipped(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse weights whose attention plain timm, which is to load the output, computes in another way."""
+    if settings.get("clipped_softmax"):
+        raise ValueError(
+            f"--checkpoint {path} was trained with --clipped-softmax {settings['clipped_softmax']}, which plain timm "
+            "does not compute: measure its rotation by validate.py --quantize w8a8-tt+res+rot"
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from timm.models import list_models
 from torch import Tensor, nn
 
+from tweo_timm.clipped_softmax import clip_softmax
 from tweo_timm.modes import evaluating
 from tweo_timm.suggestion import suggest
 
@@ -24,6 +25,18 @@ def without_classifier(weights: dict[str, Tensor], model: nn.Module) -> dict[str
     named = (config or {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
     return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
+
+
+def clip_as_asked(model: nn.Module, arch: str, alpha: float) -> None:
+    """Clip the softmax of a model's attention as --clipped-softmax says.
+
+    Raises:
+        ValueError: if the model's attention cannot be clipped.
+    """
+    try:
+        clip_softmax(model, alpha)
+    except ValueError as error:
+        raise ValueError(f"--clipped-softmax {alpha:g}: {arch}: {error}; leave it out") from error
 
 
 def check_compiler(backend: str | None) -> None:

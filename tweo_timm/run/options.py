@@ -99,6 +99,12 @@ class ModelOptions:
     in_chans: int | None = flag(None, "Number of image channels.", bounds=AT_LEAST_1)
     model_kwargs: dict[str, Any] = flag({}, "Further arguments of the architecture.")
     pretrained_cfg_overlay: dict[str, Any] = flag({}, "Entries of the pretrained configuration to replace.")
+    clipped_softmax: float = flag(
+        0.0,
+        "Attention below about this share of 1/N becomes 0, for ViT and Swin (alpha of clipped softmax); 0: off.",
+        metavar="ALPHA",
+        bounds=AT_LEAST_0,
+    )
 
 
 @dataclass(frozen=True)

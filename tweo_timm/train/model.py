@@ -15,7 +15,7 @@ from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
 from tweo_timm.run.checkpoint_file import CheckpointFile, WeightsFilter, check_finite, load_weights, read
-from tweo_timm.run.model import check_image_size, suggest_model, without_classifier
+from tweo_timm.run.model import check_image_size, clip_as_asked, suggest_model, without_classifier
 from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.options import TrainOptions, as_namespace
@@ -103,6 +103,7 @@ def _built(options: TrainOptions, headless: bool, file: Mapping[str, Any] | None
         model: nn.Module = create_model(**arguments)
     except Exception as error:  # whatever odd weights or an odd argument of an architecture lead to
         raise ValueError(_why_not(options, error)) from error
+    clip_as_asked(model, options.model, options.clipped_softmax)
     return model
 
 

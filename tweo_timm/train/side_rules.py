@@ -26,6 +26,7 @@ _OF_A_TRAINED_BACKBONE = {
     "fsdp": (False, "the side network is small, and the frozen backbone has no gradients to share"),
     "drop_block": (None, "the frozen backbone is in eval mode"),
     "drop_path_rule": ("linear", "every attention module of the side network has the rate of --drop-path"),
+    "clipped_softmax": (0.0, "a backbone is known by its weights, which do not show it"),
     "bn_momentum": (None, "the frozen backbone is in eval mode"),
     "sync_bn": (False, "the frozen backbone is in eval mode"),
     "split_bn": (False, "the frozen backbone is in eval mode"),
