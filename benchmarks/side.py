@@ -5,8 +5,11 @@
     OMP_NUM_THREADS=1 python benchmarks/side.py bases dinov2_small_224.safetensors
     OMP_NUM_THREADS=1 python benchmarks/side.py epoch                            # from a cache, against features
 
+LoRA is peft's, which takes timm's models as they are: `pip install peft`, for `step` and `photos`.
+
 `step` makes training steps of each method with random weights: the largest resident set of its process, less that of a
-process that only imports, and the processor time of a step. Parameters, gradients and optimizer are part of both.
+process that only imports what it needs, and the processor time of a step. Parameters, gradients and optimizer are part
+of both.
 Aims: LAST at most 0.4 of full fine-tuning's memory, and 0.6 of its time.
 
 `epoch` computes the features of a DINOv2 ViT-S/14 with random weights into a cache, and trains an epoch from it,
@@ -24,6 +27,8 @@ features that are computed once, in float32 or in a quantized backbone. Every tr
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -68,22 +73,6 @@ FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 # ------------------------------------------------------------------------------------------------------- the methods
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer, and a trained product of two thin matrices beside it."""
-
-    def __init__(self, layer: nn.Linear, rank: int = 8) -> None:
-        super().__init__()
-        self.layer = layer.requires_grad_(False)
-        self.down = nn.Linear(layer.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return both, added."""
-        y: Tensor = self.layer(x) + self.up(self.down(x))
-        return y
-
-
 class Probe(nn.Module):
     """A linear layer on the class token of the frozen backbone, after its last norm."""
 
@@ -110,12 +99,12 @@ def build(method: str, backbone: Any, num_classes: int) -> nn.Module:
         return {"last": Last, "miet": Miet}[method](backbone, num_classes)
     if method == "probe":
         return Probe(backbone, num_classes)
-    if method == "lora":
-        backbone.requires_grad_(False)
-        for block in backbone.blocks:
-            block.attn.qkv = LoraLinear(block.attn.qkv)
     backbone.reset_classifier(num_classes)
-    return backbone
+    if method == "lora":
+        settings = importlib.import_module("peft").LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"])
+        backbone = importlib.import_module("peft").get_peft_model(backbone, settings)
+    model: nn.Module = backbone
+    return model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -133,8 +122,8 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target
 
 def one_step(options: argparse.Namespace) -> dict[str, Any]:
     """Make steps with random weights; what this process took is counted by who started it."""
-    if options.method == "imports":
-        return {}
+    if options.method.startswith("imports"):
+        return {"of": [importlib.import_module(name).__name__ for name in options.method.split()[1:]]}
     torch.manual_seed(0)
     model = build(options.method, timm.create_model("vit_small_patch16_224", num_classes=0), 100).train()
     optimizer = torch.optim.AdamW(trained(model), 1e-3)
@@ -148,14 +137,16 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def steps(options: argparse.Namespace) -> None:
-    base = child("step", method="imports", steps=0)["peak_mib"]
+    base = dict.fromkeys(METHODS, child("step", method="imports", steps=0)["peak_mib"])
+    base["lora"] = child("step", method="imports peft", steps=0)["peak_mib"]
     found = {method: child("step", method=method, steps=options.steps) for method in METHODS}
     full = found["full"]
-    print(f"vit_small_patch16_224, batch 32, float32; {said()}; imports alone take {base:.0f} MiB")
+    alone = f"imports alone take {base['full']:.0f} MiB, with peft {base['lora']:.0f}"
+    print(f"vit_small_patch16_224, batch 32, float32; {said()}; {alone}")
     print("| method | trained parameters | memory, MiB | of full | processor s a step | of full |")
     print("|---|---|---|---|---|---|")
     for method, row in found.items():
-        memory, whole = row["peak_mib"] - base, full["peak_mib"] - base
+        memory, whole = row["peak_mib"] - base[method], full["peak_mib"] - base["full"]
         print(
             f"| {method} | {row['parameters']} | {memory:.0f} | {memory / whole:.2f} | {row['seconds']:.2f} | "
             f"{row['seconds'] / full['seconds']:.2f} |"
@@ -420,6 +411,8 @@ def main() -> None:
     if options.command == "child":
         print(json.dumps(TASKS[options.task](options)))
         return
+    if options.command in ("step", "photos") and importlib.util.find_spec("peft") is None:
+        parser.error(f"{options.command} compares with LoRA, which is peft's and not installed: pip install peft")
     if options.command in ("photos", "bases"):
         options.folder.mkdir(parents=True, exist_ok=True)
     {"step": steps, "epoch": epochs, "photos": photos, "bases": bases}[options.command](options)

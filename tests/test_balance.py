@@ -86,6 +86,18 @@ def test_it_measures_the_first_pass_and_one_in_five_and_goes_on_exactly():
     assert [other.due() for _ in range(INTERVAL)] == [balance.due() for _ in range(INTERVAL)]
 
 
+@pytest.mark.parametrize("odd", [norms("nan", 1e6), norms(1, "inf"), norms("nan", "nan")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_batch_that_is_not_finite_and_is_skipped_leaves_no_trace(odd, place):
+    measured = [norms(1, 1e6), norms(2, 3e3)]
+    plain, disturbed = Balance(0.1), Balance(0.1)
+    for one in measured:
+        plain.note(one)
+    for one in [*measured[:place], odd, *measured[place:]]:
+        disturbed.note(one)
+    assert torch.equal(disturbed.weight(0.01), plain.weight(0.01))
+
+
 @pytest.mark.parametrize(
     "state",
     [

@@ -85,9 +85,12 @@ class Balance:
         return self._passes % INTERVAL == 1
 
     def note(self, norms: Norms) -> None:
-        """Count in a measurement."""
-        before = self._means if self._means is not None else norms
-        self._means = Norms(*(_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(before, norms, strict=True)))
+        """Count in a measurement; one that is not finite, of a batch that a loop skips, leaves the means alone."""
+        before = torch.stack(self._means if self._means is not None else norms)
+        new = torch.stack(norms)
+        before = torch.where(before.isfinite().all(), before, new)  # those of a first one
+        mixed = _MEMORY * before + (1 - _MEMORY) * new
+        self._means = Norms(*torch.where(new.isfinite().all(), mixed, before))
 
     def weight(self, most: float) -> Tensor:
         """Return the weight, a float32 scalar on the device: `most`, or less where the penalty would pull too hard."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.evaluate.conftest import make_model, run
-from tests.train.runs import VIT, last
+from tests.train.runs import TINY, VIT, last
 from tweo_timm.train.cli import main as train
 
 HERE = ["--device", "cpu", "-j", "0", "-b", "4"]
@@ -62,6 +62,20 @@ def test_another_backbone_is_refused_and_none_is_asked_for(runs, backbones, phot
     status, _, err = run(capsys, *words)
     assert status == 1
     assert "give --side-backbone FILE, the weights of vit_tiny_patch16_224 with the fingerprint" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--model-kwargs", *TINY[:-1], "num_heads=4"], "another backbone: num_heads 2, not 4"),
+        (["--tweo-blocks", r"blocks\.0"], "would read ['blocks.0', 'blocks.0']: leave out --tweo-blocks"),
+    ],
+)
+def test_the_same_weights_in_another_function_are_refused(words, part, runs, backbones, photos, capsys):
+    command = ["--checkpoint", runs / "float32" / "last.pth.tar", "--data-dir", photos, *HERE, *words]
+    status, _, err = run(capsys, *command, "--side-backbone", backbones / "0.pth")
+    assert status == 1
+    assert part in err
 
 
 def test_other_calibration_images_are_refused(runs, backbones, photos, capsys):

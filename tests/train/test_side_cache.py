@@ -1,7 +1,10 @@
 """Features from a cache are those of this backbone and these images, whole or not at all."""
 
+import contextlib
 import json
 import logging
+import os
+import resource
 import shutil
 import signal
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from tests.train.runs import (
+    TINY,
     command,
     last,
     same_tensors,
@@ -76,6 +80,44 @@ def test_a_cache_that_does_not_fit_is_refused(images, tmp_path, capsys, monkeypa
     assert "do not fit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["begin", "write", "finish"])
+def test_a_full_disk_is_one_line_and_leaves_no_cache_that_is_believed(place, cache, images, tmp_path, capsys):
+    words = command(images, tmp_path, *cached(tmp_path / "features"))
+    limit = {"begin": 10_000, "write": 10_000, "finish": 56 * 3 * 17 * 32 * 4 + 200}[place]
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "write":  # a file system that takes no space beforehand
+            patch.delattr(os, "posix_fallocate")
+            patch.setattr(FeatureCache, "begin", lambda self: (self.folder / f"{self.name}.features").touch())
+        limited = start(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)) or main(words))
+        limited.join()
+    assert limited.exitcode == 1
+    assert not (tmp_path / "features" / "train.json").exists() or place == "finish"
+    assert main(words) == 0
+    assert same_tensors(last(tmp_path / "run")["state_dict"], last(cache[1])["state_dict"])
+
+
+def test_features_that_another_run_has_written_anew_are_not_read(images, tmp_path, capsys):
+    folder = tmp_path / "features"
+    session = session_of(images, tmp_path, *cached(folder))
+    shutil.rmtree(folder)
+    session_of(images, tmp_path, *cached(folder, "--seed", "7"))
+    with pytest.raises(OSError, match="written anew while this run read it"):
+        session.data.replay.loader.dataset[0]
+
+
+def test_a_cache_that_another_run_completes_in_between_is_not_computed_again(cache, images, tmp_path, monkeypatch):
+    folder = tmp_path / "features"
+
+    @contextlib.contextmanager
+    def other_run_ends_first(path):
+        shutil.copytree(cache[0], folder, dirs_exist_ok=True)
+        yield
+
+    monkeypatch.setattr("tweo_timm.train.side_data.locked", other_run_ends_first)
+    monkeypatch.setattr(FeatureCache, "begin", None)
+    session_of(images, tmp_path, *cached(folder))
+
+
 def test_a_cache_whose_writing_was_killed_is_written_anew(cache, images, tmp_path):
     words = command(images, tmp_path, *cached(tmp_path / "features"))
     process = start(words)
@@ -102,6 +144,8 @@ def test_a_cache_without_its_description_is_not_believed(cache, images, tmp_path
         (["--side-gap", "2"], "reads"),
         (["--mean", "0.1", "0.2", "0.3"], "images"),
         (["--crop-pct", "0.5"], "split validation is of something else: images"),
+        (["--interpolation", "nearest"], "split train is of something else: images"),
+        (["--model-kwargs", *TINY[:-1], "num_heads=4"], "num_heads 2, not 4"),  # of the same weights
     ],
 )
 def test_features_of_something_else_are_refused(words, part, cache, images, tmp_path, capsys):

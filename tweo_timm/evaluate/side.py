@@ -59,7 +59,8 @@ def build_side(
         return [batch.to(device) for batch in batches]
 
     seed = record.fields("calibration").integer("seed", AT_LEAST_0) if record.has("calibration") else 0
-    backbone, basis, mine = prepare(backbone, arch, precision, calibration, seed, options.tweo_blocks)
+    arguments = {"bn_eps": options.bn_eps, **options.model_kwargs}
+    backbone, basis, mine = prepare(backbone, arch, precision, calibration, seed, options.tweo_blocks, arguments)
     theirs = dict(record.mapping)
     if mine != theirs:
         raise ValueError(
@@ -72,6 +73,12 @@ def build_side(
     sizes = {size: settings.integer(size, AT_LEAST_1) for size in ("rank", "gap", "modules_per_block", "num_heads")}
     net: SideNetwork = SIDES[name].load()(backbone, num_classes, blocks=options.tweo_blocks, basis=basis, **sizes)
     net.backbone_record = mine
+    reads, read = net.describe()["reads"], list(entry.items("reads"))
+    if reads != read:
+        raise ValueError(
+            f"{entry.where}: its side network was trained on what the blocks {read} return, and would read {reads}: "
+            "leave out --tweo-blocks"
+        )
     return net
 
 

@@ -1,7 +1,8 @@
 """The frozen backbone: which it is, and what it computes in.
 
-Weights are named by a fingerprint of their values, not by a path. A quantized backbone is the float one, the scheme and
-the calibration images: these three name it, so that it can be made again where a network is validated.
+Weights are named by a fingerprint of their values, not by a path; what they do not tell, such as the number of heads,
+by the architecture's arguments. A quantized backbone is the float one, the scheme and the calibration images: these
+name it, so that it can be made again where a network is validated.
 
 Refused: whatever `quantize_static` refuses. A backbone that is to be rotated (+rot, +rotr) is rotated here, before it
 is quantized, so that its streams can be read in the basis that they had (basis.py).
@@ -9,8 +10,10 @@ is quantized, so that its streams can be read in the basis that they had (basis.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ def prepare(
     calibration: Callable[[], Sequence[Tensor]],
     seed: int,
     blocks: str | None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[nn.Module, OwnBasis | None, dict[str, Any]]:
     """Bring a float backbone into its precision.
 
@@ -43,10 +47,12 @@ def prepare(
         calibration: makes the calibration batches (B, C, H, W); called for schemes only.
         seed: by which they were chosen.
         blocks: regular expression naming the transformer blocks by hand.
+        arguments: further ones of the architecture, by which the same weights may be another function: the number of
+            heads, say. None is the same as nothing.
 
     Returns:
-        The backbone; the basis that it had, if it was rotated; and what names it: arch, fingerprint, precision and, for
-        schemes, the calibration's images, seed and fingerprint.
+        The backbone; the basis that it had, if it was rotated; and what names it: arch and its arguments, fingerprint,
+        precision and, for schemes, the calibration's images, seed and fingerprint.
 
     Raises:
         ValueError: it cannot be quantized in this way.
@@ -54,6 +60,7 @@ def prepare(
     basis = None
     record: dict[str, Any] = {
         "arch": arch,
+        "arguments": _recorded(arguments),
         "fingerprint": fingerprint(backbone.state_dict()),
         "precision": precision,
         "calibration": None,
@@ -72,6 +79,13 @@ def prepare(
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"a backbone in {precision} is not possible for {arch}: {error}") from error
     return backbone, basis, record
+
+
+def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON has them; the size of images is told by the weights and the features."""
+    kept = {name: value for name, value in sorted(arguments.items()) if value is not None and name != "img_size"}
+    found: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return found
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 A cache is two files and a description, which is written last, in one step, when the others are on the disk: a cache
 that a crash left half written has none, and is written anew. The description says of what the features are: backbone,
 streams, preprocessing, data. Features of anything else are refused, and so are files that were changed: their checksums
-are compared when a cache is opened.
+are compared when a cache is opened. Files that were replaced since then, by features of something else say, are not
+read.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class FeatureCache:
         return True
 
     def begin(self) -> None:
-        """Make the file that `write` fills, of its full size.
+        """Make the file that `write` fills, and take its full size on the disk.
 
         Raises:
             OSError: the disk has no room for it.
@@ -88,11 +89,22 @@ class FeatureCache:
         path = self._paths["features"]
         path.unlink(missing_ok=True)  # of a run that was killed; a link goes, not what it points to
         with open(path, "xb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, self.size)
             file.truncate(self.size)
 
     def write(self, index: Tensor, variant: int, features: Tensor) -> None:
-        """Put features (B, K, N, C) of images (B,) of the split, in one of their variants, into their places."""
-        self._mapped("r+")[index.numpy(), variant] = features.float().cpu().numpy()
+        """Put features (B, K, N, C) of images (B,) of the split, in one of their variants, into their places.
+
+        Raises:
+            OSError: the system refused; through a mapping it would end the process without a word.
+        """
+        values = features.float().cpu().numpy().astype(_DTYPE, copy=False)
+        each = values[0].nbytes
+        with open(self._paths["features"], "r+b") as file:
+            for number, value in zip(index.tolist(), values, strict=True):
+                file.seek((number * self.shape[1] + variant) * each)
+                file.write(value.tobytes())
 
     def finish(self, targets: Tensor) -> None:
         """Bring everything to the disk, and say that it is complete.
@@ -114,8 +126,31 @@ class FeatureCache:
         """Return the targets of all images."""
         return torch.from_numpy(np.load(self._paths["targets"], allow_pickle=False))
 
-    def _mapped(self, mode: Any) -> np.memmap[Any, Any]:
-        return np.memmap(self._paths["features"], _DTYPE, mode, shape=self.shape)
+    def state(self) -> tuple[int, ...]:
+        """Return what tells the file of features from one that took its place, or was written into."""
+        return _state(os.stat(self._paths["features"]))
+
+    def mapped(self, state: tuple[int, ...]) -> np.memmap[Any, Any]:
+        """Map the features, float32 of `shape`, for reading.
+
+        Args:
+            state: the `state` in which they were found complete.
+
+        Raises:
+            OSError: they are not there, or were replaced.
+        """
+        path = self._paths["features"]
+        with open(path, "rb") as file:
+            if _state(os.fstat(file.fileno())) != state:
+                raise OSError(
+                    f"--side-cache {self.folder}: {path.name} was written anew while this run read it; nothing of it "
+                    "was used. Go on with --resume auto, and give each run of other features a folder of its own"
+                )
+            return np.memmap(file, _DTYPE, "r", shape=self.shape)
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _checksum(path: Path) -> int:
@@ -146,6 +181,7 @@ class CachedFeatures(Dataset[Any]):
         self.dataset = dataset
         self.transform: Any = None
         self._cache = cache
+        self._state = cache.state()
         self._targets = cache.targets()
         self._epoch = 0
         self._features: np.memmap[Any, Any] | None = None
@@ -164,7 +200,7 @@ class CachedFeatures(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         if self._features is None:  # in each process its own
-            self._features = self._cache._mapped("r")
+            self._features = self._cache.mapped(self._state)
         variant = (self._epoch + index) % self._cache.shape[1]
         target = self._targets[index]
         return torch.from_numpy(np.array(self._features[index, variant])), int(target) if target.ndim == 0 else target

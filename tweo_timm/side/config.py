@@ -82,14 +82,14 @@ class SideOptions:
     )
     side_augmentations: int = flag(
         0,
-        "Fixed augmentations of each training image in --side-cache; 0: none, with --no-aug.",
+        "Fixed augmentations of each training image in --side-cache or --side-grid; 0: none, with --no-aug.",
         bounds=AT_LEAST_0,
         decides=Decides.DATA,
     )
 
     side_grid: list[str] = flag(
         [],
-        "Train all combinations of these settings from one --side-cache, e.g. lr=1e-3,3e-3 rank=8,16.",
+        "Train all combinations of these settings on one frozen forward pass, e.g. lr=1e-3,3e-3 rank=8,16.",
         metavar="NAME=VALUES",
         decides=Decides.RECORDS,
     )

@@ -52,7 +52,7 @@ def train(options: TrainOptions, call: Call) -> int:
 
 def _grid(options: TrainOptions, world: World, signals: SignalWatch) -> int:
     """Train every combination of --side-grid, and print their table."""
-    table, complete = run_grid(options, lambda point: train_once(point, world, signals), world.primary)
+    table, complete = run_grid(options, lambda point: train_once(point, world, signals), world)
     if world.primary:
         with printing():
             print(table)

@@ -57,8 +57,9 @@ def build_side(options: TrainOptions, world: World) -> nn.Module:
         batches = calibration_images(options, data_config, num_classes, count, CALIBRATION_BATCH)
         return [batch.to(world.device) for batch in batches]
 
+    arguments = {"bn_eps": options.bn_eps, **options.model_kwargs}
     backbone, basis, record = prepare(
-        backbone, options.model, options.side_precision, calibration, options.seed, options.tweo_blocks
+        backbone, options.model, options.side_precision, calibration, options.seed, options.tweo_blocks, arguments
     )
     try:
         settings = options.side_config(options.drop, options.drop_path or 0.0).to_json()

@@ -110,21 +110,19 @@ def _compute_if_missing(
     options: TrainOptions, net: SideNetwork, dataset: Any, cache: FeatureCache, world: World
 ) -> None:
     """Let the first process look, all compute, and the first one close the cache; what it refuses, all raise."""
-    complete, refusal = False, None
-    if world.primary:
-        try:
-            complete = cache.is_complete()
-        except (ValueError, OSError) as error:
-            refusal = error
-    complete, refusal = world.gather((complete, refusal))[0]
-    if refusal is not None:
-        raise refusal
-    where = f"{cache.folder}, split {cache.name}"
-    if complete:
-        _logger.info("Features from %s: %d images", where, cache.shape[0])
-        return
     with contextlib.ExitStack() as held:
-        world.refuse(_begin, cache, held)
+        complete, refusal = False, None
+        if world.primary:
+            try:
+                complete = cache.is_complete() or _begin(cache, held)
+            except (ValueError, OSError) as error:
+                refusal = error
+        complete, refusal = world.gather((complete, refusal))[0]
+        if refusal is not None:
+            raise refusal
+        if complete:
+            _logger.info("Features from %s, split %s: %d images", cache.folder, cache.name, cache.shape[0])
+            return
         parts = world.gather(_compute(options, net, dataset, cache, world))
         if world.primary:
             merged = {index: target for part in parts for index, target in part.items()}
@@ -132,12 +130,18 @@ def _compute_if_missing(
     world.gather(None)
 
 
-def _begin(cache: FeatureCache, held: contextlib.ExitStack) -> None:
-    """Have the folder to oneself, say how large the cache will be, and refuse what does not fit."""
+def _begin(cache: FeatureCache, held: contextlib.ExitStack) -> bool:
+    """Have the folder to oneself, say how large the cache will be, and refuse what does not fit.
+
+    Returns:
+        Whether another run has completed the cache in between: then there is nothing to do.
+    """
     gigabytes = cache.size / 1e9
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(cache.folder))
+        if cache.is_complete():
+            return True
         free = shutil.disk_usage(cache.folder).free / 1e9
         _logger.info(
             "Computing features into %s, split %s: %d images x %d of %s, %.3f GB (%.1f GB are free)",
@@ -151,6 +155,7 @@ def _begin(cache: FeatureCache, held: contextlib.ExitStack) -> None:
         cache.begin()
     except OSError as error:
         raise ValueError(f"--side-cache {cache.folder} cannot be written: {error}") from error
+    return False
 
 
 def _compute(

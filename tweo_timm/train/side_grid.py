@@ -1,16 +1,20 @@
 """Many side networks from one frozen forward pass: --side-grid lr=1e-3,3e-3 rank=8,16.
 
-The backbone's features are computed once, into --side-cache. Each combination is then a run of its own with a folder of
-its own, EXPERIMENT/lr=0.001,rank=8 say: the very run that its settings alone would give, which continues like any
-other. What a combination that breaks has learned is lost, not the others.
+The backbone's features are computed once, into --side-cache; without one, into a folder of the experiment, which is
+gone when all are trained, and stays for --resume auto when they are not. Each combination is then a run of its own with
+a folder of its own, EXPERIMENT/lr=0.001,rank=8 say: the very run that its settings alone would give, which continues
+like any other. What a combination that breaks has learned is lost, not the others. An experiment has one grid at a
+time.
 
 Refused: names that are no settings, and settings by which the backbone's features would differ.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +24,11 @@ from tweo_timm.outputs import Outputs
 from tweo_timm.run.checkpoint_file import read
 from tweo_timm.run.failure import Failure
 from tweo_timm.run.flags import Option, convert, option_table
+from tweo_timm.run.world import World
 from tweo_timm.side.miet import MESSAGE_BITS, message_bytes
 from tweo_timm.suggestion import suggest
 from tweo_timm.train.checkpoint import LAST
-from tweo_timm.train.folder import output
+from tweo_timm.train.folder import locked, output
 from tweo_timm.train.journal import as_csv
 from tweo_timm.train.options import TrainOptions
 from tweo_timm.train.side import KEY
@@ -31,6 +36,8 @@ from tweo_timm.train.side import KEY
 _logger = logging.getLogger(__name__)
 
 TABLE = "grid.csv"
+FEATURES = "grid.features"
+"""Folder of the features of a grid without --side-cache."""
 # By these the features would differ, or a run would write elsewhere.
 _FIXED = {
     *("side", "side_gap", "side_precision", "side_calibration_images", "side_augmentations", "side_cache", "side_grid"),
@@ -104,34 +111,56 @@ def _number(text: str) -> Any:
 
 
 def run_grid(
-    options: TrainOptions, run: Callable[[TrainOptions], tuple[dict[str, Any], Path]], primary: bool
+    options: TrainOptions, run: Callable[[TrainOptions], tuple[dict[str, Any], Path]], world: World
 ) -> tuple[str, bool]:
     """Train every combination, one after the other.
 
     Args:
         options: with `side_grid`.
         run: trains one to its end; what it found, and its folder.
-        primary: whether this process writes the table.
+        world: the processes, of which the first writes the table.
 
     Returns:
         The table as text, and whether all were trained to their end.
+
+    Raises:
+        ValueError: a combination is refused, or another grid has the experiment.
     """
-    rows: list[dict[str, Any]] = []
-    complete = True
-    for point in points(options):
-        _logger.info("Grid: %s", point.name)
-        try:
-            result, folder = run(point.options)
-        except Failure as failure:
-            _logger.warning("Grid: %s was stopped: %s", point.name, failure)
-            complete = False
-            rows.append({"setting": point.name, "stopped": str(failure)})
-            continue
-        if primary:
-            rows.append(_row(point, result, folder))
-    if primary:
-        Outputs(output(options) / options.experiment).write(TABLE, as_csv(rows, _columns(rows)))
-    return "\n".join(_table(rows)), complete
+    folder = output(options) / options.experiment
+    own = "" if options.side_cache else str(folder / FEATURES)
+    found = points(replace(options, side_cache=own or options.side_cache))
+    with contextlib.ExitStack() as held:
+        world.refuse(_take, folder, held)
+        rows = [_trained(point, run, world) for point in found]
+        if world.primary:
+            Outputs(folder).write(TABLE, as_csv(rows, _columns(rows)))
+            if own:
+                shutil.rmtree(own)
+    return "\n".join(_table(rows)), not any("stopped" in row for row in rows)
+
+
+def _take(folder: Path, held: contextlib.ExitStack) -> None:
+    """Have the experiment's folder to oneself; it does not stay if nothing is written into it."""
+    Outputs(folder).check("--output")
+    folder.mkdir(parents=True, exist_ok=True)
+    held.callback(_remove_if_empty, folder)
+    held.enter_context(locked(folder))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _trained(point: Point, run: Callable[[TrainOptions], tuple[dict[str, Any], Path]], world: World) -> dict[str, Any]:
+    """Train a combination: its row of the table."""
+    _logger.info("Grid: %s", point.name)
+    try:
+        result, folder = run(point.options)
+    except Failure as failure:
+        _logger.warning("Grid: %s was stopped: %s", point.name, failure)
+        return {"setting": point.name, "stopped": str(failure)}
+    return _row(point, result, folder) if world.primary else {}
 
 
 def _row(point: Point, result: dict[str, Any], folder: Path) -> dict[str, Any]:

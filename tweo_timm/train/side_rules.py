@@ -71,22 +71,24 @@ def side_rules(options: Any) -> Iterator[str]:
 
 def _cache(options: Any) -> Iterator[str]:
     """A complaint for each setting that asks for images where there are only features."""
-    if not options.side_cache:
+    if not (options.side_cache or options.side_grid):
         if options.side_augmentations:
-            yield f"--side-augmentations {options.side_augmentations} is about a cache: give --side-cache DIR too"
-        if options.side_grid:
-            yield "--side-grid trains from features that are computed once: give --side-cache DIR too"
+            yield (
+                f"--side-augmentations {options.side_augmentations} is about features that are computed once: give "
+                "--side-cache DIR too"
+            )
         return
     if options.side_grid and not options.experiment:
         yield "--side-grid makes a folder for each combination: name theirs by --experiment NAME"
+    flag = "--side-cache" if options.side_cache else "--side-grid"
     if options.no_aug == bool(options.side_augmentations):
         yield (
-            "--side-cache computes features once: give --no-aug for images as they are, or --side-augmentations N for "
+            f"{flag} computes features once: give --no-aug for images as they are, or --side-augmentations N for "
             "N fixed augmentations of each, not both"
         )
     for dest, off in _OF_IMAGES.items():
         if getattr(options, dest) != off:
-            yield f"{option_name(dest)} needs images, and --side-cache has their features only; leave one out"
+            yield f"{option_name(dest)} needs images, and {flag} has their features only; leave one out"
 
 
 def _useless(options: Any) -> Iterator[str]:
