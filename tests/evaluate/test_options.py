@@ -27,7 +27,7 @@ def test_only_this_packages_flags_and_those_of_timm_1_0_31_go_beyond_the_referen
     ours = "config config_unknown print_config report quantize calibration_images calibration_split stethoscope "
     ours += "colinearity colinearity_block colinearity_channel fp8_readiness sites export compare_reports tweo_blocks"
     ours += " group zero_outliers side_backbone export_input export_dtype onnx survey survey_sizes max_drop"
-    ours += " calibration"
+    ours += " calibration clipped_softmax"
     ours += " exif bn_eps pretrained_cfg_overlay"  # timm's train.py has these, whose checkpoints are validated
     assert set(TABLE) - reference == {*ours.split(), "task", "target_format", "multilabel_threshold"}
 

@@ -45,7 +45,7 @@ def test_only_this_packages_flags_and_those_of_timm_1_0_31_go_beyond_the_referen
     extra = {name for name in TABLE if name not in reference}
     ours = {name for name in extra if name.startswith(("tweo_", "fp8", "side", "config", "print_config"))}
     ours |= {"tensorboard", "outlier_interval", "stop_on_peak", "fsdp", "exif", "list_recipes"}
-    ours |= {"drop_path_rule", "global_batch"}
+    ours |= {"drop_path_rule", "global_batch", "clipped_softmax"}
     timm_1_0_31 = {"task", "target_format", "multilabel_threshold", "loss", "stop_epoch", "save_epochs"}
     timm_1_0_31 |= {"lr_decay_fn", "lr_stable_timescale", "loss_class_weight", "loss_pos_weight", "class_stats"}
     timm_1_0_31 |= {"loss_weight_power", "loss_weight_beta", "loss_weight_max", "pretrained_cfg_overlay"}
