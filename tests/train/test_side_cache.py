@@ -142,7 +142,7 @@ def test_a_cache_without_its_description_is_not_believed(cache, images, tmp_path
         (["--seed", "7"], "fingerprint"),  # another backbone: it has no weights of its own
         (["--side-precision", "bfloat16"], "precision float32, not bfloat16"),
         (["--side-gap", "2"], "reads"),
-        (["--mean", "0.1", "0.2", "0.3"], "images"),
+        (["--mean", "0.1", "0.2", "0.3"], "mean=tensor([0.1000"),
         (["--crop-pct", "0.5"], "split validation is of something else: images"),
         (["--interpolation", "nearest"], "split train is of something else: images"),
         (["--model-kwargs", *TINY[:-1], "num_heads=4"], "num_heads 2, not 4"),  # of the same weights
@@ -170,9 +170,12 @@ def test_features_of_other_images_are_refused_and_so_are_changed_files(cache, im
     values.tofile(folder / "train.features")
     assert main(command(images, tmp_path, *cached(folder))) == 1
     assert "train.features is not as it was written" in capsys.readouterr().err
-    (folder / "train.json").write_text("{")
-    assert main(command(images, tmp_path, *cached(folder))) == 1
-    assert "description cannot be read" in capsys.readouterr().err
+    for odd in ("{", "{}", "[]", '{"of": {}, "checksums": 1}'):
+        (folder / "train.json").write_text(odd)
+        assert main(command(images, tmp_path, *cached(folder))) == 1
+        said = capsys.readouterr().err
+        assert "description cannot be read" in said
+        assert "delete this one" in said
 
 
 def test_a_run_from_a_cache_continues_bit_for_bit(images, tmp_path, interrupt):
@@ -186,6 +189,21 @@ def test_a_run_from_a_cache_continues_bit_for_bit(images, tmp_path, interrupt):
     for folder in (whole, tmp_path / "run"):
         (folder / "outliers.jsonl").touch()
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_split_that_is_trained_on_and_validated_has_features_of_both_transforms(images, tmp_path):
+    session_of(images, tmp_path, *cached(tmp_path / "features", "--val-split", "train", "--crop-pct", "0.5"))
+    one, two = (tmp_path / "features" / f"{name}.features" for name in ("train", "train-validation"))
+    assert one.stat().st_size == two.stat().st_size
+    assert one.read_bytes() != two.read_bytes()
+
+
+def test_no_file_of_a_cache_is_written_through_a_link(images, tmp_path):
+    (tmp_path / "features").mkdir()
+    for name in ("train.features", "train.targets", "train.json"):
+        (tmp_path / "features" / name).symlink_to(tmp_path / f"victim of {name}")
+    session_of(images, tmp_path, *cached(tmp_path / "features"))
+    assert not list(tmp_path.glob("victim*"))
 
 
 def test_augmentations_are_fixed_and_each_epoch_reads_another(images, tmp_path):

@@ -51,6 +51,8 @@ def test_a_combination_that_breaks_does_not_take_the_others_along(images, tmp_pa
         return run(options, *rest)
 
     monkeypatch.setattr(training, "train_once", breaks)
+    assert main(command(images, tmp_path, *LIVE, "--side-grid", "rank=4")) == 1
+    assert table(tmp_path / "run")[0]["stopped"]
     assert main(command(images, tmp_path, *SIDE, str(tmp_path / "features"), "--side-grid", "rank=4,8")) == 1
     stopped, whole = table(tmp_path / "run")
     assert stopped["stopped"] == "the loss is not finite"

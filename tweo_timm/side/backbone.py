@@ -10,8 +10,9 @@ is quantized, so that its streams can be read in the basis that they had (basis.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ from tweo_timm.side.config import PRECISIONS
 
 CALIBRATION_BATCH = 32
 """Images in a calibration batch, wherever a backbone is quantized."""
+_LONGEST = 60  # characters of a text that an error shows
 
 
 def prepare(
@@ -97,10 +99,14 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             parts.append(differences(one, other))
         else:
-            parts.append(f"{name} {_shown(one)}, not {_shown(other)}")
+            parts.append("{} {}, not {}".format(name, *_shown(str(one), str(other))))
     return "; ".join(parts)
 
 
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _shown(one: str, other: str) -> Iterator[str]:
+    """Two texts, of long ones what is around their first difference."""
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    begin = max(alike - _LONGEST // 3, 0) if max(len(one), len(other)) > _LONGEST else 0
+    for text in (one, other):
+        end = begin + _LONGEST
+        yield f"{'...' if begin else ''}{text[begin:end]}{'...' if end < len(text) else ''}"

@@ -9,6 +9,7 @@ read.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zlib
@@ -69,14 +70,16 @@ class FeatureCache:
         where = f"--side-cache {self.folder}, split {self.name}"
         remedy = "give another folder, or delete this one"
         try:
-            found = Fields(json.loads(description.read_text(encoding="utf-8")), where)
+            found = Fields(json.loads(description.read_text(encoding="utf-8")), description.name)
+            before = dict(found.fields(KEY).mapping)
+            sums = {kind: found.fields(SUMS).integer(kind, AT_LEAST_0) for kind in self._paths}
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: its description cannot be read ({error}): {remedy}") from error
-        before, now = dict(found.fields(KEY).mapping), json.loads(json.dumps({**self.key, "shape": self.shape}))
+        now = json.loads(json.dumps({**self.key, "shape": self.shape}))
         if before != now:
             raise ValueError(f"{where} is of something else: {differences(before, now)}: {remedy}")
         for kind, path in self._paths.items():
-            if found.fields(SUMS).integer(kind, AT_LEAST_0) != _checksum(path):
+            if sums[kind] != _checksum(path):
                 raise ValueError(f"{where}: {path.name} is not as it was written: {remedy}")
         return True
 
@@ -114,13 +117,13 @@ class FeatureCache:
         """
         with open(self._paths["features"], "r+b") as file:
             os.fsync(file.fileno())
-        with open(self._paths["targets"], "wb") as file:
-            np.save(file, targets.numpy())
-            file.flush()
-            os.fsync(file.fileno())
+        labels = io.BytesIO()
+        np.save(labels, targets.numpy())
+        outputs = Outputs(self.folder)
+        outputs.write(self._paths["targets"].name, labels.getvalue())
         sums = {kind: _checksum(path) for kind, path in self._paths.items()}
         text = json.dumps({KEY: {**self.key, "shape": self.shape}, SUMS: sums}, indent=1)
-        Outputs(self.folder).write(f"{self.name}.json", text)
+        outputs.write(f"{self.name}.json", text)
 
     def targets(self) -> Tensor:
         """Return the targets of all images."""

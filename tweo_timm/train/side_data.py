@@ -51,17 +51,16 @@ def cached_datasets(
     assert isinstance(net, SideNetwork)
 
     def cached(train_set: Any, val_set: Any) -> tuple[Any, Any]:
-        splits = {options.train_split: (train_set, max(options.side_augmentations, 1))}
-        splits |= {options.val_split: (val_set, 1)} if val_set is not None else {}
-        found = []
-        for split, (dataset, variants) in splits.items():
+        found: list[CachedFeatures] = []
+        for dataset, split, training in ((train_set, options.train_split, True), (val_set, options.val_split, False)):
+            if dataset is None:
+                continue
             if isinstance(dataset, IterableDataset):
                 raise ValueError(
                     f"--side-cache needs images by number, and --dataset {options.dataset} is a stream: leave it out"
                 )
-            training = split == options.train_split
             set_transform(options, data_config, dataset, training)
-            cache = _cache_of(options, net, dataset, split, variants, random=training and not options.no_aug)
+            cache = _cache_of(options, net, dataset, split, training)
             _compute_if_missing(options, net, dataset, cache, world)
             found.append(CachedFeatures(cache, dataset))
         net.from_cache = True
@@ -70,9 +69,7 @@ def cached_datasets(
     return cached
 
 
-def _cache_of(
-    options: TrainOptions, net: SideNetwork, dataset: Any, split: str, variants: int, random: bool
-) -> FeatureCache:
+def _cache_of(options: TrainOptions, net: SideNetwork, dataset: Any, split: str, training: bool) -> FeatureCache:
     description = net.describe()
     key = {
         "backbone": description["backbone"],
@@ -81,10 +78,17 @@ def _cache_of(
         "images": str(dataset.transform),
         "mode": f"{dataset.reading.mode}{' upright' if options.exif else ''}",
         "data": _fingerprint(options, dataset),
-        "seed": options.seed if random else None,
+        "seed": options.seed if training and not options.no_aug else None,
     }
-    name = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in split)
+    name = _file_name(split)
+    if not training and name == _file_name(options.train_split):
+        name += "-validation"
+    variants = max(options.side_augmentations, 1) if training else 1
     return FeatureCache(Path(options.side_cache), name, key, (len(dataset), variants, *net.feature_shape))
+
+
+def _file_name(split: str) -> str:
+    return "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in split)
 
 
 def _fingerprint(options: TrainOptions, dataset: Any) -> str:
@@ -149,7 +153,7 @@ def _begin(cache: FeatureCache, held: contextlib.ExitStack) -> bool:
         )
         if gigabytes > free:
             raise ValueError(
-                f"--side-cache {cache.folder}: {gigabytes:.1f} GB of features do not fit into {free:.1f} GB: give "
+                f"--side-cache {cache.folder}: {gigabytes:.3g} GB of features do not fit into {free:.3g} GB: give "
                 "another folder, a larger --side-gap, or --side miet, which keeps one sum an image"
             )
         cache.begin()

@@ -134,7 +134,7 @@ def run_grid(
         rows = [_trained(point, run, world) for point in found]
         if world.primary:
             Outputs(folder).write(TABLE, as_csv(rows, _columns(rows)))
-            if own:
+            if own and Path(own).exists():
                 shutil.rmtree(own)
     return "\n".join(_table(rows)), not any("stopped" in row for row in rows)
 
