@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,11 @@ class Graph:
         places = {name: self._start + i for i, node in enumerate(self.nodes) for name in node.output}
         typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
         # A name of an inner graph may stand for something else in another one beside it, but not in one around it.
-        self.made: Mapping[str, Any] = _within(made, outer and outer.made)
-        self._places: Mapping[str, int] = _within(places, outer and outer._places)
-        self._tensors: Mapping[str, Any] = _within(tensors, outer and outer._tensors)
-        self._typed: Mapping[str, Any] = _within(typed, outer and outer._typed)
+        around = [outer] if outer is not None else []
+        self.made: ChainMap[str, Any] = ChainMap(made, *(graph.made for graph in around))
+        self._places: ChainMap[str, int] = ChainMap(places, *(graph._places for graph in around))
+        self._tensors: ChainMap[str, Any] = ChainMap(tensors, *(graph._tensors for graph in around))
+        self._typed: ChainMap[str, Any] = ChainMap(typed, *(graph._typed for graph in around))
         self._arrays: dict[str, NDArray[Any]] = {}
 
     def with_inner(self) -> Iterator[Graph]:
@@ -213,7 +214,3 @@ def _graphs_of(node: Any) -> list[Any]:
         for a in node.attribute
         for graph in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs if a.type == AttributeProto.GRAPHS else ())
     ]
-
-
-def _within(own: dict[str, Any], outer: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    return own if outer is None else ChainMap(own, outer)  # type: ignore[arg-type]
