@@ -179,6 +179,11 @@ def test_two_branches_may_give_one_name_to_two_things(tmp_path):
         assert rules_of(tmp_path, body, given="float[N,3,4] x, bool c") == expected
 
 
+def test_a_graph_that_goes_round_in_circles_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Identity reads b, which is made after it: sort the graph"):
+        rules_of(tmp_path, "a = Identity(b) b = Identity(a) y = Add(a, x)")
+
+
 def test_functions_are_looked_into(tmp_path):
     functions = '<domain: "own", opset_import: ["": 21]> Rounded (x, s) => (y) {{ {} y = DequantizeLinear(q, s) }}'
     for made, expected in (("", {"symmetric"}), ("<output_dtype=3>", set())):

@@ -26,7 +26,7 @@ def read_graph(path: str | Path) -> Graph:
     """Return the outermost graph of a file.
 
     Raises:
-        ValueError: if it is no ONNX file.
+        ValueError: if it is no ONNX file, or its nodes are in no order in which they can run.
     """
     import onnx
     from onnx import inliner, shape_inference
@@ -76,6 +76,11 @@ class Graph:
         self._tensors: ChainMap[str, Any] = ChainMap(tensors, *(graph._tensors for graph in around))
         self._typed: ChainMap[str, Any] = ChainMap(typed, *(graph._typed for graph in around))
         self._arrays: dict[str, NDArray[Any]] = {}
+        for place, node in enumerate(self.nodes, self._start):
+            if late := [name for name in node.input if places.get(name, -1) >= place]:
+                raise ValueError(
+                    f"{node.op_type} reads {late[0]}, which is made after it: sort the graph, as ONNX asks"
+                )
 
     def with_inner(self) -> Iterator[Graph]:
         """This graph and all graphs inside it, such as the branches of an If."""
