@@ -101,6 +101,7 @@ def _label(node: Any) -> str:
 def _symmetric(graph: Graph) -> Iterator[tuple[str, str]]:
     for node in _roundings(graph):
         kind, zero = _kind(graph, node), _zero_point(node)
+        entries = graph.array(zero) if zero else None
         if kind == "UINT8":
             yield _label(node), "stores uint8: quantize to int8 with zero point 0"
         elif kind == "INT4" and not graph.is_constant(node.input[0]):
@@ -109,9 +110,9 @@ def _symmetric(graph: Graph) -> Iterator[tuple[str, str]]:
             yield _label(node), "stores int32: leave biases in float"
         elif kind not in (*_EIGHT_BITS.values(), *_FOUR_BITS.values()):
             yield _label(node), f"stores {kind.lower() or 'an unknown type'}, not int8 or E4M3: quantize to one of them"
-        elif zero and (entries := graph.array(zero)) is None:
+        elif zero and entries is None:
             yield _label(node), "takes its zero point from other nodes: give it a constant one, 0"
-        elif zero and entries.astype("float32").any():
+        elif entries is not None and entries.astype("float32").any():
             yield _label(node), "has a zero point other than 0: quantize symmetrically (without +zero)"
 
 

@@ -203,8 +203,9 @@ def smallest_fix(problem: Problem) -> tuple[SurveyFix, Variant | None]:
             except (ValueError, RuntimeError, TypeError):  # a scheme that this model does not allow fixes nothing
                 continue
             if decision.survives:
-                measured = {"scheme": trial.variant.scheme, "top1": decision.top1, "verdict": decision.verdict}
-                return replace(found, **measured), trial.variant
+                scheme = trial.variant.scheme
+                found = replace(found, scheme=scheme, top1=decision.top1, verdict=decision.verdict)
+                return found, trial.variant
     raise AssertionError("training is always a fix")
 
 
