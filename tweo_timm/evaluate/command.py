@@ -52,7 +52,7 @@ def validate(options: ValidateOptions, call: Call) -> int:
         _report(stored, groups, options, call)
         return 0
     records: list[Record] = []
-    groups: dict[str, list[str]] = {}
+    groups = {}
     with joined(options.device) as world:
         status = _measured(options, world, records, groups, call)
     if records and world.primary:
