@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def read_graph(path: str | Path) -> Graph:
     """Return the outermost graph of a file.
 
     Raises:
-        ValueError: if it is no ONNX file, or its nodes are in no order in which they can run.
+        ValueError: if it is no ONNX file, or its nodes wait for each other.
     """
     import onnx
     from onnx import inliner, shape_inference
@@ -61,7 +62,7 @@ class Graph:
     """
 
     def __init__(self, graph: Any, opsets: Any, folder: Path, outer: Graph | None = None) -> None:
-        self.nodes, self.outer = list(graph.node), outer
+        self.nodes, self.outer = _in_order(graph.node), outer
         self._opsets, self._folder = opsets, folder
         self._start: int = 0 if outer is None else outer._start + len(outer.nodes)
         tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -76,11 +77,6 @@ class Graph:
         self._tensors: ChainMap[str, Any] = ChainMap(tensors, *(graph._tensors for graph in around))
         self._typed: ChainMap[str, Any] = ChainMap(typed, *(graph._typed for graph in around))
         self._arrays: dict[str, NDArray[Any]] = {}
-        for place, node in enumerate(self.nodes, self._start):
-            if late := [name for name in node.input if places.get(name, -1) >= place]:
-                raise ValueError(
-                    f"{node.op_type} reads {late[0]}, which is made after it: sort the graph, as ONNX asks"
-                )
 
     def with_inner(self) -> Iterator[Graph]:
         """This graph and all graphs inside it, such as the branches of an If."""
@@ -209,6 +205,17 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
     from onnx import helper
 
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def _in_order(nodes: Sequence[Any]) -> list[Any]:
+    """The nodes in an order in which they can run, which ONNX asks of a file and engines do not."""
+    made = {name: place for place, node in enumerate(nodes) for name in node.output if name}
+    needs = {place: {made[name] for name in node.input if name in made} for place, node in enumerate(nodes)}
+    try:
+        return [nodes[place] for place in TopologicalSorter(needs).static_order()]
+    except CycleError as error:
+        circle = ", ".join(str(nodes[place].name or nodes[place].op_type) for place in error.args[1])
+        raise ValueError(f"the nodes {circle} wait for each other: no engine can run the file") from error
 
 
 def _graphs_of(node: Any) -> list[Any]:
