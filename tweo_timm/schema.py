@@ -20,6 +20,10 @@ REAL = Bounds(-1e39, 1e39)
 """A little more than float32 holds: what is drawn and divided stays finite."""
 NAME = Bounds(0, 1000)
 """Characters of a text, unless its field says otherwise."""
+LONG = Bounds(0, 2**38)
+"""Characters of what no table shows: as many as a file can hold."""
+SIZE = Bounds(0, 1e39)
+PERCENT = Bounds(0, 100)
 
 
 @dataclass(kw_only=True)

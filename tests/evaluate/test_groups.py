@@ -8,7 +8,7 @@ from scipy.stats import ttest_ind
 
 from tests.evaluate.conftest import make_model, run, save_checkpoint
 from tests.evaluate.test_compare import record as stored
-from tweo_timm.evaluate.groups import apart, group_runs, read_groups, spread
+from tweo_timm.evaluate.groups import apart, describe_groups, group_runs, read_groups, spread
 from tweo_timm.evaluate.record import Record
 from tweo_timm.schema import build
 
@@ -41,6 +41,16 @@ def test_one_run_has_no_interval_and_equal_runs_have_none():
     assert spread([80.0]).ci95 is None
     assert spread([80.0, 80.0]).ci95 is None
     assert apart([80.0, 80.0], [81.0, 81.0]).ci95 is None
+
+
+def test_a_group_of_one_run_is_said_to_give_no_interval_and_equal_runs_are_said_to_be_equal():
+    records = build(list[Record], [stored(name, [name == "c", True]) for name in "abcde"])
+    page = "\n".join(describe_groups(group_runs({"x": ["a"], "y": ["b", "c"], "z": ["d"]}, records), "Top-1"))
+    assert "One run gives no interval: x, z. Train with another seed, and add that run." in page
+    assert "(1 and 1 runs: one run of a recipe gives no interval, so that the difference may be that of two" in page
+    page = "\n".join(describe_groups(group_runs({"x": ["a", "b"], "y": ["d", "e"]}, records), "Top-1"))
+    assert "One run" not in page
+    assert "(2 and 2 runs, which do not differ in it: no interval)" in page
 
 
 RUNS = {"a": "runs/a/last.pth.tar", "b": "runs/b/last.pth.tar", "c": None}

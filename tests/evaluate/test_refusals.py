@@ -253,3 +253,21 @@ def test_names_that_the_locale_has_not_are_read_and_written_all_the_same(checkpo
     assert done.returncode == 0, done.stderr
     assert {"report.json", "report.md", "report.csv"} <= {path.name for path in (tmp_path / "ö").iterdir()}
     assert "\\udcc3\\udcb6k1" in (tmp_path / "ö.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("w8a8-tt", "fp16"), "--quantize fp16 --export onnx: fp16 cannot be exported: "),
+        (("w8a8-tk",), "w8a8-tk cannot be exported: its steps are computed at run time"),
+        (("w8a8-tt+zero", "--export-dtype", "float16"), r"+zero) is for onnxruntime, whose operators return float32"),
+    ],
+)
+def test_a_scheme_without_a_file_is_refused_by_name_before_anything_is_measured(
+    words, message, capsys, checkpoints, common, monkeypatch
+):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("tweo_timm.evaluate.measure.score", lambda *args: pytest.fail("scored"))
+    status, result, err = run(capsys, "--checkpoint", checkpoints[0], *common, "--export", "onnx", "--quantize", *words)
+    assert (status, result) == (1, None)
+    assert message in err

@@ -119,14 +119,24 @@ def test_what_a_scheme_gains_in_time_is_said_only_where_it_was_measured():
     found = verdict([build(Record, mapping)])
     assert "w8a8-tt is safe" in found.lines[1]
     assert (
-        "2.00 times the speed of float32 (its qdq file on some, batch 1, threads 2, medians); w4a4-tt costs accuracy"
-        in found.lines[1]
+        "2.00 times the speed of float32 (the median of 3 rounds, whose spread the report does not have; its qdq file "
+        "on some, batch 1, threads 2); w4a4-tt costs accuracy" in found.lines[1]
     )
     assert found.lines[2] == "Next: deploy a/b.onnx."
     exported = json.loads(json.dumps(EXPORTED))
     exported["files"][0]["fault"] = "b.onnx is off"
     mapping["quantized"][0]["exported"] = exported
     assert "deploy" not in verdict([build(Record, mapping)]).lines[2]
+
+
+def test_a_speed_is_said_with_the_spread_of_its_rounds():
+    mapping = record("a", right(5000, 0), {"w8a8-tt": right(5000, 0)}).as_json()
+    exported = mapping["quantized"][0]["exported"] = json.loads(json.dumps(EXPORTED))
+    for row in exported["latency"][0]["rows"]:
+        row |= {"ratio_low": 1.5, "ratio_high": 2.25}
+    assert "float32 (1.50 to 2.25 over 3 rounds; its qdq file" in verdict([build(Record, mapping)]).lines[1]
+    exported["latency"][0]["rounds"] = 1
+    assert "float32 (of one round, which gives no spread; its qdq" in verdict([build(Record, mapping)]).lines[1]
 
 
 def test_a_scheme_that_has_no_file_is_not_sent_to_be_exported():

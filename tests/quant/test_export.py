@@ -294,7 +294,7 @@ def check_family(family: str, overrides: dict[str, Any], folder: Path, scheme: s
 
 def test_run_time_steps_are_refused_by_name_with_a_remedy(tmp_path: Path) -> None:
     quantized = quantize_static(make_model("vit"), [make_images("vit")], "w8a8-tk")
-    with pytest.raises(ValueError, match=r"^head: its step is computed at run time.*w8a8-tt"):
+    with pytest.raises(ValueError, match=r"^w8a8-tk cannot be exported: its steps are computed at run time.*w8a8-ct"):
         export_onnx(quantized, tmp_path / "x.onnx", make_images("vit"))
 
 

@@ -30,7 +30,8 @@ from tweo_timm.quant.ort import node_census, run_onnx  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript.*")
 
 CONTESTANTS = ["float32 ONNX", "dynamic int8 ONNX", "qdq", "onnxruntime"]
-NUMBERS = {"median_ms", "min_ms", "p99_ms", "images_per_s", "ratio"}
+RATIOS = ("ratio", "ratio_low", "ratio_high")
+NUMBERS = {"median_ms", "min_ms", "p99_ms", "images_per_s", *RATIOS}
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +60,19 @@ def test_rows_are_the_numbers_computed_by_hand() -> None:
     rows = latency.latency_rows(times, 6)
     assert list(rows) == ["slow", "fast"]
     assert rows["slow"] == pytest.approx(
-        {"median_ms": 300, "min_ms": 200, "p99_ms": 398, "images_per_s": 20, "ratio": 1}
+        {"median_ms": 300, "min_ms": 200, "p99_ms": 398, "images_per_s": 20, **dict.fromkeys(RATIOS, 1)}
     )
     # the ratio is the median of 4, 2 and 1.5, not the ratio of the medians, which is 3
     assert rows["fast"] == pytest.approx(
-        {"median_ms": 100, "min_ms": 100, "p99_ms": 198, "images_per_s": 60, "ratio": 2}
+        {
+            "median_ms": 100,
+            "min_ms": 100,
+            "p99_ms": 198,
+            "images_per_s": 60,
+            "ratio": 2,
+            "ratio_low": 1.5,
+            "ratio_high": 4,
+        }
     )
 
 

@@ -90,6 +90,10 @@ def scaled_per_channel(file):
     return file.give(file.first("QuantizeLinear", False), 1, np.ones(32, np.float32))
 
 
+def scaled_by_zero(file):
+    return file.give(file.first("QuantizeLinear", False), 1, np.float32(0))
+
+
 def scaled_at_run_time(file):
     node = file.first("QuantizeLinear", False)
     node.input[1] = file.graph.node[0].output[0]
@@ -141,6 +145,7 @@ PLANTED = {
     unsigned: "symmetric",
     scaled_per_channel: "per-tensor activations",
     scaled_at_run_time: "per-tensor activations",
+    scaled_by_zero: "positive scales",
     along_another_axis: "weight axis",
     Editing.quantize_branch: "residual add",
     Editing.unquantize_skip: "residual add",

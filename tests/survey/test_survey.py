@@ -8,15 +8,17 @@ import torch
 from tests.survey import planted
 from tweo_timm.diagnose.float16 import VALUES, float16_readings
 from tweo_timm.records import plain
+from tweo_timm.schema import written
 from tweo_timm.survey.bench import Variant
+from tweo_timm.survey.findings import SurveyFix, SurveyRow, SurveySite
 from tweo_timm.survey.fixes import FIXES, weight_exponents
-from tweo_timm.survey.survey import FORMATS, survey
+from tweo_timm.survey.survey import FORMATS, sentence, survey
 
 
 def surveyed(plant, family, formats=FORMATS, **how):
     found = survey(planted.bench(plant, family, **how), formats)
     rows = {(row.format, row.rotated): row for row in found.rows}
-    return found, rows, {fix["format"]: fix for fix in found.fix}
+    return found, rows, {fix.format: fix for fix in found.fix}
 
 
 VIT_AND_SLOWLY_SWIN = pytest.mark.parametrize("family", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
@@ -30,7 +32,7 @@ def test_a_sound_model_is_called_sound_in_one_sentence(family):
     assert found.verdict.count(".") == 1
     assert not fixes
     assert all(rows[format, rotated].top1 is not None for format in FORMATS for rotated in (False, True))
-    json.dumps(plain(found.to_json()), allow_nan=False)
+    json.dumps(plain(written(found)), allow_nan=False)
 
 
 @VIT_AND_SLOWLY_SWIN
@@ -38,10 +40,10 @@ def test_a_planted_value_is_named_with_its_factor_and_scaled_away(family):
     found, rows, fixes = surveyed(planted.value, family, ("fp16",))
     row, site = rows["fp16", False], f"{planted.SECOND[family]}.mlp.fc2"
     assert (row.survives, row.verdict, row.top1, row.spread) == (False, "does not", None, "concentrated")
-    assert row.sites[0]["name"] == site
-    assert row.sites[0]["factor"] == pytest.approx(65504 / 9e4, rel=1e-3)
+    assert row.sites[0].name == site
+    assert row.sites[0].factor == pytest.approx(65504 / 9e4, rel=1e-3)
     assert row.headroom == pytest.approx(65504 / 9e4, rel=1e-3)
-    assert (fixes["fp16"]["fix"], fixes["fp16"]["top1"]) == ("stream", 100.0)
+    assert (fixes["fp16"].fix, fixes["fp16"].top1) == ("stream", 100.0)
     assert found.verdict.startswith(f"fp16 does not survive (first at {site}, 1.37 times too large, concentrated): ")
     assert float16_readings(found.variants["fp16"].model, [torch.zeros(1, 3, 32, 32)]).headroom(VALUES) > 1
 
@@ -51,9 +53,9 @@ def test_a_planted_square_is_named_and_a_whole_layernorm_is_the_fix(family):
     found, rows, fixes = surveyed(planted.square, family, ("fp16",))
     assert rows["fp16", False].survives
     row = rows["fp16-squares", False]
-    assert row.sites[0]["name"] == f"{planted.SECOND[family]}.norm1"
+    assert row.sites[0].name == f"{planted.SECOND[family]}.norm1"
     assert 0.8 < row.headroom < 1
-    assert (fixes["fp16-squares"]["fix"], fixes["fp16-squares"]["sites"][0]) == ("norm", row.sites[0]["name"])
+    assert (fixes["fp16-squares"].fix, fixes["fp16-squares"].sites[0]) == ("norm", row.sites[0].name)
     assert rows["fp16-squares", True].survives  # the rotation mends the square, and not the sum
     assert not rows["fp16-sums", True].survives
     assert "keep LayerNormalization one operator" in found.verdict
@@ -72,10 +74,10 @@ def test_a_planted_residual_outlier_is_named_and_rotated_away(family):
     assert rows["w8a8-tt", False].survives
     row = rows["w8a8-tt+res", False]
     assert not row.survives
-    assert sorted(site["name"] for site in row.sites[:2]) == AROUND[family]
+    assert sorted(site.name for site in row.sites[:2]) == AROUND[family]
     assert rows["w8a8-tt+res", True].survives
-    assert fixes["w8a8-tt+res"]["fix"] == "rotation"
-    assert fixes["w8a8-tt+res"]["tried"] == 3
+    assert fixes["w8a8-tt+res"].fix == "rotation"
+    assert fixes["w8a8-tt+res"].tried == 3
     assert all(name in found.verdict for name in AROUND[family])
     assert found.verdict.endswith("; w8a8-tt may survive, not decided by 64 images.")
 
@@ -85,24 +87,41 @@ def test_a_planted_bad_layer_is_named_and_per_channel_weights_are_the_fix(family
     found, rows, fixes = surveyed(planted.felt_layer, family, ("w8a8-tt",), max_drop=8.0)
     row = rows["w8a8-tt", False]
     assert not row.survives
-    assert (row.spread, row.sites[0]["name"]) == ("concentrated", f"{planted.BAD[family]}.attn.qkv")
-    assert row.sites[0]["share"] > 0.8
-    assert (fixes["w8a8-tt"]["fix"], fixes["w8a8-tt"]["scheme"]) == ("channel", "w8a8-ct")
+    assert (row.spread, row.sites[0].name) == ("concentrated", f"{planted.BAD[family]}.attn.qkv")
+    assert row.sites[0].share > 0.8
+    assert (fixes["w8a8-tt"].fix, fixes["w8a8-tt"].scheme) == ("channel", "w8a8-ct")
     assert f"most at {planted.BAD[family]}.attn.qkv, concentrated): weights per channel" in found.verdict
 
 
 @VIT_AND_SLOWLY_SWIN
 def test_a_worse_layer_is_mended_for_float16_by_a_power_of_two_behind_v(family):
     _, rows, fixes = surveyed(planted.worse_layer, family, ("fp16",))
-    assert rows["fp16", False].sites[0]["name"] == f"{planted.SECOND[family]}.attn.qkv"
-    assert (fixes["fp16"]["fix"], fixes["fp16"]["sites"]) == ("pairs", [f"{planted.SECOND[family]}.attn.proj"])
+    assert rows["fp16", False].sites[0].name == f"{planted.SECOND[family]}.attn.qkv"
+    assert (fixes["fp16"].fix, fixes["fp16"].sites) == ("pairs", [f"{planted.SECOND[family]}.attn.proj"])
+
+
+def test_what_a_module_computes_and_does_not_return_is_kept_in_float32_with_it():
+    _, rows, fixes = surveyed(planted.embedding, "swin", ("fp16",))
+    assert rows["fp16", False].sites[0].name == "patch_embed.proj"
+    assert (fixes["fp16"].fix, fixes["fp16"].sites, fixes["fp16"].top1) == ("sites", ["patch_embed"], 100.0)
+
+
+def test_of_one_format_the_sentence_speaks_in_the_singular_and_rounding_is_blamed_on_no_site():
+    found, _, _ = surveyed(planted.sound, "vit", ("bf16",), max_drop=100.0)
+    assert found.verdict.startswith("Sound: bf16 loses at most 100 points of Top-1")
+    sites = [SurveySite(name="near", peak_abs=9.0, factor=2.0)]
+    row = SurveyRow(
+        format="fp16", rotated=False, survives=False, verdict="does not", drop=5.0, headroom=2.0, sites=sites
+    )
+    found.rows, found.fix = [row], [SurveyFix(format="fp16", fix="training", words="train")]
+    assert sentence(found) == "fp16 does not survive (5.00 points lost): train; nothing else survives."
 
 
 @pytest.mark.slow
 def test_what_can_neither_be_scaled_nor_rotated_is_kept_in_float32():
     found, _, fixes = surveyed(planted.inner, "vit", ("fp16", "w8a8-tt"))
-    assert (fixes["fp16"]["fix"], fixes["fp16"]["sites"], fixes["fp16"]["top1"]) == ("sites", ["blocks.1.mlp"], 100.0)
-    assert (fixes["w8a8-tt"]["fix"], fixes["w8a8-tt"]["sites"]) == ("sites", ["blocks.1.mlp.fc2"])
+    assert (fixes["fp16"].fix, fixes["fp16"].sites, fixes["fp16"].top1) == ("sites", ["blocks.1.mlp"], 100.0)
+    assert (fixes["w8a8-tt"].fix, fixes["w8a8-tt"].sites) == ("sites", ["blocks.1.mlp.fc2"])
     assert "blocks.1.mlp in float32" in found.verdict
     assert "blocks.1.mlp.fc2 in float," in found.verdict
 
@@ -111,7 +130,7 @@ def test_training_is_the_last_fix_and_is_not_claimed_to_be_measured(monkeypatch)
     for name in [name for name in FIXES if name not in ("training", "norm")]:
         monkeypatch.setitem(FIXES, name, lambda problem: iter(()))
     _, _, fixes = surveyed(planted.value, "vit", ("fp16",))
-    assert (fixes["fp16"]["fix"], fixes["fp16"]["top1"]) == ("training", None)
+    assert (fixes["fp16"].fix, fixes["fp16"].top1) == ("training", None)
     assert list(FIXES)[-1] == "training"
 
 

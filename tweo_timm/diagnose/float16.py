@@ -40,7 +40,7 @@ VALUES, LOGITS, SQUARES, SUMS = READINGS = ("fp16", "fp16-logits", "fp16-squares
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
 _CHANGES_NOTHING = {"dropout", "__get__"}
 _FUSED = "scaled_dot_product_attention"
-_WHOLE = "model"
+WHOLE = "model"
 """The site of what the model's own forward computes, such as the sum with position embeddings."""
 
 
@@ -74,9 +74,15 @@ class Site:
 
 @dataclass
 class Float16Readings:
-    """All readings of one model; `sites[reading]` in the order of execution."""
+    """All readings of one model.
+
+    Attributes:
+        sites: reading -> its sites in the order of execution.
+        outputs: module -> the largest value that it returns, whatever it computes inside.
+    """
 
     sites: dict[str, list[Site]] = field(default_factory=lambda: {reading: [] for reading in READINGS})
+    outputs: dict[str, float] = field(default_factory=dict)
 
     def headroom(self, reading: str) -> float | None:
         """The smallest factor of a reading; None where the model has no such site."""
@@ -93,6 +99,7 @@ class Float16Readings:
             theirs = {site.name: site for site in other.sites[reading]}
             pairs = [(site, theirs.get(site.name, site)) for site in sites]
             both.sites[reading] = [min(pair, key=lambda site: site.factor) for pair in pairs]
+        both.outputs = {name: _larger(peak, other.outputs.get(name, peak)) for name, peak in self.outputs.items()}
         return both
 
 
@@ -127,15 +134,16 @@ class _Reader(HookedMode):
         self._products: dict[str, float] = {}
         """Owner -> the largest of a product and what became of it: logits if a softmax follows, values if none does."""
         self._sites: dict[str, dict[str, Site]] = {reading: {} for reading in READINGS}
+        self._outputs: dict[str, float] = {}
         self._began = 0
 
     def hooks(self) -> Iterator[Any]:
         """Of every module, to know whose code runs, and of every norm."""
         for name, module in self._model.named_modules():
-            yield module.register_forward_pre_hook(self._begin(name or _WHOLE), prepend=True)
+            yield module.register_forward_pre_hook(self._begin(name or WHOLE), prepend=True)
             if _is_norm(module) and sees_images(name):
                 yield module.register_forward_pre_hook(self._norm(name))
-            yield module.register_forward_hook(self._end(name or _WHOLE), always_call=True)
+            yield module.register_forward_hook(self._end(name or WHOLE), always_call=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -149,7 +157,9 @@ class _Reader(HookedMode):
 
     def found(self) -> Float16Readings:
         """Return what was read."""
-        return Float16Readings({reading: list(sites.values()) for reading, sites in self._sites.items()})
+        return Float16Readings(
+            {reading: list(sites.values()) for reading, sites in self._sites.items()}, dict(self._outputs)
+        )
 
     def _see(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         owner = self._owners[-1]
@@ -163,7 +173,7 @@ class _Reader(HookedMode):
             self._products[owner] = peak
         elif owner in self._products:
             self._products[owner] = max(self._products[owner], peak)
-        elif not _is_norm(self._model.get_submodule(owner) if owner != _WHOLE else self._model):
+        elif not _is_norm(self._model.get_submodule(owner) if owner != WHOLE else self._model):
             self._raise(VALUES, owner, peak, LARGEST)
 
     def _close_product(self, reading: str) -> None:
@@ -179,9 +189,11 @@ class _Reader(HookedMode):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if name in self._products:
                 self._raise(VALUES, name, self._products.pop(name), LARGEST)
+            with torch._C.DisableTorchFunction():
+                peak = max((_largest(tensor) for tensor in tensors_in(output)), default=0.0)
+            self._outputs[name] = _larger(self._outputs.get(name, 0.0), peak)
             if _is_norm(module) and isinstance(output, Tensor) and sees_images(name):
-                with torch._C.DisableTorchFunction():
-                    self._raise(VALUES, name, _largest(output), LARGEST)
+                self._raise(VALUES, name, peak, LARGEST)
             self._owners.pop()
 
         return hook
@@ -200,11 +212,15 @@ class _Reader(HookedMode):
 
     def _raise(self, reading: str, name: str, peak: float, limit: float) -> None:
         site = self._sites[reading].setdefault(name, Site(name, 0.0, limit))
-        if not (site.peak_abs >= peak or math.isnan(site.peak_abs)):  # what is no number must stay none
-            site.peak_abs = peak
+        site.peak_abs = _larger(site.peak_abs, peak)
         if site.factor < 1 and site.began is None:
             self._began += 1
             site.began = self._began
+
+
+def _larger(before: float, peak: float) -> float:
+    """The larger of two; NaN, once seen, stays."""
+    return before if before >= peak or math.isnan(before) else peak
 
 
 def _is_norm(module: nn.Module) -> bool:

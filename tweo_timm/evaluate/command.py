@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,18 +52,27 @@ def validate(options: ValidateOptions, call: Call) -> int:
         _report(stored, groups, options, call)
         return 0
     records: list[Record] = []
+    groups = {}
     with joined(options.device) as world:
-        status = _measured(options, world, records, call)
+        status = _measured(options, world, records, groups, call)
     if records and world.primary:
-        _report(records, _groups_of(options), options, call)
+        _report(records, groups, options, call)
     return status
 
 
-def _measured(options: ValidateOptions, world: World, records: list[Record], call: Call) -> int:
-    """Append the record of each checkpoint, until all are done or an error ends it; the exit status."""
+def _measured(
+    options: ValidateOptions, world: World, records: list[Record], groups: dict[str, list[str]], call: Call
+) -> int:
+    """Name the groups and append the record of each checkpoint, until all are done or an error ends it.
+
+    Returns:
+        The exit status.
+    """
     try:
         world.refuse(_check_outputs, options)
-        return _measure_all(resolve_precision(options, world), world, records, call)
+        sources = find_files(options) if options.onnx else find_sources(options)
+        groups |= read_groups(options.group, {source.name: str(source.path) for source in sources})
+        return _measure_all(sources, resolve_precision(options, world), world, records, call)
     except KeyboardInterrupt:
         _logger.warning("Interrupted: reporting the %d checkpoints that are finished", len(records))
         return 130
@@ -81,15 +91,16 @@ def _check_outputs(options: ValidateOptions) -> None:
         Outputs(options.report).check("--report")
 
 
-def _measure_all(options: ValidateOptions, world: World, records: list[Record], call: Call) -> int:
+def _measure_all(
+    sources: Sequence[Source], options: ValidateOptions, world: World, records: list[Record], call: Call
+) -> int:
     """Append the record of each checkpoint as it is finished; one that fails does not stop the others.
 
     Returns:
         The exit status: 1 if a checkpoint or a scheme failed, or an exported file is wrong.
     """
     status, load = 0, load_file if options.onnx else load_subject
-    _groups_of(options)
-    for source in _sources(options):
+    for source in sources:
         random_seed(options.seed, 0)
         try:
             subject = load(source, options, world.device)
@@ -108,15 +119,6 @@ def _measure_all(options: ValidateOptions, world: World, records: list[Record], 
         value = formatted(record.headline_value, "{:.2f}")
         _logger.info("%s: %s %s%s", subject.name, record.title, value, peak)
     return status
-
-
-def _sources(options: ValidateOptions) -> list[Source]:
-    return find_files(options) if options.onnx else find_sources(options)
-
-
-def _groups_of(options: ValidateOptions) -> dict[str, list[str]]:
-    """The runs of each group by name, before any is measured and afterwards."""
-    return read_groups(options.group, {source.name: str(source.path) for source in _sources(options)})
 
 
 def _with_retry(subject: Subject, world: World) -> Record:

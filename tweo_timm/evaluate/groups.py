@@ -171,10 +171,16 @@ def describe_groups(groups: Sequence[Group], title: str) -> list[str]:
         for group in groups[1:]
         for key, found in group.against_first.items()
     ]
+    alone = [markdown(group.name) for group in groups if len(group.runs) == 1]
     return [
         "## Groups of runs",
         "Each cell is the mean over runs, and the least to the largest. Intervals are between runs, at 95 %: what "
         "another training of the same recipe would give on these images.",
+        *(
+            [f"One run gives no interval: {', '.join(alone)}. Train with another seed, and add that run."]
+            if alone
+            else []
+        ),
         markdown_table(rows),
         "\n".join(lines),
     ]
@@ -191,6 +197,8 @@ def _shown(found: Spread | None, peak: bool) -> str:
 
 def _between(found: Apart, group: Group, first: Group) -> str:
     runs = f"{len(group.runs)} and {len(first.runs)} runs"
+    if found.ci95 is None and min(len(group.runs), len(first.runs)) > 1:
+        return f" ({runs}, which do not differ in it: no interval)"
     if found.ci95 is None:
-        return f" ({runs}: too few for an interval, or they do not differ)"
+        return f" ({runs}: one run of a recipe gives no interval, so that the difference may be that of two seeds)"
     return f" (interval between runs {found.ci95[0]:+.2f} to {found.ci95[1]:+.2f}, {runs})"

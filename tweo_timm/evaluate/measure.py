@@ -41,7 +41,7 @@ from tweo_timm.quant.export import require_export_extra
 from tweo_timm.quant.fidelity import fidelity
 from tweo_timm.quant.float8 import saturation
 from tweo_timm.quant.onnx_file import OnnxModel
-from tweo_timm.quant.scheme import Scheme
+from tweo_timm.quant.scheme import Scheme, refuse_not_exportable
 from tweo_timm.quant.static import quantize_static
 from tweo_timm.records import plain
 from tweo_timm.run.class_names import check_same_names, names_by_index
@@ -124,6 +124,10 @@ def _check_wishes(options: ValidateOptions, world: World) -> None:
     """Refuse what cannot be done before anything is measured."""
     for scheme in options.quantize:
         Scheme.parse(scheme)
+        try:
+            refuse_not_exportable(scheme if options.export else None, options.export_dtype)
+        except ValueError as error:
+            raise ValueError(f"--quantize {scheme} --export {options.export}: {error}") from error
     percentile_of(options.calibration)
     if options.real_labels and world.distributed:
         raise ValueError("--real-labels counts in one process: validate without torchrun")

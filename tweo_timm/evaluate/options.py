@@ -273,7 +273,10 @@ def _complaints(options: ValidateOptions) -> Iterator[str]:
     if options.calibration != "absmax" and not options.quantize:
         yield f"--calibration {options.calibration} does nothing without --quantize; add it"
     if options.calibration != "absmax" and options.survey:
-        yield f"--calibration {options.calibration}: a survey calibrates by absmax; leave one of the two out"
+        yield (
+            f"--calibration {options.calibration}: a survey calibrates by absmax, since a percentile is of w8a8-tt "
+            "alone among its formats; leave one of the two out"
+        )
     for k in options.zero_outliers:
         if k >= 1 and k != int(k):
             yield f"--zero-outliers {k:g} is no number of elements; give a whole one, or a share of them below 1"

@@ -11,18 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tweo_timm.records import Fields
-from tweo_timm.schema import Declared, entry, written
+from tweo_timm.schema import LONG, PERCENT, SIZE, Declared, entry, written
 from tweo_timm.settings import AT_LEAST_0, AT_LEAST_1, FRACTION, Bounds
 
 METRICS = {"classification": ("top1", "top5"), "multilabel": ("map", "micro_f1", "macro_f1", "sample_f1")}
 """What a pass measures by task, beside the loss; the first is what a model is judged by."""
 TITLES = {"top1": "Top-1", "map": "mAP"}
 """How tables call what a model is judged by."""
-
-SIZE = Bounds(0, 1e39)
-PERCENT = Bounds(0, 100)
-LONG = Bounds(0, 2**38)
-"""Characters of what no table shows: as many as a file can hold."""
 
 _AVERAGED = "with `--metrics-avg macro` (or micro, weighted): percent"
 _STATISTIC = "of \\|A\\|, from a histogram: within 1/128"
@@ -138,7 +133,9 @@ class LatencyRow(Declared):
     p99_ms: float | None = entry("of a run, over rounds: 99 % of runs are faster", SIZE, default=None, optional=True)
     size_mb: float | None = entry("megabytes of the file", SIZE, default=None, optional=True)
     images_per_s: float = entry("at the median", SIZE)
-    ratio: float = entry("speed where float32 is 1", SIZE)
+    ratio: float = entry("speed where float32 is 1, the median over rounds", SIZE)
+    ratio_low: float | None = entry("the least of a round", SIZE, default=None, optional=True)
+    ratio_high: float | None = entry("the largest of a round", SIZE, default=None, optional=True)
 
 
 @dataclass(kw_only=True)

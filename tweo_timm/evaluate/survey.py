@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tweo_timm import machine
 from tweo_timm.artefact import Artefact
-from tweo_timm.evaluate.answers import SurveyAnswer, SurveyRow
+from tweo_timm.evaluate.answers import SurveyAnswer
 from tweo_timm.evaluate.case import Case
 from tweo_timm.evaluate.markdown import markdown_table, number
 from tweo_timm.evaluate.neighbours import NearestNeighbours
@@ -24,7 +24,9 @@ from tweo_timm.evaluate.scoring import score
 from tweo_timm.fingerprint import fingerprint
 from tweo_timm.media import code, markdown
 from tweo_timm.quant.export import export_onnx
+from tweo_timm.schema import written
 from tweo_timm.survey.bench import Bench, Outcome
+from tweo_timm.survey.findings import SurveyRow
 from tweo_timm.survey.survey import Survey, survey
 from tweo_timm.version import __version__
 
@@ -55,7 +57,7 @@ class Surveyed:
         found = survey(bench)
         _logger.info("%s: %s", case.subject.name, found.verdict)
         judged_by = "nearest neighbour" if not case.images.classes else "logits"
-        return {**found.to_json(), **_origin(case), "judged_by": judged_by, **_exported(case, bench, found)}
+        return {**written(found), **_origin(case), "judged_by": judged_by, **_exported(case, bench, found)}
 
     def describe(self, found: SurveyAnswer) -> list[str]:
         """The sentence, the table, where it breaks, and the fixes."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tweo_timm.evaluate.answers import SurveyAnswer, SurveyRow
+from tweo_timm.evaluate.answers import SurveyAnswer
 from tweo_timm.evaluate.record import Record
 from tweo_timm.media import picture
+from tweo_timm.survey.findings import SurveyRow
 
 _COLOURS = {"survives": "#009E73", "does not": "#D55E00"}
 _UNDECIDED = "#E69F00"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from tweo_timm.config import TweoConfig
 from tweo_timm.evaluate.compare import Paired, paired_records
-from tweo_timm.evaluate.record import Exported, Quantized, Record
-from tweo_timm.quant.scheme import Scheme, refuse_not_exportable
+from tweo_timm.evaluate.record import Exported, LatencyRow, Quantized, Record
+from tweo_timm.quant.scheme import refuse_not_exportable
 from tweo_timm.schema import Declared, entry
 
 TOLERANCE = 1.0
@@ -180,12 +180,22 @@ def _fastest(exported: Exported | None) -> tuple[str, float, str] | None:
         (
             row.file,
             row.ratio,
-            f"its {row.file} file on {times.cpu}, batch {times.batch}, threads {times.threads}, medians",
+            f"{_of_rounds(row, times.rounds)}; its {row.file} file on {times.cpu}, batch {times.batch}, threads "
+            f"{times.threads}",
         )
         for times in exported.latency
         for row in times.rows
     ]
     return max((row for row in rows if row[0] in sound), key=lambda row: row[1], default=None)
+
+
+def _of_rounds(row: LatencyRow, rounds: int) -> str:
+    """How far the rounds of a measurement are apart, which is not what another machine or day would give."""
+    if rounds == 1:
+        return "of one round, which gives no spread"
+    if row.ratio_low is None or row.ratio_high is None:
+        return f"the median of {rounds} rounds, whose spread the report does not have"
+    return f"{row.ratio_low:.2f} to {row.ratio_high:.2f} over {rounds} rounds"
 
 
 def _speed(record: Record, scheme: str) -> str:
@@ -231,11 +241,10 @@ def _gain(record: Record, scheme: str) -> tuple[float, bool]:
 def _has_file(scheme: str) -> bool:
     """Whether --export onnx can write the scheme, which a report of another version may not name as this one does."""
     try:
-        parsed = Scheme.parse(scheme)
         refuse_not_exportable(scheme)
     except ValueError:
         return False
-    return not parsed.per_token
+    return True
 
 
 def _deploy(record: Record, scheme: str) -> str:

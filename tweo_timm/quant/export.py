@@ -112,7 +112,7 @@ def export_onnx(
     if refusal := refusal_of(model, target, dtype):
         raise ValueError(refusal)
     scheme = getattr(unwrap_model(model), "quantization", {}).get("scheme")
-    refuse_not_exportable(scheme)
+    refuse_not_exportable(scheme, dtype)
     said = artefact_of(model, example, artefact, dtype)
     working = _working_copy(model)
     folds = fold_compensation(working) if scheme else {"folded": [], "kept": []}

@@ -181,16 +181,21 @@ def latency_rows(times: Mapping[str, list[float]], batch: int) -> dict[str, dict
 
     Returns:
         label -> median_ms, min_ms, p99_ms (the percentile between the two slowest of few rounds), images_per_s (at the
-        median), and ratio: the median over rounds of the reference's time over its own, above one if it is faster.
+        median), and ratio: the median over rounds of the reference's time over its own, above one if it is faster;
+        ratio_low and ratio_high: the least and the largest of a round.
     """
     reference = next(iter(times.values()))
+    return {label: _latency_row(reference, values, batch) for label, values in times.items()}
+
+
+def _latency_row(reference: list[float], values: list[float], batch: int) -> dict[str, float]:
+    ratios = [theirs / own for theirs, own in zip(reference, values, strict=True)]
     return {
-        label: {
-            "median_ms": 1e3 * statistics.median(values),
-            "min_ms": 1e3 * min(values),
-            "p99_ms": 1e3 * float(np.percentile(values, 99)),
-            "images_per_s": batch / statistics.median(values),
-            "ratio": statistics.median(theirs / own for theirs, own in zip(reference, values, strict=True)),
-        }
-        for label, values in times.items()
+        "median_ms": 1e3 * statistics.median(values),
+        "min_ms": 1e3 * min(values),
+        "p99_ms": 1e3 * float(np.percentile(values, 99)),
+        "images_per_s": batch / statistics.median(values),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
     }

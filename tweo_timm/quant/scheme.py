@@ -213,14 +213,23 @@ def suffixes_of(field: str) -> dict[str, Suffix]:
     return {name: suffix for name, suffix in SUFFIXES.items() if suffix.field == field}
 
 
-def refuse_not_exportable(scheme: str | None) -> None:
-    """Refuse a scheme of which there is no ONNX file; None stands for a float model.
+def refuse_not_exportable(scheme: str | None, dtype: str = "float32") -> None:
+    """Refuse a scheme of which there is no ONNX file.
+
+    Args:
+        scheme: None stands for a float model.
+        dtype: of what stays float in the file.
 
     Raises:
         ValueError: with the reason.
     """
-    reason = BASES[Scheme.parse(scheme).base].not_exportable if scheme else ""
-    if reason:
+    parsed = Scheme.parse(scheme) if scheme else Scheme()
+    reason = BASES[parsed.base].not_exportable
+    if parsed.per_token:
+        reason = "its steps are computed at run time, one a token, which ONNX cannot express; use static ones, w8a8-ct"
+    if parsed.zero_point and dtype == "float16":
+        reason = "its file (+zero) is for onnxruntime, whose operators return float32; leave out +zero or float16"
+    if reason and scheme:
         raise ValueError(f"{scheme} cannot be exported: {reason}")
 
 

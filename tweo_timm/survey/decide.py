@@ -44,7 +44,7 @@ class Decision:
 
     top1: float | None
     drop: float | None
-    interval: tuple[float, float] | None
+    interval: list[float] | None
     survives: bool
     verdict: str
 
@@ -66,7 +66,7 @@ def decide(before: Outcome, after: Outcome, max_drop: float) -> Decision:
         verdict = SURVIVES
     elif low > max_drop:
         verdict = FAILS
-    return Decision(top1_of(after), drop, (low, high), survives, verdict)
+    return Decision(top1_of(after), drop, [low, high], survives, verdict)
 
 
 def top1_of(outcome: Outcome) -> float:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tweo_timm.diagnose.float16 import LARGEST, LOGITS, SQUARES, SUMS, VALUES, Float16Readings
+from tweo_timm.diagnose.float16 import LARGEST, LOGITS, SQUARES, SUMS, VALUES, WHOLE, Float16Readings
 from tweo_timm.layers import projections_called
 from tweo_timm.quant.scheme import INTEGERS, Scheme
 from tweo_timm.rewrite.scale import linear_pairs, scale_pairs, scale_stream, stages_of
 from tweo_timm.survey.bench import Bench, Variant
+from tweo_timm.survey.findings import SurveyFix
 from tweo_timm.survey.sensitivity import Sensitivity
 
 _MARGIN = 2.0
@@ -183,19 +184,18 @@ FIXES: dict[str, Tries] = {
 """Every fix, the cheapest first: what yields its trials for a problem, none where it does not apply."""
 
 
-def smallest_fix(problem: Problem) -> dict[str, Any]:
+def smallest_fix(problem: Problem) -> tuple[SurveyFix, Variant | None]:
     """Try the fixes in their order until one holds.
 
     Returns:
-        format, fix (its name in `FIXES`), words, sites, scheme (of the trial; None where nothing was measured), top1,
-        verdict, tried (how many trials were measured before it), and variant, which is no JSON.
+        The first that holds, and what was measured of it; None where nothing can be.
     """
     tried = 0
     for name, tries in FIXES.items():
         for trial in _possible(tries(problem)):
-            found = {"format": problem.reading, "fix": name, "words": trial.words, "sites": trial.sites, "tried": tried}
+            found = SurveyFix(format=problem.reading, fix=name, words=trial.words, sites=trial.sites, tried=tried)
             if trial.variant is None:
-                return {**found, "scheme": None, "top1": None, "verdict": None, "variant": None}
+                return found, None
             if problem.float16 and not _holds_in_float16(problem, trial.variant):
                 continue
             tried += 1
@@ -205,8 +205,8 @@ def smallest_fix(problem: Problem) -> dict[str, Any]:
                 continue
             if decision.survives:
                 scheme = trial.variant.scheme
-                got = {"scheme": scheme, "top1": decision.top1, "verdict": decision.verdict, "variant": trial.variant}
-                return found | got
+                found = replace(found, scheme=scheme, top1=decision.top1, verdict=decision.verdict)
+                return found, trial.variant
     raise AssertionError("training is always a fix")
 
 
@@ -221,7 +221,7 @@ def _possible(trials: Iterator[Trial]) -> Iterator[Trial]:
 def _holds_in_float16(problem: Problem, variant: Variant) -> bool:
     """Whether nothing overflows any more, but inside what is kept in float32."""
     overflowing = problem.bench.readings(variant.model).overflowing(VALUES)
-    return all(_inside(site.name, variant.keep) for site in overflowing)
+    return all(site.name in variant.keep or _inside(site.name, variant.keep) for site in overflowing)
 
 
 def named(names: Sequence[str]) -> str:
@@ -260,7 +260,7 @@ def stream_exponents(model: nn.Module, readings: Float16Readings) -> dict[str, i
     peaks = {site.name: site.peak_abs for site in readings.sites[VALUES]}
     exponents = {}
     for stage in stages_of(model):
-        names = {*stage.blocks, *(port.module or "model" for port in stage.writers)}
+        names = {*stage.blocks, *(port.module or WHOLE for port in stage.writers)}
         exponents[stage.name] = _exponent(max((peaks.get(name, 0.0) for name in names), default=0.0))
     return {name: exponent for name, exponent in exponents.items() if exponent}
 
@@ -320,10 +320,9 @@ def weight_exponents(model: nn.Module) -> dict[str, int]:
 
 def enclosing(model: nn.Module, readings: Float16Readings) -> list[str]:
     """The smallest modules around what overflows in float16 that return what float16 holds; [] where there are none."""
-    overflowing = {site.name for site in readings.overflowing(VALUES)}
     found: list[str] = []
-    for name in sorted(overflowing, key=lambda name: name.count(".")):
-        while name and (name in overflowing or name == "model"):
+    for name in (site.name for site in readings.overflowing(VALUES)):
+        while name and (name == WHOLE or not readings.outputs.get(name, math.inf) <= LARGEST):
             name = name.rpartition(".")[0]
         if not name or not hasattr(model.get_submodule(name), "forward") or _is_container(model.get_submodule(name)):
             return []

@@ -18,6 +18,7 @@ from tweo_timm.diagnose.float16 import READINGS, VALUES, Float16Readings
 from tweo_timm.quant.scheme import BASES, Scheme
 from tweo_timm.survey.bench import Bench, Variant
 from tweo_timm.survey.decide import FAILS, SURVIVES, top1_of
+from tweo_timm.survey.findings import SurveyFindings, SurveyFix, SurveyRow, SurveySite
 from tweo_timm.survey.fixes import Problem, listing, named, smallest_fix
 from tweo_timm.survey.sensitivity import Sensitivity, share_of
 
@@ -29,63 +30,15 @@ CONCENTRATED_SHARE, CONCENTRATED_SITES = 0.8, 0.1
 """Damage is concentrated if a tenth of the sites (two at least) does this share of it."""
 
 
-@dataclass
-class Row:
-    """One format of one model.
+@dataclass(kw_only=True)
+class Survey(SurveyFindings):
+    """What was found, and the fixed models.
 
     Attributes:
-        format: a scheme's name, or "fp16-squares" and the like.
-        rotated: whether the stream was rotated first.
-        survives: finite, the drop at most the limit, and nothing overflows in float16.
-        verdict: "survives", "does not" or "not decided by N images".
-        top1, drop, interval: percent, points, the ends of its 95 % interval; None where not measured or not finite.
-        headroom: by how much everything may grow in float16; None of other formats.
-        spread: "concentrated" or "diffuse", of a row that does not survive.
-        sites: name, peak_abs, factor (what the site may grow by; None) and share (of the damage; None).
+        variants: format -> the fixed variant, where one was measured; in no file.
     """
 
-    format: str
-    rotated: bool
-    survives: bool
-    verdict: str
-    top1: float | None = None
-    drop: float | None = None
-    interval: tuple[float, float] | None = None
-    headroom: float | None = None
-    spread: str | None = None
-    sites: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Survey:
-    """What was found, ready for JSON by `to_json`.
-
-    Attributes:
-        images: scored.
-        max_drop: the limit, points.
-        float_top1: percent, of the float model.
-        rows: every format, as the model is and rotated.
-        fix: for every row of the model as it is that does not survive: the smallest fix.
-        not_rotated: why there are no rotated rows; "" where there are.
-        not_possible: format -> why the model does not allow it.
-        verdict: one sentence.
-        variants: format -> the fixed variant, where one was measured; no JSON.
-    """
-
-    images: int
-    max_drop: float
-    float_top1: float | None
-    rows: list[Row] = field(default_factory=list)
-    fix: list[dict[str, Any]] = field(default_factory=list)
-    not_rotated: str = ""
-    not_possible: dict[str, str] = field(default_factory=dict)
-    verdict: str = ""
     variants: dict[str, Variant] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the models."""
-        left_out = ("rows", "variants")
-        return {**{k: v for k, v in vars(self).items() if k not in left_out}, "rows": [vars(row) for row in self.rows]}
 
 
 def survey(bench: Bench, formats: Sequence[str] = FORMATS) -> Survey:
@@ -101,7 +54,9 @@ def survey(bench: Bench, formats: Sequence[str] = FORMATS) -> Survey:
     outcome = bench.float_outcome
     if outcome.not_finite:
         raise ValueError(f"the float model's outputs of {outcome.not_finite} images are not finite: mend that first")
-    found = Survey(len(outcome.correct), bench.max_drop, top1_of(outcome))
+    found = Survey(
+        verdict="", images=len(outcome.correct), max_drop=bench.max_drop, float_top1=top1_of(outcome), rows=[]
+    )
     problems = _rows_of(bench, bench.model, formats, found, rotated=False)
     try:
         _rows_of(bench, bench.rotated("random"), formats, found, rotated=True)
@@ -109,8 +64,7 @@ def survey(bench: Bench, formats: Sequence[str] = FORMATS) -> Survey:
         found.not_rotated = str(error)
     for problem in problems:
         bench.say(f"looking for the smallest fix of {problem.reading}")
-        fix = smallest_fix(problem)
-        variant = fix.pop("variant")
+        fix, variant = smallest_fix(problem)
         found.fix.append(fix)
         found.variants |= {problem.reading: variant} if variant is not None else {}
     found.verdict = sentence(found)
@@ -140,12 +94,10 @@ def _rows_of(bench: Bench, model: nn.Module, formats: Sequence[str], found: Surv
 
 def _measured(
     bench: Bench, variant: Variant, readings: Float16Readings, rotated: bool
-) -> tuple[Row, Sequence[Sensitivity]]:
+) -> tuple[SurveyRow, Sequence[Sensitivity]]:
     """One scheme: its score, and where it breaks."""
     decision = bench.decide(variant)
-    row = Row(
-        variant.scheme, rotated, decision.survives, decision.verdict, decision.top1, decision.drop, decision.interval
-    )
+    row = SurveyRow(format=variant.scheme, rotated=rotated, **vars(decision))
     if variant.scheme == VALUES:
         reading = _reading_row(VALUES, readings, rotated)
         row.headroom, row.sites, row.spread = reading.headroom, reading.sites, reading.spread
@@ -162,21 +114,22 @@ def _measured(
     return row, sites
 
 
-def _listed(site: Sensitivity, sites: Sequence[Sensitivity]) -> dict[str, Any]:
+def _listed(site: Sensitivity, sites: Sequence[Sensitivity]) -> SurveySite:
     share = 1.0 if math.isinf(site.score) else site.score / max(sum(s.score for s in sites), 1e-300)
-    return {"name": site.name, "peak_abs": site.peak_abs, "factor": None, "share": share}
+    return SurveySite(name=site.name, peak_abs=site.peak_abs, share=share)
 
 
-def _reading_row(reading: str, readings: Float16Readings, rotated: bool) -> Row:
+def _reading_row(reading: str, readings: Float16Readings, rotated: bool) -> SurveyRow:
     """One reading of float16: arithmetic, so that its verdict is certain on these images."""
     overflowing, headroom = readings.overflowing(reading), readings.headroom(reading)
     closest = sorted(readings.sites[reading], key=lambda site: site.factor)
     listed = [*overflowing, *(site for site in closest if site not in overflowing)][:LISTED]
     few = max(2, round(CONCENTRATED_SITES * len(closest)))
     spread = ("concentrated" if len(overflowing) <= few else "diffuse") if overflowing else None
-    sites = [{**site.to_json(), "share": None} for site in listed]
-    verdict = FAILS if overflowing else SURVIVES
-    return Row(reading, rotated, not overflowing, verdict, headroom=headroom, spread=spread, sites=sites)
+    sites = [SurveySite(name=site.name, peak_abs=site.peak_abs, factor=site.factor) for site in listed]
+    verdict, survives = FAILS if overflowing else SURVIVES, not overflowing
+    words: dict[str, Any] = {"format": reading, "rotated": rotated, "survives": survives, "verdict": verdict}
+    return SurveyRow(**words, headroom=headroom, spread=spread, sites=sites)
 
 
 def sentence(found: Survey) -> str:
@@ -188,50 +141,51 @@ def sentence(found: Survey) -> str:
     if not failed:
         measured = [row.format for row in plain_rows if row.top1 is not None]
         few = f", which are too few to decide that for {listing(undecided)}" if undecided else ""
-        return f"Sound: {listing(measured)} each lose at most {_points(found.max_drop)} of Top-1 {on}{few}."
-    groups: dict[str, list[Row]] = {}
+        lose = "loses" if len(measured) == 1 else "each lose"
+        return f"Sound: {listing(measured)} {lose} at most {_points(found.max_drop)} of Top-1 {on}{few}."
+    groups: dict[str, list[SurveyRow]] = {}
     for row in failed:
-        groups.setdefault(_fix_of(row, found)["words"], []).append(row)
+        groups.setdefault(_fix_of(row, found).words, []).append(row)
     return f"{'; '.join(_clause(rows, found) for rows in groups.values())}; {_rest(plain_rows)}."
 
 
-def _fix_of(row: Row, found: Survey) -> dict[str, Any]:
-    return next(fix for fix in found.fix if fix["format"] == row.format)
+def _fix_of(row: SurveyRow, found: Survey) -> SurveyFix:
+    return next(fix for fix in found.fix if fix.format == row.format)
 
 
-def _clause(rows: Sequence[Row], found: Survey) -> str:
+def _clause(rows: Sequence[SurveyRow], found: Survey) -> str:
     """What does not survive, how it breaks, and the fix, of the rows that one fix mends."""
     certain = any(row.verdict == FAILS for row in rows)
     verb = ("does not" if len(rows) == 1 else "do not") if certain else "may not"
-    top1 = [_fix_of(row, found)["top1"] for row in rows]
+    top1 = [_fix_of(row, found).top1 for row in rows]
     then = "" if None in top1 else f", then {listing([f'{value:.2f} %' for value in top1])}"
     words = f"{listing([row.format for row in rows])} {verb} survive ({_breaks(rows[0])})"
-    return f"{words}: {_fix_of(rows[0], found)['words']}{then}"
+    return f"{words}: {_fix_of(rows[0], found).words}{then}"
 
 
-def _breaks(row: Row) -> str:
+def _breaks(row: SurveyRow) -> str:
     spread = f", {row.spread}" if row.spread else ""
     if row.headroom is not None and row.headroom < 1:
-        return f"first at {row.sites[0]['name']}, {1 / max(row.sites[0]['factor'], 1e-30):.3g} times too large{spread}"
-    worst = f", most at {named(_worst(row))}" if row.sites else ""
+        return f"first at {row.sites[0].name}, {1 / max(row.sites[0].factor or 0.0, 1e-30):.3g} times too large{spread}"
+    worst = f", most at {named(_worst(row))}" if row.sites and row.sites[0].share is not None else ""
     if row.drop is None:
         return f"outputs are not finite{worst}"
     return f"{row.drop:.2f} points lost{worst}{spread}"
 
 
-def _worst(row: Row) -> list[str]:
+def _worst(row: SurveyRow) -> list[str]:
     """The sites that do most of the damage together; only the first where it is diffuse."""
     names: list[str] = []
     done = 0.0
     for site in row.sites:
-        names.append(site["name"])
-        done += site["share"]
+        names.append(site.name)
+        done += site.share or 0.0
         if row.spread != "concentrated" or done >= CONCENTRATED_SHARE:
             break
     return names
 
 
-def _rest(rows: Sequence[Row]) -> str:
+def _rest(rows: Sequence[SurveyRow]) -> str:
     sound = [row.format for row in rows if row.survives and row.verdict == SURVIVES]
     open_ = [row.format for row in rows if row.survives and row.verdict != SURVIVES]
     parts = [f"{listing(sound)} {'survives' if len(sound) == 1 else 'survive'}"] if sound else []
