@@ -60,6 +60,20 @@ def test_two_forwards_of_one_step_give_the_mean_of_both():
     assert tweo.peak_abs == max(x.abs().max() for x in (*first[1], *second[1]))
 
 
+def test_a_pass_that_is_forgotten_counts_neither_in_the_penalty_nor_in_the_peak():
+    model = tiny_vit().train()
+    tweo = Tweo(model, CONFIG)
+    images, _ = batch()
+    model(images)
+    expected = tweo.penalty()
+    peak = tweo.peak_abs
+    model(images * torch.nan)
+    tweo.forget()
+    model(images)
+    assert torch.equal(tweo.penalty(), expected)
+    assert torch.equal(tweo.peak_abs, peak)
+
+
 def test_teachers_copies_and_evaluations_do_not_count():
     model, (images, _) = tiny_vit().train(), batch()
     tweo, teacher = Tweo(model, CONFIG), copy.deepcopy(model)

@@ -81,8 +81,12 @@ class Tweo(Scheduled):
                 "gradients enabled; attach Tweo before torch.compile"
             )
         mean = self._sum / self._passes
-        self._sum, self._passes, self._reported = None, 0, True
+        self.forget()
         return mean * self._weight
+
+    def forget(self) -> None:
+        """Leave out the passes since the last `penalty()`: those of a batch that the loop skips."""
+        self._sum, self._passes, self._reported = None, 0, True
 
     def remove(self) -> None:
         """Take every hook off the model; a second call does nothing."""
@@ -90,7 +94,7 @@ class Tweo(Scheduled):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._sum = None
+        self.forget()
 
     def _hook(self, model: nn.Module) -> list[Any]:
         def before(module: nn.Module, args: Any) -> None:

@@ -86,6 +86,23 @@ def test_twenty_steps_are_those_of_a_plain_loop(callback, accumulate, schedule):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_a_batch_that_is_skipped_counts_in_no_penalty(callback):
+    class Skipping(Module):
+        def training_step(self, both, index):
+            loss = super().training_step(both, index)
+            return None if index == 0 else loss
+
+    model, penalties = tiny_vit(), []
+    module = Skipping(model)
+    module.log = lambda name, value, *_: penalties.append(value) if name == "train_tweo_penalty" else None
+    twin = copy.deepcopy(model).train()
+    fit(module, callback(CONFIG), limit_train_batches=2)
+    expected = Tweo(twin, CONFIG)
+    twin(BATCHES[1][0])
+    assert [float(value) for value in penalties] == pytest.approx([float(expected.penalty().detach())], rel=1e-5)
+
+
 def test_a_scaled_loss_gets_a_scaled_penalty(callback):
     made, loss = callback(CONFIG), torch.zeros((), requires_grad=True) * 1
     module = Module(tiny_vit().train())

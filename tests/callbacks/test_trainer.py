@@ -80,6 +80,20 @@ def test_twenty_steps_are_those_of_a_plain_loop_with_accumulation_too(callback, 
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_training_that_was_broken_off_leaves_no_second_penalty_for_the_next(callback, tmp_path):
+    model, made = tiny_model(), callback(CONFIG)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train(model, made, tmp_path)
+    model.forward = forward
+    twin = copy.deepcopy(model)
+    train(model, made, tmp_path)
+    expected = plain_loop(twin)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_that_the_model_does_not_return_is_refused(callback, tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1.*override Trainer.compute_loss"):
         train(tiny_model(), callback(CONFIG), tmp_path, label_smoothing_factor=0.1)

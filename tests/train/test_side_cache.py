@@ -109,7 +109,8 @@ def test_a_cache_that_another_run_completes_in_between_is_not_computed_again(cac
     folder = tmp_path / "features"
 
     @contextlib.contextmanager
-    def other_run_ends_first(path):
+    def other_run_ends_first(path, flag):
+        assert flag == "--side-cache"
         shutil.copytree(cache[0], folder, dirs_exist_ok=True)
         yield
 

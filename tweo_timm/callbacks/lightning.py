@@ -63,8 +63,10 @@ class TweoCallback(Callback):  # type: ignore[misc, unused-ignore]
         self.tweo = Tweo(module, self._config, self._blocks)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Move the schedule."""
-        if self.tweo is not None and self._config.schedule != "constant":
+        """Move the schedule, and leave out a pass of before whose batch training_step has skipped."""
+        assert self.tweo is not None
+        self.tweo.forget()
+        if self._config.schedule != "constant":
             self.tweo.set_progress(min(1.0, trainer.global_step / trainer.estimated_stepping_batches))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:

@@ -57,6 +57,7 @@ class TweoCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             raise ValueError("torch.nn.DataParallel runs copies of the model that TWEO does not see: use torchrun")
         if args.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor}: {_ELSEWHERE}")
+        self.on_train_end(args, state, control)  # of a training that was broken off, at whose end nobody calls
         model = unwrap_model(model)
         self.tweo = Tweo(model, self._config, self._blocks)
         self._handle = model.register_forward_hook(self._hook(model, self.tweo), with_kwargs=True)

@@ -101,15 +101,15 @@ def _take(folder: Path, resumed: CheckpointFile | None, held: contextlib.ExitSta
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder that exists.
+def locked(folder: Path, flag: str = "--experiment") -> Iterator[None]:
+    """Keep other runs out of a folder that exists; `flag` names it.
 
     The system takes the lock from a process that dies, however it dies, and its loader's processes do not inherit it.
 
     Raises:
         ValueError: if another run has it.
     """
-    descriptor = _lock(folder / LOCK)
+    descriptor = _lock(folder / LOCK, flag)
     try:
         yield
     finally:
@@ -119,7 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(path: Path) -> int | None:
+def _lock(path: Path, flag: str) -> int | None:
     """Lock a file that is made for it; None where the file system knows no locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -131,7 +131,7 @@ def _lock(path: Path) -> int | None:
                 _logger.warning("%s cannot be locked (%s): see to it that no second run writes there", path, error)
                 return None
             raise ValueError(
-                f"another run is writing to {path.parent}: wait for its end, or give another --experiment"
+                f"another run is writing to {path.parent}: wait for its end, or give another {flag}"
             ) from error
         if _is_still(path, descriptor):
             return descriptor

@@ -143,7 +143,7 @@ def _begin(cache: FeatureCache, held: contextlib.ExitStack) -> bool:
     gigabytes = cache.size / 1e9
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(cache.folder))
+        held.enter_context(locked(cache.folder, "--side-cache"))
         if cache.is_complete():
             return True
         free = shutil.disk_usage(cache.folder).free / 1e9
