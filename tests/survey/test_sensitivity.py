@@ -84,6 +84,18 @@ def test_a_layer_that_loses_q_and_k_comes_first_though_a_saturated_softmax_has_n
     assert found[0].score == pytest.approx(2 * float((wanted.exp() * (wanted - got)).sum(-1).mean()), rel=1e-3)
 
 
+def test_layers_whose_outputs_a_model_changes_in_place_are_scored_as_the_others_are():
+    """SwinV2's position bias goes through a ReLU in place, and sees no images."""
+    model, images = make_model("swinv2"), make_images("swinv2", 16)
+    quantized = quantize_static(model, [images], "w4a4-tt")
+    found = {site.name: site.score for site in sensitivities(model, quantized, [images])}
+    name = "layers.0.blocks.0.attn.cpb_mlp.0"
+    alone = quantize_static(model, [images], "w4a4-tt", keep_float=[n for n in found if n != name])
+    with torch.no_grad():
+        wanted, got = (m(images).double().log_softmax(-1) for m in (model, alone))
+    assert found[name] == pytest.approx(2 * float((wanted.exp() * (wanted - got)).sum(-1).mean()), rel=1e-3)
+
+
 def test_a_model_without_a_head_is_scored_by_the_change_of_its_features():
     model, images = make_model("vit"), make_images("vit", 64)
     model.reset_classifier(0)

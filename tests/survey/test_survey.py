@@ -140,6 +140,13 @@ def test_a_model_that_cannot_be_rotated_says_why_and_is_surveyed_all_the_same():
     assert set(rows) == {(name, False) for name in ("fp16", "fp16-logits", "fp16-squares", "fp16-sums", "w8a8-tt")}
 
 
+def test_a_format_that_a_model_does_not_allow_is_named_in_the_sentence():
+    found, _, _ = surveyed(planted.sound, "vit", ("bf16", "fp16+res"), max_drop=100.0)
+    assert found.verdict.endswith("; fp16+res cannot be tried, for the reason below.")
+    found, rows, _ = surveyed(planted.sound, "vit", ("fp16+res",))
+    assert (rows, found.verdict) == ({}, "Nothing is known; fp16+res cannot be tried, for the reason below.")
+
+
 def test_a_model_that_is_not_finite_in_float_is_refused():
     def broken(model, family):
         model.head.bias[0] = torch.nan

@@ -10,7 +10,8 @@ The sum is squared after it is taken: errors of a layer cancel, or add up. Sites
 
 A gradient speaks for small errors. Where whole channels are rounded away (q and k beside a v that is a thousand times
 larger: attention becomes uniform, and a softmax that was saturated has no gradient to say so) the site is tried alone
-on the first batch, and its score is twice the divergence that was found.
+on the first batch, and its score is twice the divergence that was found. So is a layer that sees no images, such as
+those of SwinV2's position bias: its gradient is that of all images together.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tweo_timm.layers import sees_images
 from tweo_timm.quant.quantizer import QuantizedLayer, Quantizer
 from tweo_timm.quant.stream import StreamQuantizer
 
@@ -76,9 +78,10 @@ def sensitivities(
         count += len(images)
         for draw in range(DRAWS):
             loss = _loss(logits, features, generator)
-            reached = [spy.output for spy in spies.values()]
-            gradients = torch.autograd.grad(loss, reached, retain_graph=draw + 1 < DRAWS, allow_unused=True)
-            for (name, spy), gradient in zip(spies.items(), gradients, strict=True):
+            reached = {name: spy for name, spy in spies.items() if sees_images(name)}
+            outputs = [spy.output for spy in reached.values()]
+            gradients = torch.autograd.grad(loss, outputs, retain_graph=draw + 1 < DRAWS, allow_unused=True)
+            for (name, spy), gradient in zip(reached.items(), gradients, strict=True):
                 sums[name] += spy.squared_sum(gradient, len(images))
     if not count:
         raise ValueError("sensitivity is measured on at least one image")
@@ -91,8 +94,8 @@ def sensitivities(
 
 @torch.no_grad()
 def _tried_alone(watched: nn.Module, spies: dict[str, _Spy], images: Tensor, features: bool) -> dict[str, float]:
-    """The scores of sites that lose channels, each rounded while the others are float."""
-    lost = {name: spy for name, spy in spies.items() if spy.lost_share() >= _LOST_CHANNELS}
+    """The scores of sites that no gradient speaks for, each rounded while the others are float."""
+    lost = {name: spy for name, spy in spies.items() if spy.lost_share() >= _LOST_CHANNELS or not sees_images(name)}
     if not lost:
         return {}
     exact, scores = watched(images).double(), {}
@@ -162,9 +165,10 @@ class _Spy(nn.Module):
             self.peak = max(self.peak, float(x.abs().amax()))
             self.error = self.rounded(x.detach()) - y.detach()
             self._count_channels(y.detach())
-        if not y.requires_grad:  # the first site: its weights are not asked for
-            y.requires_grad_()
         self.output = y
+        if not y.requires_grad:  # the first site, or one that sees no images: its weights are not asked for
+            y.requires_grad_()
+            return y.clone()  # a model may add to what a layer returns, which torch forbids where a graph begins
         return y
 
     def _count_channels(self, y: Tensor) -> None:
@@ -188,6 +192,9 @@ class _Spy(nn.Module):
 def _watched(model: nn.Module, quantized: nn.Module) -> tuple[nn.Module, dict[str, _Spy]]:
     """The float model in the shape of its quantized copy, with a spy at every layer and site."""
     watched = copy.deepcopy(quantized)
+    for module in watched.modules():  # what a spy keeps must stay as it is
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
     spies: dict[str, _Spy] = {}
     for name, module in list(watched.named_modules()):
         if isinstance(module, QuantizedLayer):

@@ -138,15 +138,24 @@ def sentence(found: Survey) -> str:
     failed = [row for row in plain_rows if not row.survives]
     undecided = [row.format for row in plain_rows if row.survives and row.verdict != SURVIVES]
     on = f"on these {found.images} images"
+    untried = _untried(found, plain_rows)
+    if not plain_rows:
+        return f"Nothing is known{untried}."
     if not failed:
         measured = [row.format for row in plain_rows if row.top1 is not None]
         few = f", which are too few to decide that for {listing(undecided)}" if undecided else ""
         lose = "loses" if len(measured) == 1 else "each lose"
-        return f"Sound: {listing(measured)} {lose} at most {_points(found.max_drop)} of Top-1 {on}{few}."
+        return f"Sound: {listing(measured)} {lose} at most {_points(found.max_drop)} of Top-1 {on}{few}{untried}."
     groups: dict[str, list[SurveyRow]] = {}
     for row in failed:
         groups.setdefault(_fix_of(row, found).words, []).append(row)
-    return f"{'; '.join(_clause(rows, found) for rows in groups.values())}; {_rest(plain_rows)}."
+    return f"{'; '.join(_clause(rows, found) for rows in groups.values())}; {_rest(plain_rows)}{untried}."
+
+
+def _untried(found: Survey, rows: Sequence[SurveyRow]) -> str:
+    """Which formats the model does not allow, so that nothing is said of them."""
+    names = [name for name in found.not_possible if name not in {row.format for row in rows}]
+    return f"; {listing(names)} cannot be tried, for the reason below" if names else ""
 
 
 def _fix_of(row: SurveyRow, found: Survey) -> SurveyFix:
