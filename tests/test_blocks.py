@@ -153,7 +153,8 @@ def test_every_architecture_of_timm_with_attention_is_covered_or_known_to_have_n
     assert unexplained == []
     assert surprising == []
     assert share >= 95
-    assert len(covered) >= 600
+    if timm.__version__ == "1.0.31":  # as README says
+        assert (len(covered), total) == (690, 709)
 
 
 def test_names_and_modules_are_those_of_named_modules_in_their_order():

@@ -148,19 +148,18 @@ def test_stages_are_described_in_forward_order_with_their_widths():
 
 @pytest.mark.slow
 def test_so_many_architectures_of_the_described_families_may_be_rotated(capsys):
-    """README and docs/repair.md have these two numbers."""
+    classes = [name for family in families.FAMILIES for name in family.classes if family.name != "SwinV2"]
+    modules = sorted({"vision_transformer_hybrid", *(name.split(".")[0] for name in classes)})
     described, refused = [], []
-    for arch in timm.list_models():
+    for arch in (arch for module in modules for arch in timm.list_models(module=module)):
         with torch.device("meta"):
             model = timm.create_model(arch)
-        if any(family.matches(model) for family in families.FAMILIES):
-            try:
-                describe_stream(model)
-                described.append(arch)
-            except ValueError:
-                refused.append(arch)
+        try:
+            describe_stream(model)
+            described.append(arch)
+        except ValueError:
+            refused.append(arch)
     with capsys.disabled():
-        print(
-            f"\n{len(described)} of {len(described + refused)} architectures of these families, timm {timm.__version__}"
-        )
-    assert len(described) >= 200
+        print(f"\n{len(described)} of {len(described + refused)} architectures; timm {timm.__version__}")
+    if timm.__version__ == "1.0.31":  # as README and docs/repair.md say
+        assert (len(described), len(refused)) == (238, 60)
