@@ -54,6 +54,11 @@ def test_a_class_map_is_found_beside_the_data_and_may_end_in_empty_lines(tmp_pat
         read_class_map(str(tmp_path / "n.txt"))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_class(tmp_path):
+    (tmp_path / "m.txt").write_text("a\r\nb\r\n", encoding="utf-8-sig", newline="")
+    assert read_class_map(str(tmp_path / "m.txt")) == {"a": 0, "b": 1}
+
+
 def of(**classes):
     return SimpleNamespace(class_to_idx=classes)
 

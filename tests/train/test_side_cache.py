@@ -96,13 +96,17 @@ def test_a_full_disk_is_one_line_and_leaves_no_cache_that_is_believed(place, cac
     assert same_tensors(last(tmp_path / "run")["state_dict"], last(cache[1])["state_dict"])
 
 
-def test_features_that_another_run_has_written_anew_are_not_read(images, tmp_path, capsys):
+def test_features_that_another_run_has_written_anew_are_not_read(images, tmp_path):
     folder = tmp_path / "features"
-    session = session_of(images, tmp_path, *cached(folder))
+    dataset = session_of(images, tmp_path, *cached(folder)).data.replay.loader.dataset
+    before = dataset[0][0]
     shutil.rmtree(folder)
-    session_of(images, tmp_path, *cached(folder, "--seed", "7"))
+    other = session_of(images, tmp_path, *cached(folder, "--seed", "7")).data.replay.loader.dataset
+    assert not torch.equal(other[0][0], before)
+    assert torch.equal(dataset[0][0], before)
+    dataset._features = None  # as in a loader's process that is not forked
     with pytest.raises(OSError, match="written anew while this run read it"):
-        session.data.replay.loader.dataset[0]
+        dataset[0]
 
 
 def test_a_cache_that_another_run_completes_in_between_is_not_computed_again(cache, images, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def _identity(options: ValidateOptions, dataset: Any) -> str:
 def _valid_labels(path: str, num_classes: int) -> list[int]:
     """Read the file of --valid-labels: line i says which class of the model is class i of the data, as in timm."""
     try:
-        labels = [int(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        labels = [int(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"--valid-labels {path} takes a file with one class index a line: {error}") from error
     odd = [label for label in labels if not 0 <= label < num_classes]

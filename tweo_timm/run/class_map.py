@@ -69,7 +69,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _numbered(path: Path) -> dict[str, int]:
-    names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     if "" in names:
         raise ValueError(f"line {names.index('') + 1} is empty, which timm counts as a class")
     twice = [name for name, count in Counter(names).items() if count > 1]

@@ -146,8 +146,8 @@ class FeatureCache:
         with open(path, "rb") as file:
             if _state(os.fstat(file.fileno())) != state:
                 raise OSError(
-                    f"--side-cache {self.folder}: {path.name} was written anew while this run read it; nothing of it "
-                    "was used. Go on with --resume auto, and give each run of other features a folder of its own"
+                    f"--side-cache {self.folder}: {path.name} was written anew while this run read it: it is not "
+                    "used. Go on with --resume auto, and give each run of other features a folder of its own"
                 )
             return np.memmap(file, _DTYPE, "r", shape=self.shape)
 
@@ -187,7 +187,8 @@ class CachedFeatures(Dataset[Any]):
         self._state = cache.state()
         self._targets = cache.targets()
         self._epoch = 0
-        self._features: np.memmap[Any, Any] | None = None
+        # Mapped here, for the loader's processes too: what replaces the file later is another file.
+        self._features: np.memmap[Any, Any] | None = cache.mapped(self._state)
 
     @property
     def alterations(self) -> Any:
@@ -202,7 +203,7 @@ class CachedFeatures(Dataset[Any]):
         self._epoch = epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        if self._features is None:  # in each process its own
+        if self._features is None:  # in a process that was not forked
             self._features = self._cache.mapped(self._state)
         variant = (self._epoch + index) % self._cache.shape[1]
         target = self._targets[index]

@@ -134,8 +134,8 @@ def run_grid(
         rows = [_trained(point, run, world) for point in found]
         if world.primary:
             Outputs(folder).write(TABLE, as_csv(rows, _columns(rows)))
-            if own and Path(own).exists():
-                shutil.rmtree(own)
+            if own:
+                shutil.rmtree(own, ignore_errors=True)  # NFS keeps files that a finished run has mapped
     return "\n".join(_table(rows)), not any("stopped" in row for row in rows)
 
 
