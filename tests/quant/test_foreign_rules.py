@@ -149,6 +149,7 @@ FOUND = {
     "int4 in blocks": (weighed("d = DQ<axis=0, block_size=2>(four, blocks) y = MatMul(a, d)"), set()),
     "bias in int32": (layer("y = ", "b = DequantizeLinear<axis=0>(bias, ws) m = ") + " y = Add(m, b)", {"symmetric"}),
     "TensorRT's own operators": ("q = trt.TRT_FP8QuantizeLinear(x, s) y = trt.TRT_FP8DequantizeLinear(q, s)", set()),
+    "TensorRT's own, of int4": ("d = trt.DequantizeLinear<axis=0, block_size=2>(four, blocks) y = MatMul(x, d)", set()),
     "QLinearMatMul": ("q = QuantizeLinear(x, s, z) y = QLinearMatMul(q, s, z, w, s, z, s, z)", {"standard operators"}),
 }  # fmt: skip
 OTHERS = {

@@ -79,7 +79,7 @@ def _kind(graph: Graph, node: Any) -> str:
 
 
 def _stored(graph: Graph, node: Any) -> str:
-    if node.domain == "trt":
+    if node.op_type.startswith("TRT_"):  # its name says what it stores
         return str(node.op_type.removeprefix("TRT_").removesuffix("DequantizeLinear").removesuffix("QuantizeLinear"))
     if _zero_point(node):
         return graph.type_of(_zero_point(node))
