@@ -44,55 +44,65 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args()
     print(
-        f"torch {torch.__version__}, timm {timm.__version__}, float32, {torch.get_num_threads()} thread, {_processor()}"
+        f"torch {torch.__version__}, timm {timm.__version__}, float32, {torch.get_num_threads()} thread, {processor()}"
     )
-    bank, bank_labels = _crops("train", 4)
-    images, labels = _crops("validation", 2)
+    bank, bank_labels = crops("train", 4)
+    images, labels = crops("validation", 2)
     order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
     calibration = list(torch.split(bank[order], BATCH))
-    original = _model(options.checkpoint)
-    bank_features, expected = _features(original, bank), _features(original, images)
-    score = _Score(expected, bank_features[:, 0], bank_labels, labels)
+    original = dinov2(options.checkpoint)
+    bank_features, expected = features_of(original, bank), features_of(original, images)
+    score = Score(expected, bank_features[:, 0], bank_labels, labels)
     print("| rotation | last block: peak, kurtosis | " + " | ".join(options.schemes) + " |")
     for name, model, note in _models(options, calibration):
-        rows = [score(_features(quantize_static(model, calibration, s), images)) for s in options.schemes]
+        rows = [score(features_of(quantize_static(model, calibration, s), images)) for s in options.schemes]
         print(f"| {name} | {note} | {' | '.join(rows)} |", flush=True)
 
 
 def _models(options: Any, calibration: list[Tensor]) -> Iterator[tuple[str, nn.Module, str]]:
     for method in options.methods:
         for seed in options.seeds if method != "none" else (0,):
-            model, start = _model(options.checkpoint), time.process_time()
+            model, start = dinov2(options.checkpoint), time.process_time()
             # Random matrices need no images, but the report's peaks are those of the images it is given.
             report = rotate(model, "random" if method == "none" else method, calibration, seed)
             took = time.process_time() - start
             site = next(site for site in report.sites if site.name == "blocks.11")
             if method == "none":
-                yield "none", _model(options.checkpoint), f"{site.before.peak_abs:.1f}, {site.before.kurtosis:.1f}"
+                yield "none", dinov2(options.checkpoint), f"{site.before.peak_abs:.1f}, {site.before.kurtosis:.1f}"
             else:
                 note = f"{site.after.peak_abs:.1f}, {site.after.kurtosis:.1f}"
                 yield f"{method}, seed {seed} ({took:.0f} s)", model, note
 
 
-def _model(checkpoint: str) -> nn.Module:
+def dinov2(checkpoint: str) -> nn.Module:
     """DINOv2 with a head that returns its features, without which it could not be rotated."""
     model = timm.create_model(ARCH, img_size=224, num_classes=0, checkpoint_path=checkpoint).eval()
     add_feature_head(model)
     return model
 
 
-def _features(model: Any, images: Tensor) -> Tensor:
+def features_of(model: Any, images: Tensor) -> Tensor:
     """All final tokens, in the basis of the original: through the head."""
     with torch.inference_mode():
         return torch.cat([model.head(model.forward_features(part)) for part in torch.split(images, BATCH)])
 
 
-class _Score:
+class Score:
+    """Compares features with the original's.
+
+    Args:
+        expected: all final tokens of the scored images, (B, N, C).
+        bank: class tokens of other images, (M, C), of the original.
+        bank_labels: their photographs.
+        labels: the photographs of the scored images.
+    """
+
     def __init__(self, expected: Tensor, bank: Tensor, bank_labels: list[str], labels: list[str]) -> None:
         self._expected, self._labels, self._bank_labels = expected, labels, bank_labels
         self._bank = nn.functional.normalize(bank, dim=1)
 
     def __call__(self, got: Tensor) -> str:
+        """Return error of all tokens, cosine of class tokens, and k-NN Top-1 in percent, of features (B, N, C)."""
         error = float((got - self._expected).norm() / self._expected.norm())
         cosine = float(torch.cosine_similarity(got[:, 0], self._expected[:, 0]).mean())
         nearest = (nn.functional.normalize(got[:, 0], dim=1) @ self._bank.T).argmax(1).tolist()
@@ -100,7 +110,7 @@ class _Score:
         return f"{error:.3f}, {cosine:.3f}, {100 * sum(right) / len(right):.0f}"
 
 
-def _crops(split: str, each: int) -> tuple[Tensor, list[str]]:
+def crops(split: str, each: int) -> tuple[Tensor, list[str]]:
     folder = write_photo_crops(Path(tempfile.gettempdir()) / "tweo_repair_crops", 8, 8)
     config = timm.get_pretrained_cfg(ARCH)
     transform = create_transform((3, 224, 224), mean=config.mean, std=config.std, crop_pct=1.0, interpolation="bicubic")
@@ -108,7 +118,7 @@ def _crops(split: str, each: int) -> tuple[Tensor, list[str]]:
     return torch.stack([transform(Image.open(file).convert("RGB")) for file in files]), [f.parent.name for f in files]
 
 
-def _processor() -> str:
+def processor() -> str:
     with open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown processor"
