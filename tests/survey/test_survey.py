@@ -100,6 +100,24 @@ def test_a_worse_layer_is_mended_for_float16_by_a_power_of_two_behind_v(family):
     assert (fixes["fp16"].fix, fixes["fp16"].sites) == ("pairs", [f"{planted.SECOND[family]}.attn.proj"])
 
 
+@VIT_AND_SLOWLY_SWIN
+def test_logits_of_an_attention_that_is_not_fused_are_named_and_computed_in_float32(family):
+    found, rows, fixes = surveyed(planted.logits, family, ("fp16",))
+    site = f"{planted.SECOND[family]}.attn"
+    assert not rows["fp16", False].survives
+    assert rows["fp16", False].sites[0].name == rows["fp16-logits", False].sites[0].name == site
+    assert (fixes["fp16"].fix, fixes["fp16"].sites, fixes["fp16"].top1) == ("logits", [site], 100.0)
+    assert found.verdict.startswith(f"fp16 does not survive (first at {site}, ")
+
+
+def test_float16_is_read_on_all_images_that_are_scored():
+    few = planted.bench(planted.sound, "vit")
+    larger = 10 * few.samples[0]
+    every = planted.bench(planted.sound, "vit", scored=lambda: iter([*few.samples, larger]))
+    for reading in ("fp16", "fp16-squares", "fp16-sums"):
+        assert every.readings(every.model).headroom(reading) < few.readings(few.model).headroom(reading)
+
+
 def test_what_a_module_computes_and_does_not_return_is_kept_in_float32_with_it():
     _, rows, fixes = surveyed(planted.embedding, "swin", ("fp16",))
     assert rows["fp16", False].sites[0].name == "patch_embed.proj"

@@ -5,7 +5,7 @@ import torch
 from timm.models import create_model
 
 from tests.models import SWIN, SWIN_ARCH, as_words, tiny_swin, tiny_vit
-from tests.train.runs import command, session_of
+from tests.train.runs import command, session_of, train
 from tweo_timm.train.cli import main
 
 NAMES = ["class0", "class1", "class2"]  # the folders of `images`
@@ -131,3 +131,23 @@ def test_an_initial_checkpoint_that_does_not_fit_names_the_way_that_adapts_it(im
     torch.save({"state_dict": vit().state_dict(), "class_names": NAMES[::-1]}, tmp_path / "other.pth")
     session_of(images, tmp_path, "--initial-checkpoint", str(tmp_path / "other.pth"))
     assert "class 0 is 'class2' there and 'class0' in the data" in caplog.text
+
+
+def test_weights_of_another_softmax_are_not_taken_over_without_a_word(images, tmp_path, caplog, capsys):
+    clipped = train(images, tmp_path, "--clipped-softmax", "0.9", name="clipped") / "last.pth.tar"
+    plain = train(images, tmp_path, name="plain") / "last.pth.tar"
+    for words, said in (
+        (
+            ["--initial-checkpoint", str(clipped)],
+            "was trained with --clipped-softmax 0.9, and this model computes with 0",
+        ),
+        (["--initial-checkpoint", str(plain), "--clipped-softmax", "0.9"], "with --clipped-softmax 0, and this model"),
+    ):
+        session_of(images, tmp_path, *words)
+        assert said in caplog.text
+    caplog.clear()
+    session_of(images, tmp_path, "--initial-checkpoint", str(clipped), "--clipped-softmax", "0.9")
+    assert "clipped-softmax" not in caplog.text
+    side = ["--side", "last", "--side-rank", "4", "--side-gap", "1", "--initial-checkpoint", str(clipped)]
+    assert main(command(images, tmp_path, *side, name="d")) == 1
+    assert "give a side network a backbone without" in capsys.readouterr().err

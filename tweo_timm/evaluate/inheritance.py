@@ -125,6 +125,10 @@ def inherit(recorded: Mapping[str, Any], options: ValidateOptions, path: Path | 
         if isinstance(now, dict):
             changes[dest] = {**value, **now}
         elif dest in options.given or now != getattr(default, dest) or now == value:
+            if now != value and dest == "clipped_softmax":
+                _logger.warning(
+                    "%s was trained with %s %g, and is computed with %g", *(path, option_name(dest), value, now)
+                )
             continue
         elif foreign and name in _OF_THE_DATASET:
             _logger.info("%s: %s %s of the training is left out: this is another dataset", path, name, value)

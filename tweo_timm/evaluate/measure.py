@@ -84,7 +84,7 @@ def measure(subject: Subject, world: World) -> Record:
         training=_training_peaks(subject),
         training_losses=_training_losses(subject.losses),
     )
-    if options.export:
+    if options.export and not (options.survey and whole.unscored):  # a survey judges it, and writes what it mends
         artefact = Artefact(FLOAT, subject.preprocessing, names, arch=subject.arch)
         record = replace(record, **_exported(subject, None, images, whole, artefact))
     rival = record.exported is not None and options.export_dtype == FLOAT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,8 @@ from tweo_timm.evaluate.scoring import score
 from tweo_timm.fingerprint import fingerprint
 from tweo_timm.media import code, markdown
 from tweo_timm.quant.export import export_onnx
+from tweo_timm.run.dataset import place
+from tweo_timm.run.passes import batches
 from tweo_timm.schema import written
 from tweo_timm.survey.bench import Bench, Outcome
 from tweo_timm.survey.findings import SurveyRow
@@ -133,6 +135,10 @@ def _bench(case: Case) -> Bench:
     model = copy.deepcopy(subject.model).eval()
     samples = list(torch.split(case.samples.diagnosis, _SAMPLES))
 
+    def scored() -> Iterator[Tensor]:
+        passed = batches(case.images.loader, lambda batch: place(batch, options, case.world.device))
+        return (batch for batch, _, real in passed if real)
+
     neighbours = NearestNeighbours(case.images, options, case.world)
 
     def judge(model: nn.Module, label: str) -> Outcome:
@@ -145,6 +151,7 @@ def _bench(case: Case) -> Bench:
         judge=judge,
         calibration=case.samples.calibration,
         samples=samples,
+        scored=scored,
         others=_at_other_sizes(model, samples, options.survey_sizes),
         max_drop=options.max_drop,
         blocks=options.tweo_blocks,

@@ -56,7 +56,9 @@ def verdict(records: Sequence[Record]) -> Verdict:
         reasons = [record.unscored for record in records if record.unscored]
         why = reasons[0] if len(reasons) == len(records) else "the logits of all of them are not finite"
         line = f"No checkpoint can be scored: {why}."
-        return Verdict(lines=[line], schemes=schemes)
+        surveyed = any("survey" in record.answers for record in records)
+        more = ["What formats of few bits cost is in the survey below, judged without classes."] if surveyed else []
+        return Verdict(lines=[line, *more], schemes=schemes)
     own = [scheme for scheme in schemes if scheme.name == best.name]
     lines = [_which(best, records), _precision(best, own), f"Next: {_next(best, own)}"]
     return Verdict(checkpoint=best.name, lines=lines, schemes=schemes)

@@ -101,7 +101,10 @@ def _folder(options: Any, root: str | None, split: str) -> Path | None:
         near = suggest_path(root) if root is not None else ""
         raise ValueError(f"--data-dir {root} does not exist: pass the folder that holds train/ and val/{near}")
     check_split(Path(root), split)
-    return split_folder(Path(root), split) or Path(root)
+    found = split_folder(Path(root), split)
+    if found is None:
+        _logger.warning("--data-dir %s has no folder of split %r: the split is all that lies under it", root, split)
+    return found or Path(root)
 
 
 def _check_torch_split(dataset: str, split: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tweo_timm.clipped_softmax import clip_softmax
 from tweo_timm.modes import evaluating
+from tweo_timm.run.checkpoint_file import CheckpointFile, read
 from tweo_timm.suggestion import suggest
 
 
@@ -37,6 +39,27 @@ def clip_as_asked(model: nn.Module, arch: str, alpha: float) -> None:
         clip_softmax(model, alpha)
     except ValueError as error:
         raise ValueError(f"--clipped-softmax {alpha:g}: {arch}: {error}; leave it out") from error
+
+
+def clipped_in(file: CheckpointFile) -> float | None:
+    """Return the alpha with which the weights of a file were trained, 0 without; None where the file does not say."""
+    args = file.args
+    alpha = args.get("clipped_softmax", 0.0)
+    return float(alpha) if args and isinstance(alpha, int | float) else None
+
+
+def refuse_clipped(path: Path, flag: str) -> None:
+    """Refuse weights of a clipped softmax as a frozen backbone, which is known by its weights alone.
+
+    Raises:
+        ValueError: if they are.
+    """
+    alpha = clipped_in(read(path, "metadata"))
+    if alpha:
+        raise ValueError(
+            f"{flag} {path} was trained with --clipped-softmax {alpha:g}, which its weights do not show: give a side "
+            "network a backbone without"
+        )
 
 
 def check_compiler(backend: str | None) -> None:

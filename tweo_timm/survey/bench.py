@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class Bench:
         judge: scores models on the split.
         calibration: image batches (B, C, H, W) that fix scales.
         samples: image batches that are looked at more closely.
+        scored: makes the batches of all images that the judge scores, on which float16 is read; None: the samples.
         others: size -> images of it (pixels, (B, C, H, W)), at which float16 is read too.
         max_drop: points of Top-1 that may be lost.
         blocks: regular expression naming the blocks; None finds them.
@@ -65,6 +66,7 @@ class Bench:
     judge: Judge
     calibration: Sequence[Tensor]
     samples: Sequence[Tensor]
+    scored: Callable[[], Iterable[Tensor]] | None = None
     others: Sequence[tuple[int, Tensor]] = ()
     max_drop: float = 1.0
     blocks: str | None = None
@@ -94,12 +96,12 @@ class Bench:
         return decide(self.float_outcome, self.judge(built, f"{variant.scheme}{kept}"), self.max_drop)
 
     def readings(self, model: nn.Module) -> Float16Readings:
-        """Read what float16 would have to hold, on the samples and at the other sizes.
+        """Read what float16 would have to hold, on all images that are scored and at the other sizes.
 
         Raises:
             ValueError: the model does not take one of the sizes.
         """
-        found = float16_readings(model, self.samples)
+        found = float16_readings(model, self.samples if self.scored is None else self.scored())
         for size, images in self.others:
             try:
                 found = found.merged(float16_readings(at_size(model, size), [images.to(self.samples[0].dtype)]))

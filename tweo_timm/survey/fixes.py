@@ -89,9 +89,11 @@ def _norm_whole(problem: Problem) -> Iterator[Trial]:
 
 
 def _logits_in_float32(problem: Problem) -> Iterator[Trial]:
+    names = [site.name for site in problem.readings.overflowing(LOGITS)]
     if problem.reading == LOGITS:
-        names = [site.name for site in problem.readings.overflowing(LOGITS)]
         yield Trial("fused attention, or its logits and softmax in float32", None, names)
+    elif problem.float16 and names:  # where attention is not fused, the model in half precision stores them too
+        yield Trial(f"fused attention, or {named(names)} in float32", problem.variant.but(keep=tuple(names)), names)
 
 
 def _scaled(problem: Problem) -> Iterator[Trial]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from tweo_timm.diagnose.float16 import READINGS, VALUES, Float16Readings
+from tweo_timm.diagnose.float16 import LOGITS, READINGS, VALUES, Float16Readings
 from tweo_timm.quant.scheme import BASES, Scheme
 from tweo_timm.survey.bench import Bench, Variant
 from tweo_timm.survey.decide import FAILS, SURVIVES, top1_of
@@ -103,6 +103,9 @@ def _measured(
         row.headroom, row.sites, row.spread = reading.headroom, reading.sites, reading.spread
         if not reading.survives:
             row.survives, row.verdict = False, FAILS
+        elif row.drop is None and readings.overflowing(LOGITS):  # of an attention that is not fused
+            logits = _reading_row(LOGITS, readings, rotated)
+            row.sites, row.spread = logits.sites, logits.spread
         return row, ()
     if row.survives or rotated or not BASES[Scheme.parse(variant.scheme).base].calibrated:
         return row, ()
@@ -174,8 +177,9 @@ def _clause(rows: Sequence[SurveyRow], found: Survey) -> str:
 
 def _breaks(row: SurveyRow) -> str:
     spread = f", {row.spread}" if row.spread else ""
-    if row.headroom is not None and row.headroom < 1:
-        return f"first at {row.sites[0].name}, {1 / max(row.sites[0].factor or 0.0, 1e-30):.3g} times too large{spread}"
+    factor = row.sites[0].factor if row.sites else None
+    if factor is not None and factor < 1:
+        return f"first at {row.sites[0].name}, {1 / max(factor, 1e-30):.3g} times too large{spread}"
     worst = f", most at {named(_worst(row))}" if row.sites and row.sites[0].share is not None else ""
     if row.drop is None:
         return f"outputs are not finite{worst}"

@@ -15,7 +15,14 @@ from timm.models import create_model, resolve_model_input_args
 from torch import nn
 
 from tweo_timm.run.checkpoint_file import CheckpointFile, WeightsFilter, check_finite, load_weights, read
-from tweo_timm.run.model import check_image_size, clip_as_asked, suggest_model, without_classifier
+from tweo_timm.run.model import (
+    check_image_size,
+    clip_as_asked,
+    clipped_in,
+    refuse_clipped,
+    suggest_model,
+    without_classifier,
+)
 from tweo_timm.run.world import World
 from tweo_timm.suggestion import suggest_path
 from tweo_timm.train.options import TrainOptions, as_namespace
@@ -71,6 +78,7 @@ def create(options: TrainOptions, headless: bool = False) -> nn.Module:
         ValueError: if timm does not know the model, or it does not accept the options or the weights.
     """
     given = _file_of_weights(options)
+    _compare_clipping(options, headless)
     build = functools.partial(_built, options, headless)
     bare = functools.partial(_built, replace(options, pretrained=False, pretrained_path=None), headless)
     model = build() if given is None else build_from_file(given, build, bare)
@@ -105,6 +113,23 @@ def _built(options: TrainOptions, headless: bool, file: Mapping[str, Any] | None
         raise ValueError(_why_not(options, error)) from error
     clip_as_asked(model, options.model, options.clipped_softmax)
     return model
+
+
+def _compare_clipping(options: TrainOptions, frozen: bool) -> None:
+    """Say where the weights that a run begins with were trained under another softmax; a frozen one cannot adapt."""
+    path = options.initial_checkpoint or options.pretrained_path
+    flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
+    if not path or Path(path).suffix in (".npz", ".npy"):
+        return
+    if frozen:
+        refuse_clipped(Path(path), flag)
+    trained = clipped_in(read(Path(path), "metadata"))
+    if trained is not None and trained != options.clipped_softmax:
+        _logger.warning(
+            "%s %s was trained with --clipped-softmax %g, and this model computes with %g: it begins as another "
+            "function",
+            *(flag, path, trained, options.clipped_softmax),
+        )
 
 
 def _drop_everywhere(model: nn.Module, rate: float) -> None:
