@@ -12,8 +12,6 @@ over images; k-NN takes the class of the nearest of 56 training crops, whose fea
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from tweo_timm import quantize_static, rotate
+from tweo_timm import machine, quantize_static, rotate
 from tweo_timm.photos import write_photo_crops
 from tweo_timm.rewrite.head import add_feature_head
 
@@ -44,7 +42,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args()
     print(
-        f"torch {torch.__version__}, timm {timm.__version__}, float32, {torch.get_num_threads()} thread, {processor()}"
+        f"torch {torch.__version__}, timm {timm.__version__}, float32, {torch.get_num_threads()} thread, "
+        f"{machine.describe()['processor']}"
     )
     bank, bank_labels = crops("train", 4)
     images, labels = crops("validation", 2)
@@ -116,12 +115,6 @@ def crops(split: str, each: int) -> tuple[Tensor, list[str]]:
     transform = create_transform((3, 224, 224), mean=config.mean, std=config.std, crop_pct=1.0, interpolation="bicubic")
     files = [file for name in sorted((folder / split).iterdir()) for file in sorted(name.glob("*.png"))[:each]]
     return torch.stack([transform(Image.open(file).convert("RGB")) for file in files]), [f.parent.name for f in files]
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import time
 from typing import Any
 
 import torch
-from repair import BATCH, CALIBRATION, Score, crops, dinov2, features_of, processor
+from repair import BATCH, CALIBRATION, Score, crops, dinov2, features_of
 from torch import Tensor, nn
 
-from tweo_timm import Tweo, TweoConfig, quantize_static, record_outliers, rotate
+from tweo_timm import Tweo, TweoConfig, machine, quantize_static, record_outliers, rotate
 
 SCHEMES = ("w8a8-tt+res", "w8a8-ct+res", "w8a8-tt")
 UPDATES, RATE = 40, 1e-5
@@ -48,7 +48,8 @@ def main() -> None:
             rows = [score(features_of(quantize_static(one, calibration, s), images)) for s in SCHEMES]
             float_row = score(features_of(one, images))
             print(f"| {trained} | {peak:.1f} | {rotation} | {float_row} | {' | '.join(rows)} |", flush=True)
-    print(f"float32, {processor()}, {(time.process_time() - start) / 60:.1f} minutes of processor time")
+    minutes = (time.process_time() - start) / 60
+    print(f"float32, {machine.describe()['processor']}, {minutes:.1f} minutes of processor time")
 
 
 def _distilled(original: nn.Module, bank: Tensor, weight: float) -> nn.Module:
@@ -56,7 +57,7 @@ def _distilled(original: nn.Module, bank: Tensor, weight: float) -> nn.Module:
     model: Any = copy.deepcopy(original)
     model.head.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, weight_decay=0.0)
-    tweo = Tweo(model, TweoConfig(weight=weight)) if weight else None
+    tweo = Tweo(model, TweoConfig(weight=weight))
     choice = torch.Generator().manual_seed(0)
     seen: list[Tensor] = []
     handle = model.norm.register_forward_hook(lambda norm, args, output: seen.append(output))
@@ -67,10 +68,9 @@ def _distilled(original: nn.Module, bank: Tensor, weight: float) -> nn.Module:
         model(images)
         loss = (model.head(seen.pop()) - wanted).square().mean() / wanted.square().mean()
         optimizer.zero_grad()
-        (loss + (tweo.penalty() if tweo else 0.0)).backward()
+        (loss + tweo.penalty()).backward()
         optimizer.step()
-    if tweo:
-        tweo.remove()
+    tweo.remove()
     handle.remove()
     return model.eval()  # type: ignore[no-any-return]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tweo_timm.evaluate.images import sample_images
 from tweo_timm.evaluate.options import ValidateOptions, as_namespace
 from tweo_timm.records import Fields
-from tweo_timm.run.checkpoint_file import load_weights
+from tweo_timm.run.checkpoint_file import load_weights, read
 from tweo_timm.run.dataset import preprocessing
 from tweo_timm.run.model import refuse_clipped, without_classifier
 from tweo_timm.settings import AT_LEAST_0, AT_LEAST_1, Bounds
@@ -91,7 +91,7 @@ def _backbone(arch: str, options: ValidateOptions, entry: Fields, create: Callab
         )
     if options.side_backbone == PRETRAINED:
         return create(arch, options, pretrained=True, headless=True)
-    refuse_clipped(Path(options.side_backbone), "--side-backbone")
+    refuse_clipped(read(Path(options.side_backbone), "metadata"), "--side-backbone")
     backbone = create(arch, options, pretrained=False, headless=True)
     try:
         load_weights(backbone, Path(options.side_backbone), filter_fn=without_classifier)

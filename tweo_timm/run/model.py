@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from tweo_timm.clipped_softmax import clip_softmax
 from tweo_timm.modes import evaluating
-from tweo_timm.run.checkpoint_file import CheckpointFile, read
+from tweo_timm.run.checkpoint_file import CheckpointFile
 from tweo_timm.suggestion import suggest
 
 
@@ -48,17 +47,17 @@ def clipped_in(file: CheckpointFile) -> float | None:
     return float(alpha) if args and isinstance(alpha, int | float) else None
 
 
-def refuse_clipped(path: Path, flag: str) -> None:
+def refuse_clipped(file: CheckpointFile, flag: str) -> None:
     """Refuse weights of a clipped softmax as a frozen backbone, which is known by its weights alone.
 
     Raises:
         ValueError: if they are.
     """
-    alpha = clipped_in(read(path, "metadata"))
+    alpha = clipped_in(file)
     if alpha:
         raise ValueError(
-            f"{flag} {path} was trained with --clipped-softmax {alpha:g}, which its weights do not show: give a side "
-            "network a backbone without"
+            f"{flag} {file.path} was trained with --clipped-softmax {alpha:g}, which its weights do not show: give a "
+            "side network a backbone without"
         )
 
 

@@ -117,13 +117,13 @@ def _built(options: TrainOptions, headless: bool, file: Mapping[str, Any] | None
 
 def _compare_clipping(options: TrainOptions, frozen: bool) -> None:
     """Say where the weights that a run begins with were trained under another softmax; a frozen one cannot adapt."""
-    path = options.initial_checkpoint or options.pretrained_path
-    flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
+    flag, path = _beginning(options)
     if not path or Path(path).suffix in (".npz", ".npy"):
         return
+    file = read(Path(path), "metadata")
     if frozen:
-        refuse_clipped(Path(path), flag)
-    trained = clipped_in(read(Path(path), "metadata"))
+        refuse_clipped(file, flag)
+    trained = clipped_in(file)
     if trained is not None and trained != options.clipped_softmax:
         _logger.warning(
             "%s %s was trained with --clipped-softmax %g, and this model computes with %g: it begins as another "
@@ -149,11 +149,17 @@ def _load_initial(model: nn.Module, options: TrainOptions, filter_fn: WeightsFil
         raise ValueError(_why_not(options, error)) from error
 
 
+def _beginning(options: TrainOptions) -> tuple[str, str]:
+    """The flag that names the weights that a run begins with, and their file; "" for none."""
+    if options.initial_checkpoint:
+        return "--initial-checkpoint", options.initial_checkpoint
+    return "--pretrained-path", options.pretrained_path or ""
+
+
 def _file_of_weights(options: TrainOptions) -> CheckpointFile | None:
     """Look at the file of --pretrained-path, which timm loads, and whether one of the two flags names none."""
-    path = options.initial_checkpoint or options.pretrained_path
+    flag, path = _beginning(options)
     if path and not Path(path).is_file():
-        flag = "--initial-checkpoint" if options.initial_checkpoint else "--pretrained-path"
         raise ValueError(f"{flag} {path} does not exist: pass a file of weights{suggest_path(path)}")
     return read(Path(path), "weights") if path and not options.initial_checkpoint else None
 
